@@ -1,0 +1,50 @@
+# `make reproduce` and `make test` set up what they need.  PYTHON=python3.12 make ... picks the interpreter.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Text progress bars and figures need no display; one kernel never takes more threads than the notebook asks for.
+export MPLBACKEND ?= agg
+PROFILE ?= quick
+ARGS ?=
+
+.PHONY: reproduce test lint units notebooks lab lock refresh clean
+
+reproduce: $(VENV)/installed          ## run every notebook from nothing and print the report
+	$(BIN)/python -m fsp.reproduce --profile $(PROFILE) $(ARGS)
+
+test: lint units notebooks            ## everything that must hold before a commit
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+units: $(VENV)/installed              ## unit tests, doctests, and each notebook's smoke profile through papermill
+	FSP_PROGRESS=0 $(BIN)/python -m pytest -q --durations=10
+
+notebooks: $(VENV)/installed          ## the committed notebooks still give the outputs they were committed with
+	$(BIN)/python -m fsp.reproduce --check
+
+lab: $(VENV)/installed                ## open the notebooks
+	$(BIN)/jupyter lab --notebook-dir=notebooks
+
+refresh: $(VENV)/installed            ## recompute the committed notebooks, tables, figures and README claims
+	$(BIN)/python -m fsp.reproduce --refresh
+
+lock:                                 ## needs uv; writes exact pins for every supported Python and platform
+	uv pip compile pyproject.toml --extra test --universal --python-version 3.11 --no-annotate -o requirements.lock
+
+# Reinstall only when the pins or the package description changed in content, not in time stamp.
+$(VENV)/installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"Python >= 3.11 is needed, {v[0]}.{v[1]} found: make PYTHON=python3.12")'
+	@if ! cat requirements.lock pyproject.toml | cmp -s - $@; then \
+	  echo "installing the pinned packages into $(VENV) (about 5 GB with CUDA, once)"; \
+	  rm -f $@; \
+	  $(PYTHON) -m venv $(VENV) && \
+	  $(BIN)/python -m pip install --disable-pip-version-check -r requirements.lock && \
+	  $(BIN)/python -m pip install --disable-pip-version-check --no-deps -e . && \
+	  cat requirements.lock pyproject.toml > $@.new && mv $@.new $@; \
+	fi
+	@touch $@
+
+clean:                                ## remove what the two commands made; records in data/runs stay
+	rm -rf $(VENV) reproduced build *.egg-info .hypothesis .ruff_cache
