@@ -1,0 +1,22 @@
+"""Full-spectrum pruning: prune at initialisation, measure the mask as a graph, train what is left.
+
+==============  ==================================================================================
+`masks`         mask algebra: prunable weights, exact counts, holding a model to its masks, files
+`allocate`      density per layer: uniform, ER, ERK
+`scores`        what a weight is worth: magnitude, SNIP, GraSP, SynFlow
+`prune`         `METHODS` and ``prune(model, method, density)``: score, rounds, exact masks
+`spectrum`      the papers' graph quantities: gaps, IMDB, IMSG, NaRC, the full-spectrum coordinate
+`dynamic`       dynamic sparse training: SET and RigL
+`train`         one visible training loop
+`data`          data sets as tensors on the device
+`models`        MLPs, CIFAR ResNets, VGGs and their initialisers
+`runs`          run records, resumable sweeps, result tables
+`stats`         intervals, rank correlations, paired comparisons, verdicts on claims
+`plot`          one style for every figure
+`reproduce`     ``python -m fsp.reproduce``: every notebook, then the report on the claims
+`paths`         where things lie
+`progress`      the progress bar
+==============  ==================================================================================
+"""
+
+__version__ = "0.1.0"
