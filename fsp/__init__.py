@@ -9,7 +9,9 @@
 `dynamic`       dynamic sparse training: SET and RigL
 `train`         one visible training loop
 `data`          data sets as tensors on the device
+`batches`       crop and flip, epochs, examples to score on
 `models`        MLPs, CIFAR ResNets, VGGs and their initialisers
+`parameters`    checks on what a notebook is given
 `runs`          run records, resumable sweeps, result tables
 `stats`         intervals, rank correlations, paired comparisons, verdicts on claims
 `plot`          one style for every figure

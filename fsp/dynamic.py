@@ -45,7 +45,7 @@ class DynamicSparsity:
     def __post_init__(self):
         for name, valid, expected in [
             ("update_every", isinstance(self.update_every, int) and self.update_every >= 1, "a whole number >= 1"),
-            ("zeta0", 0 < self.zeta0 < 1, "in (0, 1)"),
+            ("zeta0", 0 <= self.zeta0 < 1, "in [0, 1)"),
             ("zeta_min", 0 <= self.zeta_min <= self.zeta0, "in [0, zeta0]"),
             ("anneal", self.anneal in ("cosine", "constant"), '"cosine" or "constant"'),
             ("t_end_frac", 0 < self.t_end_frac <= 1, "in (0, 1]"),
@@ -55,11 +55,13 @@ class DynamicSparsity:
                 raise ValueError(f"DynamicSparsity: {name} = {getattr(self, name)!r} is not {expected}")
 
 
+# "static" never moves: the control that is measured as often as the others.
 PRESETS = {
     "set": DynamicSparsity(),
     "rigl": DynamicSparsity(grow="gradient", replace_step=True),
     "set_itop": DynamicSparsity(update_every=1500, zeta0=0.5, zeta_min=0.005, t_end_frac=1.0),
     "rigl_itop": DynamicSparsity(update_every=4000, zeta0=0.5, zeta_min=0.005, t_end_frac=1.0, grow="gradient"),
+    "static": DynamicSparsity(zeta0=0.0, t_end_frac=1.0),
 }
 
 

@@ -249,6 +249,39 @@ def shuffle(masks: Mapping[str, Tensor], *, scope: str = "layer", generator: tor
     return {name: part.view_as(m) for (name, m), part in zip(masks.items(), parts, strict=True)}
 
 
+def scattered(
+    masks: Mapping[str, Tensor], model: nn.Module, *, generator: torch.Generator
+) -> tuple[Masks, dict[str, Tensor]]:
+    """Random masks with the same count in every layer, and the kept weights in random order on them.
+
+    The control for a topology: neither densities nor the distribution of weights change, only positions.
+
+    Parameters
+    ----------
+    masks : Masks
+    model : nn.Module
+        Gives the weights; it is not changed.
+    generator : torch.Generator on the CPU
+
+    Returns
+    -------
+    masks : Masks
+    weights : dict of name to Tensor
+        Zero off the new masks.
+
+    Raises
+    ------
+    ValueError
+        If a mask fits no parameter of the model.
+    """
+    new = shuffle(masks, generator=generator)
+    weights = {}
+    for name, parameter in check_masks(model, masks).items():
+        kept = _permuted(parameter.detach()[masks[name]], generator)
+        weights[name] = torch.zeros_like(parameter.detach()).masked_scatter_(new[name], kept)
+    return new, weights
+
+
 def _permuted(flat: Tensor, generator: torch.Generator) -> Tensor:
     """Entries in random order, the order drawn on the CPU."""
     return flat[torch.randperm(len(flat), generator=generator).to(flat.device)]

@@ -74,7 +74,7 @@ def snip(
         Maps inputs to logits.
     masks : Masks
     batches : sequence of (inputs, labels)
-        On the model's device; see `fsp.data.scoring_batches`.
+        On the model's device; see `fsp.batches.scoring_batches`.
     training : bool
         Whether norm and dropout layers are in train mode; the Synaptic-Flow repository scores in eval mode.
     dtype : torch.dtype, optional
@@ -269,7 +269,7 @@ def _batch_gradients(
 ) -> Iterator[tuple[Tensor, ...]]:
     """Each batch's share of the gradient of the mean cross entropy over all examples."""
     if not batches:
-        raise ValueError("this method scores on data: pass batches, see fsp.data.scoring_batches")
+        raise ValueError("this method scores on data: pass batches, see fsp.batches.scoring_batches")
     examples = sum(len(labels) for _, labels in batches)
     dtype = next(iter(weights.values())).dtype
     with _undisturbed(model, training=training, seed=seed):

@@ -335,8 +335,8 @@ def narc(B: Tensor, *, rules: str | Rules = "iclr2023", edge_count: str = "direc
               \mathrm{NaRC}_{2023b} = \frac{\sigma_2 \sqrt{n_l n_r}
               - \bigl| E - \frac{\bar d_l}{N} n_l n_r \bigr|}{N}
 
-    (a) for rules "iclr2023" and (b) for rules with the Cheeger factor.  :math:`n_l, n_r` count vertices with an
-    edge, :math:`n_{in}, C_{out}` all vertices, :math:`N = n_l + n_r`.
+    (a) for rules "iclr2023" and (b) for rules with the Cheeger factor, whose left side is ``rules.whole_left`` (D1).
+    :math:`n_l, n_r` count vertices with an edge, :math:`n_{in}, C_{out}` all vertices, :math:`N = n_l + n_r`.
 
     Parameters
     ----------
@@ -368,7 +368,8 @@ def narc(B: Tensor, *, rules: str | Rules = "iclr2023", edge_count: str = "direc
     sigma = singular_values(B)[1].item()
     if rules.cheeger:
         n = n_left + n_right
-        return (sigma * math.sqrt(n_left * n_right) - abs(edges - kept * n_right / n)) / n
+        n_r = n_right if rules.whole_left == "inputs" else n_left
+        return (sigma * math.sqrt(n_left * n_right) - abs(edges - kept * n_r / n)) / n
     spread = (sigma**2 / 4 + 1) * math.sqrt(n_left * n_right)
     return (spread - abs(edges - kept * n_right / c_out)) / (n_in * c_out)
 
@@ -545,13 +546,10 @@ def _rules(rules: str | Rules) -> Rules:
 
 def _checked_whole(B: Tensor, rules: str | Rules | None) -> Tensor | None:
     """`B` without isolated vertices, or None if it has no edge or the whole-layer test of `rules` fails."""
+    rules = rules if rules is None else _rules(rules)
     B = _without_isolated(B.to(torch.float64))
-    if B.numel() == 0:
+    if B.numel() == 0 or (rules is not None and not _valid(B, rules, left=rules.whole_left)):
         return None
-    if rules is not None:
-        rules = _rules(rules)
-        if not _valid(B, rules, left=rules.whole_left):
-            return None
     return B
 
 

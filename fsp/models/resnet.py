@@ -1,0 +1,163 @@
+"""Residual networks of basic blocks with a 3×3 stem: the CIFAR family (depth 6n + 2) and ResNet-18/34.
+
+Parameters are called ``stem.conv``, ``blocks.<i>.conv1``, ``blocks.<i>.conv2``, ``blocks.<i>.shortcut.conv`` (where
+a shortcut projects), ``classifier``, each convolution followed by its norm; blocks are counted through all stages.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+RESNET_STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
+
+
+class PadShortcut(nn.Module):
+    """Option A of He et al.: keep every `stride`-th pixel, append `extra` channels of zeros. No parameters."""
+
+    def __init__(self, extra: int, stride: int):
+        super().__init__()
+        self.extra, self.stride = extra, stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, C + extra, ceil(H / stride), ceil(W / stride))."""
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.extra))
+
+
+class BasicBlock(nn.Module):
+    """Two 3×3 convolutions with batch norm, the shortcut added before the last ReLU."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, shortcut: str):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(outputs)
+        self.relu1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(outputs)
+        self.shortcut = _shortcut(inputs, outputs, stride, shortcut)
+        self.relu2 = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, inputs, H, W) to (N, outputs, ceil(H / stride), ceil(W / stride))."""
+        y = self.relu1(self.norm1(self.conv1(x)))
+        y = self.norm2(self.conv2(y))
+        return self.relu2(y + self.shortcut(x))
+
+
+def _shortcut(inputs: int, outputs: int, stride: int, option: str) -> nn.Module:
+    """The way around a block: identity where the shape stays, else option A (padding) or B (projection)."""
+    if inputs == outputs and stride == 1:
+        return nn.Identity()
+    if option == "A":
+        return PadShortcut(outputs - inputs, stride)
+    conv = nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
+    return nn.Sequential(OrderedDict(conv=conv, norm=nn.BatchNorm2d(outputs)))
+
+
+def _residual(
+    stages: Sequence[int], shape: tuple[int, int, int], classes: int, width: int, shortcut: str
+) -> nn.Sequential:
+    """Stem, ``stages[s]`` blocks of ``width * 2**s`` channels in stage s, global average pool, classifier."""
+    if type(width) is not int or width < 1:
+        raise ValueError(f"width must be a positive integer (channels of the first stage), got {width!r}")
+    if shortcut not in ("A", "B"):
+        raise ValueError(f'shortcut must be "A" (zero padding) or "B" (1×1 convolution), got {shortcut!r}')
+    stem = OrderedDict(
+        conv=nn.Conv2d(shape[0], width, 3, padding=1, bias=False), norm=nn.BatchNorm2d(width), relu=nn.ReLU()
+    )
+    blocks, inputs = [], width
+    for stage, count in enumerate(stages):
+        outputs = width * 2**stage
+        for i in range(count):
+            stride = 2 if stage > 0 and i == 0 else 1
+            blocks.append(BasicBlock(inputs, outputs, stride, shortcut))
+            inputs = outputs
+    return nn.Sequential(
+        OrderedDict(
+            stem=nn.Sequential(stem),
+            blocks=nn.Sequential(*blocks),
+            pool=nn.AdaptiveAvgPool2d(1),
+            flatten=nn.Flatten(),
+            classifier=nn.Linear(inputs, classes),
+        )
+    )
+
+
+def cifar_resnet(
+    depth: int, shape: tuple[int, int, int], classes: int, *, width: int = 16, shortcut: str = "B"
+) -> nn.Sequential:
+    """CIFAR ResNet of depth 6n + 2: three stages of n basic blocks with `width`, 2 `width` and 4 `width` channels.
+
+    Parameters
+    ----------
+    depth : int
+        8, 14, 20, 26, 32 ...; counts the stem, the 6n convolutions of the blocks and the classifier.
+    shape : (channels, height, width)
+        Of one input. Any height and width: stages two and three halve the map, a global average ends it.
+    classes : int
+        Number of outputs (logits).
+    width : int, >= 1
+        Channels of the stem and the first stage. ``cifar_resnet(32, ..., width=32)`` is GraSP's ResNet-32.
+    shortcut : {"B", "A"}
+        Where the shape changes: "B" a 1×1 convolution with batch norm (OpenLTH, SynFlow), "A" subsampling with
+        zero channels appended (no parameters).
+
+    Returns
+    -------
+    nn.Sequential
+        6n + 2 prunable tensors, two more with "B".
+
+    Raises
+    ------
+    ValueError
+        `depth` is not 6n + 2 with n >= 1; `width` or `shortcut` is out of range.
+
+    References
+    ----------
+    He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, §4.2.
+    """
+    if depth < 8 or depth % 6 != 2:
+        raise ValueError(f"depth must be 6n + 2 with n >= 1 (8, 20, 32, 56, 110 ...), got {depth!r}")
+    return _residual(((depth - 2) // 6,) * 3, shape, classes, width, shortcut)
+
+
+def resnet(
+    depth: int, shape: tuple[int, int, int], classes: int, *, width: int = 64, shortcut: str = "B"
+) -> nn.Sequential:
+    """ResNet-18 or ResNet-34 for small images: 3×3 stem of stride 1, no max-pool, four stages of basic blocks.
+
+    Parameters
+    ----------
+    depth : {18, 34}
+    shape : (channels, height, width)
+        Of one input. Any height and width: stages two to four halve the map, a global average ends it.
+    classes : int
+        Number of outputs (logits).
+    width : int, >= 1
+        Channels of the stem and the first stage; doubled in each later stage.
+    shortcut : {"B", "A"}
+        As in `cifar_resnet`.
+
+    Returns
+    -------
+    nn.Sequential
+        21 (ResNet-18) or 37 (ResNet-34) prunable tensors with "B", three fewer with "A".
+
+    Raises
+    ------
+    ValueError
+        `depth` is neither 18 nor 34; `width` or `shortcut` is out of range.
+
+    Notes
+    -----
+    The classifier has a bias. The networks of ITOP and of the full-spectrum code have none, which changes the total
+    by `classes` and leaves the prunable weights as they are.
+
+    References
+    ----------
+    He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, Table 1.
+    """
+    if depth not in RESNET_STAGES:
+        raise ValueError(f"depth must be one of {', '.join(map(str, RESNET_STAGES))}, got {depth!r}")
+    return _residual(RESNET_STAGES[depth], shape, classes, width, shortcut)

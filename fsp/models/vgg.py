@@ -1,0 +1,74 @@
+"""VGG with batch norm and one linear layer: ``conv1``, ``conv2`` ..., ``classifier``."""
+
+from collections import OrderedDict
+
+from torch import nn
+
+# Channels of the convolutions, one tuple a group; a pool ends each group.
+VGG_PLANS = {
+    11: ((64,), (128,), (256,) * 2, (512,) * 2, (512,) * 2),
+    16: ((64,) * 2, (128,) * 2, (256,) * 3, (512,) * 3, (512,) * 3),
+    19: ((64,) * 2, (128,) * 2, (256,) * 4, (512,) * 4, (512,) * 4),
+}
+
+
+def vgg(depth: int, shape: tuple[int, int, int], classes: int, *, conv_bias: bool = True) -> nn.Sequential:
+    """VGG for small images: 3×3 convolutions with batch norm and ReLU, five pools, a linear layer of 512 inputs.
+
+    Parameters
+    ----------
+    depth : {11, 16, 19}
+        The plan; this head has one linear layer, so the network has 9, 14 or 17 weight layers.
+    shape : (channels, height, width)
+        Of one input, any size.
+    classes : int
+        Number of outputs (logits).
+    conv_bias : bool
+        Convolutions have a bias (as in SynFlow and OpenLTH; GraSP leaves it out). It adds nothing to what the
+        network can compute, since batch norm removes the mean, but it counts in the total of parameters.
+
+    Returns
+    -------
+    nn.Sequential
+        Prunable tensors ``conv1.weight`` ... and ``classifier.weight``.
+
+    Raises
+    ------
+    ValueError
+        `depth` is not 11, 16 or 19; `conv_bias` is not a bool.
+
+    Notes
+    -----
+    The first four pools take the maximum over 2×2, the last averages what is left: 2×2 on a 32×32 input, as
+    in the references, 4×4 on 64×64. On smaller inputs a side that has already shrunk to one pixel is not pooled
+    again, so an 8×8 input passes 4×4, 2×2, 1×1 and the fourth pool drops out. Weights do not depend on the input's
+    height and width.
+
+    References
+    ----------
+    Simonyan and Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition", ICLR 2015, Table 1
+    (configurations A, D, E).
+    """
+    if depth not in VGG_PLANS:
+        raise ValueError(f"depth must be one of {', '.join(map(str, VGG_PLANS))}, got {depth!r}")
+    if type(conv_bias) is not bool:
+        raise ValueError(f"conv_bias must be True or False, got {conv_bias!r}")
+    inputs, *size = shape
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    i = 0
+    for group, plan in enumerate(VGG_PLANS[depth], start=1):
+        for outputs in plan:
+            i += 1
+            layers[f"conv{i}"] = nn.Conv2d(inputs, outputs, 3, padding=1, bias=conv_bias)
+            layers[f"norm{i}"] = nn.BatchNorm2d(outputs)
+            layers[f"relu{i}"] = nn.ReLU()
+            inputs = outputs
+        window = tuple(min(2, side) for side in size)
+        if group == len(VGG_PLANS[depth]):
+            layers[f"pool{group}"] = nn.AdaptiveAvgPool2d(1)
+        elif max(window) > 1:
+            layers[f"pool{group}"] = nn.MaxPool2d(window)
+            size = [side // step for side, step in zip(size, window, strict=True)]
+    layers["flatten"] = nn.Flatten()
+    layers["classifier"] = nn.Linear(inputs, classes)
+    return nn.Sequential(layers)

@@ -1,0 +1,132 @@
+"""Checks on what a notebook is given, before any long work starts.
+
+papermill hands a notebook whatever it is told to and only warns about a name the notebook does not know; `check`
+turns a wrong name or value into an error that names the valid choices.
+"""
+
+import ast
+import math
+import sys
+from collections.abc import Callable, Collection
+from numbers import Real
+
+import torch
+
+from fsp.data import DATASETS, is_count
+from fsp.dynamic import PRESETS
+from fsp.models import MODELS
+from fsp.prune import METHODS
+
+CHOICES = {
+    "dataset": tuple(DATASETS),
+    "model": tuple(MODELS),
+    "methods": tuple(METHODS),
+    "dynamics": tuple(PRESETS),
+}
+
+
+def check(**given: object) -> dict:
+    """Check the parameters of a notebook.
+
+    Parameters
+    ----------
+    **given
+        All parameters of the notebook, by name: of ``dataset``, ``model``, ``methods``, ``dynamics``, ``densities``,
+        ``density``, ``seeds``, ``epochs``, ``batch_size``, ``update_every``, ``lr``, ``device``, ``threads``,
+        ``recompute``, ``out_dir``, ``scheduler``, ``model_options``, ``train_options``.
+
+    Returns
+    -------
+    dict
+        `given`, with ``device`` "auto" replaced by "cuda" or "cpu".
+
+    Raises
+    ------
+    ValueError
+        For a value out of range, naming it and what is possible, and for a parameter that papermill injected but
+        the notebook does not have.
+    """
+    unknown = _injected() - given.keys()
+    if unknown:
+        raise ValueError(f"no parameter is called {', '.join(sorted(unknown))}: this notebook has {', '.join(given)}")
+    for name, value in given.items():
+        expected = _RULES[name](value)
+        if expected:
+            raise ValueError(f"{name} = {value!r}: expected {expected}")
+    if given.get("device") == "auto":
+        given["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    return given
+
+
+def _injected() -> set[str]:
+    """Names that the cell injected by papermill assigns, in a running notebook."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    cells = shell.user_ns.get("In", []) if shell else []
+    return {
+        target.id
+        for cell in cells
+        if cell.startswith("# Parameters\n")
+        for statement in ast.parse(cell).body
+        if isinstance(statement, ast.Assign)
+        for target in statement.targets
+        if isinstance(target, ast.Name)
+    }
+
+
+def _one_of(choices: Collection[str]) -> Callable[[object], str | None]:
+    """Rule: one of the choices."""
+    return lambda value: None if value in choices else f"one of {', '.join(choices)}"
+
+
+def _some_of(choices: Collection[str]) -> Callable[[object], str | None]:
+    """Rule: a list of different choices."""
+    return lambda value: (
+        None if _distinct(value) and set(value) <= set(choices) else f"a list of different ones of {', '.join(choices)}"
+    )
+
+
+def _distinct(value: object) -> bool:
+    """Whether a value is a non-empty list without repetitions."""
+    return isinstance(value, list | tuple) and len(value) > 0 and len({str(v) for v in value}) == len(value)
+
+
+def _is_density(value: object) -> bool:
+    """Whether a value is a fraction of weights that can be kept."""
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < value <= 1
+
+
+def _count(value: object) -> str | None:
+    """Rule: a whole number of at least 1."""
+    return None if is_count(value, 1) else "a whole number of at least 1"
+
+
+_RULES: dict[str, Callable[[object], str | None]] = {
+    "dataset": _one_of(CHOICES["dataset"]),
+    "model": _one_of(CHOICES["model"]),
+    "methods": _some_of(CHOICES["methods"]),
+    "dynamics": _some_of(CHOICES["dynamics"]),
+    "density": lambda v: None if _is_density(v) else "a fraction in (0, 1], such as 0.05",
+    "densities": lambda v: (
+        None if _distinct(v) and all(map(_is_density, v)) else "a list of different fractions in (0, 1], such as [0.05]"
+    ),
+    "seeds": lambda v: (
+        None if _distinct(v) and all(is_count(s, 0) for s in v) else "a list of different whole numbers, such as [0, 1]"
+    ),
+    "epochs": _count,
+    "batch_size": _count,
+    "update_every": _count,
+    "threads": _count,
+    "lr": lambda v: None if isinstance(v, Real) and 0 < v < math.inf else "a number above 0",
+    "device": lambda v: (
+        "auto or cpu: no CUDA device is available"
+        if str(v).startswith("cuda") and not torch.cuda.is_available()
+        else None
+        if str(v) in ("auto", "cpu") or str(v).startswith("cuda")
+        else "auto, cpu or cuda"
+    ),
+    "recompute": lambda v: None if isinstance(v, bool) else "True or False",
+    "out_dir": lambda v: None if isinstance(v, str) else 'a folder, or "" for the repository',
+    "scheduler": lambda v: None if v is None else "None (runs in this process)",
+    "model_options": lambda v: None if isinstance(v, dict) else "a dict of options of the model, such as {}",
+    "train_options": lambda v: None if isinstance(v, dict) else "a dict of fields of TrainConfig, such as {}",
+}

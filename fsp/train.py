@@ -1,0 +1,265 @@
+"""One training loop, visible from top to bottom."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.optim import SGD, lr_scheduler
+
+from fsp.batches import augment, batches
+from fsp.data import Data
+from fsp.masks import Masks, hold_
+from fsp.progress import bar
+
+SCHEDULES = ("cosine", "multistep", "one_cycle", "constant")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of one training run; SGD with momentum.
+
+    Attributes
+    ----------
+    epochs : int
+        Passes over the training split.
+    batch_size : int
+        Examples a step; the last batch of an epoch may be smaller.
+    lr : float
+        Peak learning rate.
+    momentum : float
+    nesterov : bool
+    weight_decay : float
+        L2 coefficient, on every parameter.
+    schedule : {"cosine", "multistep", "one_cycle", "constant"}
+        Changes the learning rate at every step; "one_cycle" also cycles the momentum between .85 and .95.
+    milestones : tuple of float
+        "multistep": fractions of the training after which the learning rate is multiplied by `gamma`.
+    gamma : float
+    warm_up : float
+        "one_cycle": fraction of the training in which the learning rate rises.
+    label_smoothing : float
+        As in `torch.nn.functional.cross_entropy`; training loss only.
+    augmented : bool, optional
+        Random crop and flip; default what the data set's standard recipe says.
+    bfloat16, channels_last : bool
+        Autocast and memory format; on CUDA only.
+    seed : int
+        Order of the data and augmentation.
+    """
+
+    epochs: int = 30
+    batch_size: int = 128
+    lr: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 5e-4
+    schedule: str = "cosine"
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    gamma: float = 0.1
+    warm_up: float = 0.1
+    label_smoothing: float = 0.0
+    augmented: bool | None = None
+    bfloat16: bool = False
+    channels_last: bool = False
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, valid, expected in [
+            ("epochs", isinstance(self.epochs, int) and self.epochs >= 1, "a whole number >= 1"),
+            ("batch_size", isinstance(self.batch_size, int) and self.batch_size >= 1, "a whole number >= 1"),
+            ("lr", 0 < self.lr < math.inf, "> 0"),
+            ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, ">= 0"),
+            ("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
+            ("milestones", all(0 < m < 1 for m in self.milestones), "fractions of the training in (0, 1)"),
+            ("gamma", 0 < self.gamma <= 1, "in (0, 1]"),
+            ("warm_up", 0 < self.warm_up < 1, "in (0, 1)"),
+            ("label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)"),
+            ("seed", isinstance(self.seed, int) and self.seed >= 0, "a whole number >= 0"),
+        ]:
+            if not valid:
+                raise ValueError(f"TrainConfig: {name} = {getattr(self, name)!r} is not {expected}")
+
+
+@dataclass
+class History:
+    """What a training run did.
+
+    Attributes
+    ----------
+    epochs : list of dict
+        One entry an epoch: epoch, lr, train_loss, validation_accuracy, validation_loss.
+    status : {"finished", "diverged"}
+        Diverged: the training loss of the last entry is not finite, and training stopped there.
+    best_epoch : int
+        Epoch with the highest validation accuracy, the earliest of equals; 0 before the first.
+    test_accuracy : float
+        In [0, 1], at the last epoch; ``nan`` if diverged.
+    test_accuracy_best : float
+        In [0, 1], at the best epoch on validation.
+    test_loss : float
+        Mean cross entropy at the last epoch, in nats.
+    steps : int
+        Optimiser steps asked for (RigL replaces some by topology updates).
+    seconds : float
+        Wall time of training and evaluation.
+    """
+
+    epochs: list[dict] = field(default_factory=list)
+    status: str = "finished"
+    best_epoch: int = 0
+    test_accuracy: float = math.nan
+    test_accuracy_best: float = math.nan
+    test_loss: float = math.nan
+    steps: int = 0
+    seconds: float = 0.0
+
+
+def fit(
+    model: nn.Module,
+    data: Data,
+    config: TrainConfig,
+    *,
+    masks: Masks | None = None,
+    take_step: Callable[[int, torch.optim.Optimizer], None] | None = None,
+) -> History:
+    """Train a model, keep its masks, select on validation, read the test split once at the end.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Maps inputs to logits; trained in place, left in eval mode with the weights of the last epoch.
+    data : fsp.data.Data
+        On the model's device.
+    config : TrainConfig
+    masks : Masks, optional
+        Pruned weights are 0 throughout.  Replacing an entry during training changes the topology.
+    take_step : callable, optional
+        ``take_step(step, optimizer)`` is called instead of ``optimizer.step()`` with the gradients in place and the
+        number of the step, from 1; see `fsp.dynamic.stepper`.
+
+    Returns
+    -------
+    History
+
+    Raises
+    ------
+    ValueError
+        If a mask fits no parameter.
+
+    Notes
+    -----
+    Bit-repeatable on the CPU for one seed and one number of threads.  Without a validation split the best epoch is
+    the last one.
+    """
+    device = next(model.parameters()).device
+    on_cuda = device.type == "cuda"
+    layout = torch.channels_last if config.channels_last and on_cuda else torch.preserve_format
+    model.to(memory_format=layout)
+    optimizer = SGD(
+        model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=config.nesterov
+    )
+    per_epoch = math.ceil(len(data.train.labels) / config.batch_size)
+    schedule = _schedule(optimizer, config, config.epochs * per_epoch)
+    held = hold_(optimizer, model, masks) if masks is not None else None
+    generator = torch.Generator().manual_seed(config.seed)
+    augmented = data.augmented if config.augmented is None else config.augmented
+    history, best_accuracy, best_state = History(), -math.inf, None
+    start = time.perf_counter()
+    progress = bar(total=config.epochs * len(data.train.labels), unit="img", unit_scale=True, delay=3, leave=False)
+    with progress:
+        for epoch in range(1, config.epochs + 1):
+            model.train()
+            total_loss = torch.zeros((), device=device)
+            for images, labels in batches(data.train, config.batch_size, generator=generator):
+                if augmented:
+                    images = augment(images, generator=generator)
+                inputs = data.normalise(images).to(memory_format=layout)
+                with torch.autocast("cuda", torch.bfloat16, enabled=config.bfloat16 and on_cuda):
+                    loss = cross_entropy(model(inputs), labels, label_smoothing=config.label_smoothing)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                history.steps += 1
+                if take_step is None:
+                    optimizer.step()
+                else:
+                    take_step(history.steps, optimizer)
+                schedule.step()
+                total_loss += loss.detach() * len(labels)
+                progress.update(len(labels))
+            # one look an epoch: reading the loss at every step would stall a GPU, and a nan stays a nan
+            train_loss = total_loss.item() / len(data.train.labels)
+            validation = evaluate(model, data, "validation")
+            history.epochs.append(
+                {"epoch": epoch, "lr": schedule.get_last_lr()[0], "train_loss": train_loss}
+                | {f"validation_{name}": value for name, value in validation.items()}
+            )
+            progress.set_postfix(loss=f"{train_loss:.3f}", validation=f"{validation['accuracy']:.3f}")
+            if not math.isfinite(train_loss):
+                history.status = "diverged"
+                break
+            if validation["accuracy"] > best_accuracy or math.isnan(validation["accuracy"]):
+                best_accuracy, history.best_epoch = validation["accuracy"], epoch
+                best_state = {name: t.detach().clone() for name, t in model.state_dict().items()}
+    if held is not None:
+        held.remove()
+    _read_test(model, data, history, best_state)
+    history.seconds = time.perf_counter() - start
+    return history
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: Data, split: str, *, batch_size: int = 1000) -> dict[str, float]:
+    """Accuracy and loss of a model on one split; leaves the model in eval mode.
+
+    Parameters
+    ----------
+    model : nn.Module
+    data : fsp.data.Data
+    split : {"train", "validation", "test"}
+    batch_size : int
+
+    Returns
+    -------
+    dict
+        ``accuracy`` in [0, 1] and ``loss``, the mean cross entropy in nats; both ``nan`` for an empty split.
+    """
+    model.eval()
+    examples = getattr(data, split)
+    correct = loss = 0.0
+    for images, labels in batches(examples, batch_size):
+        logits = model(data.normalise(images)).float()
+        correct += (logits.argmax(1) == labels).sum().item()
+        loss += cross_entropy(logits, labels, reduction="sum").item()
+    n = len(examples.labels) or math.nan
+    return {"accuracy": correct / n, "loss": loss / n}
+
+
+def _schedule(optimizer: SGD, config: TrainConfig, steps: int) -> lr_scheduler.LRScheduler:
+    """Learning rate schedule over all optimiser steps."""
+    if config.schedule == "cosine":
+        return lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+    if config.schedule == "multistep":
+        return lr_scheduler.MultiStepLR(optimizer, [round(m * steps) for m in config.milestones], config.gamma)
+    if config.schedule == "one_cycle":
+        # one spare step: the loop asks for the rate that follows the last update
+        return lr_scheduler.OneCycleLR(
+            optimizer, config.lr, steps + 1, pct_start=config.warm_up, div_factor=100, final_div_factor=1e4
+        )
+    return lr_scheduler.ConstantLR(optimizer, factor=1.0)
+
+
+def _read_test(model: nn.Module, data: Data, history: History, best_state: dict | None) -> None:
+    """Test accuracy of the best weights on validation and of the last ones; the model keeps the last."""
+    last_state = {name: t.detach().clone() for name, t in model.state_dict().items()}
+    if best_state is not None:
+        model.load_state_dict(best_state)
+        history.test_accuracy_best = evaluate(model, data, "test")["accuracy"]
+        model.load_state_dict(last_state)
+    if history.status == "finished":
+        test = evaluate(model, data, "test")
+        history.test_accuracy, history.test_loss = test["accuracy"], test["loss"]

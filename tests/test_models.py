@@ -1,0 +1,516 @@
+import math
+from functools import partial
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+from torchvision.models.vgg import cfgs, make_layers
+
+from fsp.models import INITS, MODELS, build, initialise_
+from fsp.models.resnet import PadShortcut
+
+COLOUR = (3, 32, 32)
+DIGITS = (1, 8, 8)
+MNIST = (1, 28, 28)
+
+# others.md §6.1, §6.2 and §6.4: model, options, input, prunable tensors, {classes: (total, prunable)}
+COUNTS = [
+    (
+        "resnet20",
+        {},
+        COLOUR,
+        22,
+        {10: (272_474, 270_896), 100: (278_324, 276_656), 200: (284_824, 283_056)},
+    ),
+    (
+        "resnet20",
+        {"shortcut": "A"},
+        COLOUR,
+        20,
+        {10: (269_722, 268_336), 100: (275_572, 274_096), 200: (282_072, 280_496)},
+    ),
+    (
+        "resnet32",
+        {},
+        COLOUR,
+        34,
+        {10: (466_906, 464_432), 100: (472_756, 470_192), 200: (479_256, 476_592)},
+    ),
+    (
+        "resnet32",
+        {"width": 32},
+        COLOUR,
+        34,
+        {10: (1_860_522, 1_855_584), 100: (1_872_132, 1_867_104), 200: (1_885_032, 1_879_904)},
+    ),
+    (
+        "resnet56",
+        {},
+        COLOUR,
+        58,
+        {10: (855_770, 851_504), 100: (861_620, 857_264), 200: (868_120, 863_664)},
+    ),
+    (
+        "resnet110",
+        {},
+        COLOUR,
+        112,
+        {10: (1_730_714, 1_722_416), 100: (1_736_564, 1_728_176), 200: (1_743_064, 1_734_576)},
+    ),
+    (
+        "resnet18",
+        {},
+        COLOUR,
+        21,
+        {10: (11_173_962, 11_164_352), 100: (11_220_132, 11_210_432), 200: (11_271_432, 11_261_632)},
+    ),
+    (
+        "resnet34",
+        {},
+        COLOUR,
+        37,
+        {10: (21_282_122, 21_265_088), 100: (21_328_292, 21_311_168), 200: (21_379_592, 21_362_368)},
+    ),
+    (
+        "vgg11",
+        {},
+        COLOUR,
+        9,
+        {10: (9_231_114, 9_222_848), 100: (9_277_284, 9_268_928), 200: (9_328_584, 9_320_128)},
+    ),
+    (
+        "vgg16",
+        {},
+        COLOUR,
+        14,
+        {10: (14_728_266, 14_715_584), 100: (14_774_436, 14_761_664), 200: (14_825_736, 14_812_864)},
+    ),
+    (
+        "vgg19",
+        {},
+        COLOUR,
+        17,
+        {10: (20_040_522, 20_024_000), 100: (20_086_692, 20_070_080), 200: (20_137_992, 20_121_280)},
+    ),
+    (
+        "vgg16",
+        {"conv_bias": False},
+        COLOUR,
+        14,
+        {10: (14_724_042, 14_715_584), 100: (14_770_212, 14_761_664), 200: (14_821_512, 14_812_864)},
+    ),
+    (
+        "vgg19",
+        {"conv_bias": False},
+        COLOUR,
+        17,
+        {10: (20_035_018, 20_024_000), 100: (20_081_188, 20_070_080), 200: (20_132_488, 20_121_280)},
+    ),
+    ("lenet300", {}, MNIST, 3, {10: (266_610, 266_200)}),
+    ("mlp", {"hidden": (100,) * 5}, MNIST, 6, {10: (119_910, 119_400)}),
+    ("mlp", {"hidden": (1024, 512)}, COLOUR, 3, {10: (3_676_682, 3_675_136)}),
+]
+
+
+def on_meta(name, shape, classes, **options):
+    with torch.device("meta"):
+        return MODELS[name](shape, classes, **options)
+
+
+def prunable(model):
+    return [m.weight for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def bits(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "shape", "tensors", "classes", "total", "kept"),
+    [
+        pytest.param(name, options, shape, tensors, classes, *pair, id=f"{name}-{classes}-{options or 'default'}")
+        for name, options, shape, tensors, by_classes in COUNTS
+        for classes, pair in by_classes.items()
+    ],
+)
+def test_parameter_counts_are_those_of_the_literature(name, options, shape, tensors, classes, total, kept):
+    model = on_meta(name, shape, classes, **options)
+    weights = prunable(model)
+    assert sum(p.numel() for p in model.parameters()) == total
+    assert sum(w.numel() for w in weights) == kept
+    assert len(weights) == tensors
+
+
+def test_counts_do_not_depend_on_height_and_width_except_in_an_mlp():
+    for name in MODELS:
+        small = sum(p.numel() for p in on_meta(name, (3, 8, 8), 10).parameters())
+        large = sum(p.numel() for p in on_meta(name, (3, 64, 64), 10).parameters())
+        assert (small == large) == (name not in ("mlp", "lenet300"))
+
+
+def test_resnet8_has_one_block_a_stage_and_width_multiplies_its_channels():
+    # stem 1·16, stages 2·16², 16·32 + 32² with projection 16·32, likewise 32 to 64, classifier 64·10
+    expected = 9 * (16 + 2 * 256 + 512 + 1024 + 2048 + 4096) + 512 + 2048 + 640
+    assert sum(w.numel() for w in prunable(on_meta("resnet8", DIGITS, 10))) == expected
+    wide = on_meta("resnet8", DIGITS, 10, width=24)
+    assert [len(block.conv1.weight) for block in wide.blocks] == [24, 48, 96]
+
+
+@pytest.mark.parametrize("shape", [DIGITS, MNIST, COLOUR, (3, 64, 64), (2, 5, 3), (1, 1, 1)])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_maps_a_batch_to_logits_whatever_the_size_of_the_image(name, shape):
+    logits = on_meta(name, shape, 7)(torch.empty(4, *shape, device="meta"))
+    assert logits.shape == (4, 7)
+
+
+@pytest.mark.parametrize("name", ["mlp", "lenet300", "resnet8", "resnet20", "vgg11"])
+def test_a_built_model_trains_on_digits_sized_images(name):
+    model = build(name, DIGITS, 10)
+    logits = model(torch.randn(4, *DIGITS, generator=seeded(1)))
+    nn.functional.cross_entropy(logits, torch.arange(4)).backward()
+    assert model.training
+    assert all(p.device.type == "cpu" and p.grad.isfinite().all() for p in model.parameters())
+    assert all(w.grad.any() for w in prunable(model))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *[(name, {}) for name in MODELS],
+        ("mlp", {"norm": True}),
+        ("resnet20", {"shortcut": "A"}),
+        ("vgg16", {"conv_bias": False}),
+    ],
+)
+def test_modules_are_registered_in_the_order_in_which_the_forward_pass_calls_them(name, options):
+    model = on_meta(name, COLOUR, 10, **options)
+    leaves = {path: module for path, module in model.named_modules() if not list(module.children())}
+    called = []
+    for path, module in leaves.items():
+        module.register_forward_hook(lambda *_, path=path: called.append(path))
+    model(torch.empty(2, *COLOUR, device="meta"))
+    assert called == list(leaves)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("mlp", {"norm": True}, ["linear1", "norm1", "linear2", "norm2", "classifier"]),
+        (
+            "resnet8",
+            {},
+            ["stem.conv", "stem.norm"]
+            + [f"blocks.0.{layer}" for layer in ("conv1", "norm1", "conv2", "norm2")]
+            + [
+                f"blocks.{i}.{layer}"
+                for i in (1, 2)
+                for layer in ("conv1", "norm1", "conv2", "norm2", "shortcut.conv", "shortcut.norm")
+            ]
+            + ["classifier"],
+        ),
+        ("vgg11", {}, [f"{layer}{i}" for i in range(1, 9) for layer in ("conv", "norm")] + ["classifier"]),
+    ],
+)
+def test_parameter_names_are_readable(name, options, expected):
+    model = on_meta(name, DIGITS, 10, **options)
+    owners = dict.fromkeys(key.rpartition(".")[0] for key, _ in model.named_parameters())
+    assert list(owners) == expected
+
+
+def test_resnet18_computes_what_torchvisions_does_with_a_small_stem():
+    with torch.random.fork_rng(devices=[]):
+        theirs = torchvision.models.resnet18(num_classes=10)
+        theirs.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    theirs.maxpool = nn.Identity()
+    ours = build("resnet18", (3, 16, 16), 10, bn_gamma="uniform")
+    states = zip(theirs.state_dict(), ours.state_dict().values(), strict=True)
+    theirs.load_state_dict({key: value.clone() for key, value in states})
+    x = torch.randn(4, 3, 16, 16, generator=seeded(2))
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_vgg11_computes_torchvisions_features_with_the_last_pool_averaged():
+    ours = build("vgg11", COLOUR, 10, bn_gamma="uniform")
+    with torch.device("meta"):
+        theirs = make_layers(cfgs["A"], batch_norm=True)[:-1]
+    states = zip(theirs.state_dict(), ours.state_dict().values(), strict=False)
+    theirs.load_state_dict({key: value.clone() for key, value in states}, assign=True)
+    x = torch.randn(4, *COLOUR, generator=seeded(2))
+    pooled = nn.functional.avg_pool2d(theirs(x), 2)  # (4, 512, 1, 1)
+    torch.testing.assert_close(ours(x), ours.classifier(pooled.flatten(1)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "windows"),
+    [
+        (COLOUR, [(2, 2)] * 4),
+        (DIGITS, [(2, 2)] * 3),
+        ((1, 28, 28), [(2, 2)] * 4),
+        ((3, 8, 2), [(2, 2), (2, 1), (2, 1)]),
+        ((1, 1, 1), []),
+    ],
+)
+def test_vgg_pools_no_side_that_is_one_pixel_long(shape, windows):
+    pools = [m.kernel_size for m in on_meta("vgg16", shape, 10).modules() if isinstance(m, nn.MaxPool2d)]
+    assert pools == windows
+
+
+def test_an_mlp_is_linear_maps_with_relu_between():
+    model = build("mlp", (1, 2, 2), 3, hidden=(5, 4), init="torch_default")
+    x = torch.randn(6, 1, 2, 2, generator=seeded(3))
+    w1, b1, w2, b2, w3, b3 = model.parameters()
+    hidden = (x.reshape(6, 4) @ w1.T + b1).clamp(min=0)
+    hidden = (hidden @ w2.T + b2).clamp(min=0)
+    torch.testing.assert_close(model(x), hidden @ w3.T + b3)
+
+
+def test_an_mlp_without_hidden_layers_is_a_linear_classifier():
+    assert [name for name, _ in build("mlp", DIGITS, 10, hidden=[]).named_parameters()] == [
+        "classifier.weight",
+        "classifier.bias",
+    ]
+
+
+def test_the_padding_shortcut_subsamples_and_appends_zero_channels():
+    x = torch.arange(16.0).reshape(1, 1, 4, 4)
+    expected = torch.tensor([[[[0.0, 2.0], [8.0, 10.0]], [[0.0, 0.0], [0.0, 0.0]]]])
+    assert torch.equal(PadShortcut(1, 2)(x), expected)
+
+
+@pytest.mark.parametrize("name", ["mlp", "resnet20", "vgg11"])
+def test_the_seed_alone_decides_every_bit(name):
+    def make(seed):
+        return bits(build(name, COLOUR, 10, bn_gamma="uniform", generator=seeded(seed)))
+
+    first = make(5)
+    assert equal(first, make(5))
+    other = make(6)
+    drawn = [key for key in first if first[key].ndim > 1]
+    assert drawn
+    assert not any(torch.equal(first[key], other[key]) for key in drawn)
+
+
+def test_without_a_generator_the_seed_is_zero():
+    assert equal(bits(build("resnet8", DIGITS, 10)), bits(build("resnet8", DIGITS, 10, generator=seeded(0))))
+
+
+def test_a_generator_that_is_used_twice_gives_two_models():
+    generator = seeded(0)
+    first, second = (bits(build("mlp", DIGITS, 10, generator=generator)) for _ in range(2))
+    assert not equal(first, second)
+
+
+@pytest.mark.parametrize("name", ["mlp", "lenet300", "resnet8", "resnet110", "resnet18", "vgg11"])
+def test_building_neither_changes_nor_reads_the_global_random_state(name):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(11)
+        before = torch.get_rng_state()
+        first = bits(build(name, DIGITS, 10))
+        assert torch.equal(torch.get_rng_state(), before)
+        torch.manual_seed(12)
+        assert equal(bits(build(name, DIGITS, 10)), first)
+
+
+def test_no_part_of_a_built_model_is_left_uninitialised():
+    model = build("resnet20", COLOUR, 10)
+    for name, tensor in model.state_dict().items():
+        if name.endswith(("bias", "running_mean", "num_batches_tracked")):
+            assert not tensor.any(), name
+        elif tensor.ndim == 1:  # scale and running variance of a norm
+            assert (tensor == 1).all(), name
+        else:
+            assert tensor.std() > 0.01, name
+
+
+# initialiser, standard deviation on Linear(600, 900) (fans 600 and 900) and on Conv2d(64, 128, 3) (576 and 1152), law
+STDS = [
+    ("kaiming_normal_fan_in", math.sqrt(2 / 600), math.sqrt(2 / 576), "normal"),
+    ("kaiming_normal_fan_out", math.sqrt(2 / 900), math.sqrt(2 / 1152), "normal"),
+    ("torch_default", 1 / math.sqrt(3 * 600), 1 / math.sqrt(3 * 576), "uniform"),
+    ("xavier_normal", math.sqrt(2 / 1500), math.sqrt(2 / 1728), "normal"),
+    ("xavier_uniform", math.sqrt(2 / 1500), math.sqrt(2 / 1728), "uniform"),
+    ("lecun", math.sqrt(1 / 600), math.sqrt(1 / 576), "normal"),
+    ("fsp2023", 0.01, math.sqrt(2 / 1152), "normal"),
+]
+
+
+def test_the_table_of_standard_deviations_names_every_initialiser():
+    assert [row[0] for row in STDS] == list(INITS)
+
+
+@pytest.mark.parametrize(("name", "linear", "conv", "law"), STDS)
+def test_weights_follow_the_documented_law(name, linear, conv, law):
+    model = nn.ModuleList([nn.Linear(600, 900), nn.Conv2d(64, 128, 3)])
+    initialise_(model, name, generator=seeded(7))
+    for module, std in zip(model, (linear, conv), strict=True):
+        weight = module.weight.detach()
+        assert weight.std().item() == pytest.approx(std, rel=0.015)  # five standard errors of the convolution
+        assert abs(weight.mean().item()) < 5 * std / math.sqrt(weight.numel())
+        largest = weight.abs().max().item() / std
+        assert largest < math.sqrt(3) + 0.05 if law == "uniform" else largest > 3.5
+        if name == "torch_default":
+            assert module.bias.abs().max() > 0
+        else:
+            assert not module.bias.any()
+
+
+@pytest.mark.parametrize("name", ["mlp", "resnet8", "vgg11"])
+def test_torch_default_gives_the_bits_of_pytorchs_own_construction(name):
+    ours = build(name, DIGITS, 10, init="torch_default", generator=seeded(21))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(21)
+        theirs = MODELS[name](DIGITS, 10)
+    assert equal(bits(ours), bits(theirs))
+
+
+def norms(affine=True):
+    return nn.ModuleDict(
+        {
+            "bn1": nn.BatchNorm1d(200, affine=affine),
+            "bn2": nn.BatchNorm2d(200, affine=affine),
+            "bn3": nn.BatchNorm3d(200, affine=affine),
+            "instance": nn.InstanceNorm2d(200, affine=affine, track_running_stats=True),
+            "layer": nn.LayerNorm(200, elementwise_affine=affine),
+            "group": nn.GroupNorm(4, 200, affine=affine),
+            "rms": nn.RMSNorm(200, elementwise_affine=affine),
+        }
+    )
+
+
+@pytest.mark.parametrize("name", INITS)
+def test_norms_start_at_scale_one_except_the_two_dimensional_batch_norm_of_fsp2023(name):
+    model = norms()
+    for tensor in model.state_dict().values():
+        tensor.fill_(3)
+    initialise_(model, name, generator=seeded(0))
+    for key, module in model.items():
+        assert (module.weight == (0.5 if name == "fsp2023" and key == "bn2" else 1)).all()
+    for key, tensor in model.state_dict().items():
+        if key.endswith(("bias", "running_mean", "num_batches_tracked")):
+            assert not tensor.any(), key
+        if key.endswith("running_var"):
+            assert (tensor == 1).all(), key
+
+
+@pytest.mark.parametrize("name", ["kaiming_normal_fan_in", "fsp2023"])
+def test_bn_gamma_uniform_draws_the_scale_of_batch_norms_only(name):
+    model = initialise_(norms(), name, generator=seeded(0), bn_gamma="uniform")
+    for key in ("bn1", "bn2", "bn3"):
+        gamma = model[key].weight
+        assert 0 <= gamma.min() < 0.05
+        assert 0.95 < gamma.max() < 1
+        assert gamma.mean().item() == pytest.approx(0.5, abs=0.1)  # five standard errors
+    assert all((model[key].weight == 1).all() for key in ("instance", "layer", "group", "rms"))
+
+
+def test_norms_without_parameters_and_layers_without_bias_are_accepted():
+    model = nn.Sequential(norms(affine=False), nn.Conv1d(3, 4, 2, bias=False), nn.Conv3d(3, 4, 2, groups=1))
+    initialise_(model, generator=seeded(0))
+    assert model[1].weight.any()
+
+
+def test_the_numbers_do_not_depend_on_the_dtype_of_the_model():
+    single = build("resnet8", DIGITS, 10, bn_gamma="uniform", generator=seeded(4))
+    double = initialise_(build("resnet8", DIGITS, 10).double(), generator=seeded(4), bn_gamma="uniform")
+    assert equal(bits(single.double()), bits(double))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_numbers_do_not_depend_on_the_device_of_the_model():
+    there = initialise_(build("resnet8", DIGITS, 10).cuda(), bn_gamma="uniform", generator=seeded(4))
+    assert all(p.is_cuda for p in there.parameters())
+    here = build("resnet8", DIGITS, 10, bn_gamma="uniform", generator=seeded(4))
+    assert equal(bits(here), bits(there.cpu()))
+    with torch.device("cuda"):
+        assert equal(bits(build("resnet8", DIGITS, 10)), bits(build("resnet8", DIGITS, 10, generator=seeded(0))))
+
+
+def test_initialising_keeps_frozen_parameters_frozen():
+    model = build("mlp", DIGITS, 10)
+    model.linear1.weight.requires_grad_(False)
+    initialise_(model, generator=seeded(1))
+    assert [p.requires_grad for p in model.parameters()] == [False] + [True] * 5
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        self.scale = nn.Parameter(torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: nn.Embedding(3, 2), TypeError, r"^1 \(Embedding\) has the parameter 'weight'"),
+        (lambda: nn.Sequential(nn.ConvTranspose2d(1, 1, 2)), TypeError, r"^1\.0 \(ConvTranspose2d\)"),
+        (lambda: nn.MultiheadAttention(2, 1), TypeError, "'in_proj_weight'"),
+        (Scaled, TypeError, r"^1 \(Scaled\) has the parameter 'scale'"),
+        (lambda: prune.identity(nn.Linear(2, 2), "weight"), TypeError, "'weight_orig'"),
+        (lambda: parametrizations.weight_norm(nn.Linear(2, 2)), TypeError, "'original0'"),
+        (lambda: nn.Linear(2, 2, device="meta"), ValueError, "'weight' of 1 .* has no data"),
+        (lambda: nn.LazyLinear(2), ValueError, "'weight' of 1 .* has no data"),
+    ],
+)
+def test_a_model_that_cannot_be_seeded_in_full_is_refused_and_left_alone(make, error, message):
+    model = nn.Sequential(nn.Linear(2, 2), make())
+    before = bits(model[0])
+    with pytest.raises(error, match=message):
+        initialise_(model, generator=seeded(0))
+    assert equal(bits(model[0]), before)
+
+
+def test_a_bare_parameter_of_the_model_itself_is_refused():
+    with pytest.raises(TypeError, match=r"the model itself \(Scaled\) has the parameter 'scale'"):
+        initialise_(Scaled(), generator=seeded(0))
+
+
+make_mlp = partial(build, "mlp", DIGITS, 10)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: build("resnet19", COLOUR, 10), ValueError, "unknown model 'resnet19'.*resnet18"),
+        (lambda: make_mlp(width=3), TypeError, "mlp has no option width; it takes hidden, norm"),
+        (lambda: build("resnet8", DIGITS, 10, hidden=3), TypeError, "it takes width, shortcut"),
+        (lambda: build("vgg11", DIGITS, 10, depth=16), TypeError, "no option depth; it takes conv_bias"),
+        (lambda: build("lenet300", MNIST, 10, hidden=(3,)), TypeError, "it takes none"),
+        (lambda: make_mlp(init="he"), ValueError, "unknown initialiser 'he'.*lecun, fsp2023"),
+        (lambda: make_mlp(bn_gamma=0.5), ValueError, "bn_gamma must be one of default, uniform, got 0.5"),
+        (lambda: make_mlp(generator=3), TypeError, "generator must be a torch.Generator on the CPU, got 3"),
+        (lambda: initialise_(nn.Linear(1, 1), generator=None), TypeError, "got None"),
+        (lambda: build("mlp", (8, 8), 10), ValueError, r"shape must be .*got \(8, 8\)"),
+        (lambda: build("mlp", 64, 10), ValueError, "shape must be .*got 64"),
+        (lambda: build("mlp", (1, 0, 8), 10), ValueError, "shape must be"),
+        (lambda: build("mlp", (1, 8.0, 8), 10), ValueError, "shape must be"),
+        (lambda: build("mlp", (True, 8, 8), 10), ValueError, "shape must be"),
+        (lambda: build("mlp", DIGITS, 1), ValueError, "classes must be an integer of at least 2, got 1"),
+        (lambda: build("mlp", DIGITS, 10.0), ValueError, "classes must be"),
+        (lambda: make_mlp(hidden=256), ValueError, "hidden must be .*got 256"),
+        (lambda: make_mlp(hidden=(256, 0)), ValueError, "hidden must be"),
+        (lambda: make_mlp(norm=1), ValueError, "norm must be True or False, got 1"),
+        (lambda: build("resnet8", DIGITS, 10, width=0), ValueError, "width must be .*got 0"),
+        (lambda: build("resnet18", DIGITS, 10, width=1.5), ValueError, "width must be .*got 1.5"),
+        (lambda: build("resnet8", DIGITS, 10, shortcut="C"), ValueError, "shortcut must be \"A\".*got 'C'"),
+        (lambda: build("vgg11", DIGITS, 10, conv_bias=None), ValueError, "conv_bias must be .*got None"),
+        (lambda: MODELS["resnet20"].func(21, COLOUR, 10), ValueError, "depth must be 6n . 2.*got 21"),
+        (lambda: MODELS["resnet20"].func(2, COLOUR, 10), ValueError, "depth must be 6n . 2.*got 2"),
+        (lambda: MODELS["resnet18"].func(50, COLOUR, 10), ValueError, "depth must be one of 18, 34, got 50"),
+        (lambda: MODELS["vgg11"].func(13, COLOUR, 10), ValueError, "depth must be one of 11, 16, 19, got 13"),
+    ],
+)
+def test_bad_input_is_named_with_what_was_expected(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

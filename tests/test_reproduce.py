@@ -1,0 +1,346 @@
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import psutil
+import pytest
+
+from fsp import committed, paths, report, reproduce
+
+PARAMETERS = """\
+seeds = [0, 1]  # one run each
+rate = 0.5  # a float
+epochs = 3
+wait = 0.0  # seconds a run takes
+name = "digits"
+scheduler = None
+recompute = False
+out_dir = ""
+"""
+# A notebook that keeps the contract with nothing but the standard library, so that it starts fast.
+RUNS = """\
+import csv, sys, time
+from fsp.paths import outputs
+place, stem = outputs(out_dir), "{stem}"
+for folder in place:
+    folder.mkdir(parents=True, exist_ok=True)
+computed = 0
+for seed in seeds:
+    record = place.runs / f"{{seed}}.json"
+    if recompute or not record.exists():
+        time.sleep(wait)
+        record.write_text("{{}}")
+        computed += 1
+        print(f"bar at seed {{seed}}", file=sys.stderr)
+"""
+TABLES = """\
+with open(place.results / f"{stem}.csv", "w") as file:
+    csv.writer(file).writerows([["key", "accuracy", "train_s"], *([f"k{s}", rate + s, time.time()] for s in seeds)])
+head = "claim,paper,section,measured,low,high,n,published,holds,note".split(",")
+row = ["Rate | is half", "P", "4.2", rate, rate - 0.1, rate + 0.1, len(seeds), "", "yes" if rate == 0.5 else "no", ""]
+with open(place.results / f"{stem}.claims.csv", "w") as file:
+    csv.writer(file).writerows([head, row])
+for ending in ("png", "pdf"):
+    (place.figures / f"{stem}.{ending}").write_bytes(b"drawn")
+"""
+CHATTER = "import time\nfor i in range(3):\n    print(i, flush=True)\n    time.sleep(0.3)"
+FAILS = "raise ValueError('method snap: expected one of snip, grasp')"
+
+
+def write_notebook(folder: Path, stem: str, *cells: str, tag: str = "nbval-check-output") -> Path:
+    new = nbformat.v4.new_code_cell
+    parameters = new(PARAMETERS, metadata={"tags": ["parameters"]})
+    checked = new("len(seeds)", metadata={"tags": [tag]})
+    sources = [new(text.replace("{stem}", stem).replace("{{", "{").replace("}}", "}")) for text in cells]
+    notebook = nbformat.v4.new_notebook(cells=[parameters, *sources, checked], metadata=committed.METADATA)
+    folder.mkdir(parents=True, exist_ok=True)
+    nbformat.write(notebook, folder / f"{stem}.ipynb")
+    return folder / f"{stem}.ipynb"
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """A repository of its own, with one notebook."""
+    root = tmp_path / "repository"
+    write_notebook(root / "notebooks", "01_good", RUNS, TABLES)
+    for module in (reproduce, committed, paths):
+        monkeypatch.setattr(module, "ROOT", root)
+    monkeypatch.setattr(paths, "DATA", root / "data")
+    monkeypatch.setattr(reproduce, "NOTEBOOKS", root / "notebooks")
+    monkeypatch.setattr(reproduce, "PROFILES", root / "notebooks" / "profiles")
+    monkeypatch.setenv("FSP_PROGRESS", "0")
+    return root
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def claim(stem="03_x", text="Gap decides", holds="yes", measured=0.5, low=0.4, high=0.6):
+    row = dict.fromkeys(["notebook", *report.CLAIM_COLUMNS], "")
+    return row | {"notebook": stem, "claim": text, "holds": holds, "measured": measured, "low": low, "high": high}
+
+
+# --- what is refused before anything runs
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "07"], r"no notebook '07': there are 01_good"),
+        (["-p", "sedes", "[1]"], r"no parameter 'sedes': it has seeds, rate, epochs, wait, name, scheduler, recompute"),
+        (["-p", "epochs", "2.5"], r"01_good: epochs is 2.5: expected int, as its default 3"),
+        (["-p", "epochs", "true"], r"epochs is True: expected int"),
+        (["-p", "rate=1e-3"], r"rate is '1e-3': expected float.*write 0.001 or 1.0e-3"),
+        (["-p", "recompute", "1"], r"recompute is 1: expected bool"),
+        (["-p", "seeds", "3"], r"seeds is 3: expected list"),
+        (["-p", "name", "7"], r"name is 7: expected str"),
+        (["-p", "out_dir", "x"], r"use --out"),
+        (["-p", "epochs"], r"expected -p NAME VALUE or -p NAME=VALUE"),
+        (["-p", "seeds", "[0"], r"'\[0' is not YAML"),
+        (["--profile", "paper"], r"paper.01_good.yaml"),
+        (["--out", "{root}"], r"would overwrite the committed notebooks"),
+        (["--out", "{root}/notebooks/01_good.ipynb"], r"Not a directory|File exists"),
+        (["--timeout", "-1"], r"-1 is no positive number of seconds"),
+        (["--recompute"], r"belongs to --refresh"),
+        (["--check", "-p", "epochs", "1"], r"only --only goes with them"),
+        (["--refresh"], r"README.md"),
+    ],
+)
+def test_a_wrong_argument_stops_before_any_notebook_runs(root, capsys, arguments, message):
+    before = contents(root)
+    with pytest.raises(SystemExit) as stopped:
+        reproduce.main([argument.replace("{root}", str(root)) for argument in arguments])
+    assert stopped.value.code == 2
+    assert re.search(message, capsys.readouterr().err.replace("\n", " "))
+    assert contents(root) == before
+
+
+def test_parameters_come_from_the_profile_then_from_the_command_line(root, tmp_path):
+    profile = root / "notebooks" / "profiles" / "smoke" / "01_good.yaml"
+    profile.parent.mkdir(parents=True)
+    profile.write_text("epochs: 1\nrate: 1\n")
+    chosen = reproduce.plan(root / "notebooks" / "01_good.ipynb", "smoke", {"rate": 0.25, "scheduler": "x"}, tmp_path)
+    assert chosen == {"epochs": 1, "rate": 0.25, "scheduler": "x", "out_dir": str(tmp_path)}
+    profile.write_text("epoch: 1\n")
+    with pytest.raises(ValueError, match="no parameter 'epoch'"):
+        reproduce.plan(root / "notebooks" / "01_good.ipynb", "smoke", {}, tmp_path)
+
+
+def test_the_default_output_folder_is_another_one_for_other_code(root):
+    first = reproduce.default_out("quick")
+    assert first == reproduce.default_out("quick")
+    assert first.parent == root / "reproduced"
+    assert first.name.startswith("quick-")
+    assert len(first.name) == len("quick-") + 8
+    write_notebook(root / "notebooks", "01_good", RUNS, TABLES + "\n# changed")
+    assert reproduce.default_out("quick") != first
+
+
+def test_notebooks_are_chosen_by_number_or_stem_and_run_in_order(root):
+    for stem in ("02_b", "03_c"):
+        write_notebook(root / "notebooks", stem)
+    assert [path.stem for path in reproduce.notebooks(["03_c", "1"])] == ["01_good", "03_c"]
+    assert [path.stem for path in reproduce.notebooks()] == ["01_good", "02_b", "03_c"]
+
+
+# --- running and reporting
+
+
+def test_a_run_reports_claims_differences_and_the_notebook_that_failed(root, tmp_path, capfd):
+    write_notebook(root / "notebooks", "00_bad", FAILS)
+    committed_results = root / "data" / "results"
+    committed_results.mkdir(parents=True)
+    (committed_results / "01_good.csv").write_text("key,accuracy,train_s\nk0,0.5,1.0\nk1,1.25,1.0\nk2,2.5,1.0\n")
+    head = ",".join(report.CLAIM_COLUMNS)
+    (committed_results / "01_good.claims.csv").write_text(f"{head}\nRate | is half,P,4.2,0.7,0.65,0.75,3,,no,\n")
+    repository, out = contents(root), tmp_path / "out"
+
+    assert reproduce.main(["--out", str(out)]) == 1
+    printed = capfd.readouterr()
+    text = (out / "report.md").read_text()
+    assert "| 00_bad | failed |" in text
+    assert "ValueError: method snap: expected one of snip, grasp" in text
+    assert str(out / "notebooks" / "00_bad.ipynb") in text
+    assert "| 01_good | finished |" in text
+    assert r"| Rate \| is half | P 4.2 | 0.5 [0.4, 0.6] | 2 |" in text
+    assert "2 rows compared, 1 missing, 0 not in the committed table: `accuracy`: 1 differ, by at most 0.25" in text
+    assert "verdict 'yes', committed 'no'" in text
+    assert "measured 0.5, committed 0.7 [0.65, 0.75]" in text
+    assert "train_s" not in text
+    assert "01_good  cell 3/5" in printed.out
+    assert "bar at seed 1" in printed.err
+    assert "ValueError: method snap" in printed.out
+    assert str(out / "report.md") in printed.out
+    assert "<table>" in (out / "report.html").read_text()
+    assert {path.name for path in (out / "notebooks").iterdir()} == {"00_bad.ipynb", "01_good.ipynb"}
+    assert contents(root) == repository
+
+
+def test_a_notebook_that_keeps_no_promise_or_takes_too_long_has_failed(root, tmp_path, capfd):
+    write_notebook(root / "notebooks", "01_good", RUNS)
+    assert reproduce.main(["--out", str(tmp_path / "a")]) == 1
+    assert "without writing results/01_good.csv, results/01_good.claims.csv" in capfd.readouterr().out
+
+    kernels = running_kernels()
+    source = write_notebook(tmp_path, "02_slow", "while True: pass")
+    assert (
+        reproduce.run_notebook(source, tmp_path / "b.ipynb", {"epochs": 1}, 6) == "stopped after 6 seconds (--timeout)"
+    )
+    assert gone(running_kernels() - kernels)
+
+
+def test_a_kernel_that_dies_is_an_error_and_not_a_wait(tmp_path):
+    source = write_notebook(tmp_path, "02_dies", "import os", "os.abort()")
+    assert "Kernel died" in reproduce.run_notebook(source, tmp_path / "out.ipynb", {"epochs": 1})
+
+
+def test_ctrl_c_stops_everything_and_the_same_command_continues(root, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "fsp.reproduce", "--out", str(out), "-p", "seeds=[0, 1, 2]", "-p", "wait"]
+    environment = {**os.environ, "FSP_ROOT": str(root)}
+    first = subprocess.Popen(
+        [*command, "1.5"], env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    wait_until(lambda: (out / "runs" / "0.json").exists() or first.poll() is not None, 120)
+    started = {process.pid for process in psutil.Process(first.pid).children(recursive=True)}
+    begin = time.monotonic()
+    os.killpg(first.pid, signal.SIGINT)
+    errors = first.communicate(timeout=30)[1]
+    assert time.monotonic() - begin < 15
+    assert first.returncode == 130
+    assert f"finished runs are kept in {out / 'runs'}, and the same command continues there" in errors
+    assert "Traceback" not in errors, errors
+    assert len(started) >= 2
+    assert gone(started)
+
+    kept = {path: path.stat().st_mtime_ns for path in (out / "runs").iterdir()}
+    assert 1 <= len(kept) < 3
+    again = subprocess.run([*command, "0"], env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert all(path.stat().st_mtime_ns == written for path, written in kept.items())
+    assert f"reused where they fit: {len(kept)}." in (out / "report.md").read_text()
+    assert "belong to the quick profile" in again.stdout
+
+
+def running_kernels() -> set[int]:
+    """Kernels below this process."""
+    return {
+        process.pid
+        for process in psutil.Process().children(recursive=True)
+        if "ipykernel_launcher" in " ".join(process.cmdline())
+    }
+
+
+def gone(pids: set[int]) -> bool:
+    """Whether processes end within ten seconds (a zombie has ended)."""
+    alive = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+    _, left = psutil.wait_procs(alive, timeout=10)
+    return all(process.status() == psutil.STATUS_ZOMBIE for process in left)
+
+
+def wait_until(condition, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+
+
+# --- the committed notebooks
+
+
+def test_refresh_renews_notebook_tables_and_readme_and_check_changes_nothing(root, tmp_path, capfd):
+    readme = root / "README.md"
+    readme.write_text("# x\n<!-- claims -->\nold\n<!-- /claims -->\nend\n")
+    write_notebook(root / "notebooks", "01_good", RUNS, TABLES, CHATTER)
+    assert reproduce.main(["--refresh"]) == 0
+    notebook = json.loads((root / "notebooks" / "01_good.ipynb").read_text())
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == [1, 2, 3, 4, 5]
+    assert len(code[-2]["outputs"]) == 1
+    assert code[-1]["outputs"][0]["data"]["text/plain"] in ("2", ["2"])
+    assert notebook["metadata"] == committed.METADATA
+    assert not any("execution" in cell["metadata"] for cell in code)
+    assert {path.name for path in (root / "figures").iterdir()} == {"01_good.png", "01_good.pdf"}
+    assert not (root / "data" / "runs").exists()
+    text = readme.read_text()
+    assert text.startswith("# x\n<!-- claims -->\n| Claim |")
+    assert "[01_good](notebooks/01_good.ipynb) |\n<!-- /claims -->\nend\n" in text
+
+    before = contents(root)
+    assert reproduce.main(["--check"]) == 0
+    changed = (root / "notebooks" / "01_good.ipynb").read_text().replace('"2"', '"5"')
+    (root / "notebooks" / "01_good.ipynb").write_text(changed)
+    assert reproduce.main(["--check"]) == 1
+    (root / "notebooks" / "01_good.ipynb").write_bytes(before["notebooks/01_good.ipynb"])
+    assert contents(root) == before
+
+    write_notebook(root / "notebooks", "01_good", RUNS, FAILS)
+    before = contents(root)
+    assert reproduce.main(["--refresh", "--recompute"]) == 1
+    assert contents(root) == before
+
+
+# --- comparing
+
+
+def test_rows_are_matched_by_key_whatever_their_order_and_rows_of_one_key_by_position():
+    old = pd.DataFrame({"key": ["a", "a", "b"], "step": [1, 2, 1], "x": [0.1, 0.2, 0.3]})
+    assert report.compare_rows(old.iloc[[2, 0, 1]], old).differing == {}
+    swapped = report.compare_rows(old.iloc[[1, 0, 2]], old)
+    assert swapped.differing == {"step": "2 differ, by at most 1", "x": "2 differ, by at most 0.1"}
+    assert report.compare_rows(old.iloc[:2], old)[:3] == (2, 1, 0)
+    assert report.compare_rows(old, old.iloc[:2])[:3] == (2, 0, 1)
+    assert str(report.compare_rows(old, old)).endswith("same to the printed digits")
+
+
+@pytest.mark.parametrize(
+    ("new", "said"),
+    [
+        ([1000.0009, 2.0], {}),
+        ([1000.01, 2.0], {"x": "1 differ, by at most 0.01"}),
+        ([1000.0, float("nan")], {"x": "1 differ, one is missing"}),
+    ],
+)
+def test_numbers_differ_beyond_a_relative_tolerance_or_where_one_is_missing(new, said):
+    old = pd.DataFrame({"key": ["a", "b"], "x": [1000.0, 2.0]})
+    assert report.compare_rows(old.assign(x=new), old).differing == said
+
+
+def test_text_truth_values_and_columns_of_one_side_are_compared_too():
+    old = pd.DataFrame({"key": ["a", "b"], "status": ["finished", "finished"], "ok": [True, True], "gone": [1, 1]})
+    new = old.assign(status=["finished", "failed"], ok=[False, True], more=0).drop(columns="gone")
+    assert report.compare_rows(new, old).differing == {
+        "status": "1 differ",
+        "ok": "1 differ",
+        "gone": "only in the committed table",
+        "more": "only in the new table",
+    }
+
+
+@pytest.mark.parametrize(
+    ("new", "said"),
+    [
+        ([claim(measured=0.59)], []),
+        ([claim(measured=0.61)], ["measured 0.61, committed 0.5 [0.4, 0.6]: Gap decides"]),
+        ([claim(measured=float("nan"))], ["measured nan, committed 0.5 [0.4, 0.6]: Gap decides"]),
+        ([claim(holds="not decided")], ["verdict 'not decided', committed 'yes': Gap decides"]),
+        ([], ["missing: Gap decides"]),
+        ([claim(), claim(text="Width decides")], ["not committed: Width decides"]),
+    ],
+)
+def test_a_claim_is_the_same_if_its_verdict_is_and_its_value_stays_in_the_committed_interval(new, said):
+    old = pd.DataFrame([claim()])
+    assert report.compare_claims(pd.DataFrame(new, columns=old.columns), old) == said
+
+
+def test_a_committed_claim_without_an_interval_is_compared_by_its_value():
+    old = pd.DataFrame([claim(low=float("nan"), high=float("nan"))])
+    assert report.compare_claims(old, old) == []
+    assert len(report.compare_claims(old.assign(measured=0.5001), old)) == 1
