@@ -2,8 +2,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Text progress bars and figures need no display; one kernel never takes more threads than the notebook asks for.
-export MPLBACKEND ?= agg
 PROFILE ?= quick
 ARGS ?=
 
@@ -19,7 +17,7 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 
 units: $(VENV)/installed              ## unit tests, doctests, and each notebook's smoke profile through papermill
-	FSP_PROGRESS=0 $(BIN)/python -m pytest -q --durations=10
+	FSP_PROGRESS=0 $(BIN)/python -m pytest -q --durations=10 -m "not slow"
 
 notebooks: $(VENV)/installed          ## the committed notebooks still give the outputs they were committed with
 	$(BIN)/python -m fsp.reproduce --check
@@ -28,7 +26,7 @@ lab: $(VENV)/installed                ## open the notebooks
 	$(BIN)/jupyter lab --notebook-dir=notebooks
 
 refresh: $(VENV)/installed            ## recompute the committed notebooks, tables, figures and README claims
-	$(BIN)/python -m fsp.reproduce --refresh
+	$(BIN)/python -m fsp.reproduce --refresh $(ARGS)
 
 lock:                                 ## needs uv; writes exact pins for every supported Python and platform
 	uv pip compile pyproject.toml --extra test --universal --python-version 3.11 --no-annotate -o requirements.lock

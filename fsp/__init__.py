@@ -12,10 +12,14 @@
 `batches`       crop and flip, epochs, examples to score on
 `models`        MLPs, CIFAR ResNets, VGGs and their initialisers
 `parameters`    checks on what a notebook is given
-`runs`          run records, resumable sweeps, result tables
+`runs`          run records and resumable sweeps
+`tables`        result tables as CSV
+`provenance`    what a result was made with
 `stats`         intervals, rank correlations, paired comparisons, verdicts on claims
 `plot`          one style for every figure
 `reproduce`     ``python -m fsp.reproduce``: every notebook, then the report on the claims
+`report`        that report, and the comparison with the committed results
+`committed`     test and renew the committed notebooks
 `paths`         where things lie
 `progress`      the progress bar
 ==============  ==================================================================================

@@ -182,7 +182,7 @@ def _top(flat: Tensor, k: int, generator: torch.Generator, where: str) -> Tensor
     threshold = flat.kthvalue(flat.numel() - k + 1).values
     if torch.isneginf(threshold):
         raise ValueError(
-            f"{where}: {k} weights are to be kept, only {int((flat > threshold).sum())} may be; raise the density"
+            f"{where}: {k} weights are to be kept, only {int((flat > threshold).sum())} may be; lower the density"
         )
     kept = flat > threshold
     tied = (flat == threshold).nonzero()[:, 0]

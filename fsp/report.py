@@ -9,10 +9,11 @@ import numpy as np
 import pandas as pd
 from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
-from fsp import paths, runs
+from fsp import paths, tables
+from fsp.provenance import provenance
+from fsp.stats import CLAIM_COLUMNS
 
 RTOL = 1e-6  # numbers closer than this, relative to the larger one, count as the same
-CLAIM_COLUMNS = ["claim", "paper", "section", "measured", "low", "high", "n", "published", "holds", "note"]
 
 
 class Outcome(NamedTuple):
@@ -35,7 +36,7 @@ def broken_promise(out: Path, stem: str) -> str:
         return f"it finished without writing {', '.join(missing)}"
     try:
         read_claims(out / "results", [stem])
-        if "key" not in runs.read_table(out / "results" / f"{stem}.csv"):
+        if "key" not in tables.read(out / "results" / f"{stem}.csv"):
             return f"its table results/{stem}.csv has no column 'key'"
     except ValueError as error:
         return f"a table it wrote cannot be read: {error}"
@@ -67,10 +68,10 @@ def read_claims(results: Path, stems: list[str]) -> pd.DataFrame:
         path = results / f"{stem}.claims.csv"
         if not path.exists():
             continue
-        frame = runs.read_table(path)
+        frame = tables.read(path)
         if missing := [name for name in CLAIM_COLUMNS if name not in frame]:
             raise ValueError(f"{path} has no column {missing[0]!r}: expected {', '.join(CLAIM_COLUMNS)}")
-        frames.append(frame[CLAIM_COLUMNS].assign(notebook=stem))
+        frames.append(frame[list(CLAIM_COLUMNS)].assign(notebook=stem))
     claims = pd.concat(frames[1:] or frames, ignore_index=True)[["notebook", *CLAIM_COLUMNS]]
     texts = ["claim", "paper", "section", "published", "holds", "note"]
     return claims.assign(**{name: [_text(value) for value in claims[name]] for name in texts})
@@ -206,7 +207,7 @@ def compare_committed(out: Path, stem: str) -> list[str]:
     new, committed = out / "results", paths.outputs().results
     if not (committed / f"{stem}.csv").exists() or not (committed / f"{stem}.claims.csv").exists():
         return ["nothing is committed to compare with"]
-    tables = [runs.read_table(folder / f"{stem}.csv") for folder in (new, committed)]
+    tables = [tables.read(folder / f"{stem}.csv") for folder in (new, committed)]
     claims = read_claims(committed, [stem])
     found = compare_claims(read_claims(new, [stem]), claims)
     same = f"{len(claims)} claims compared: same verdicts, values within their committed intervals"
@@ -259,7 +260,7 @@ def write(out: Path, outcomes: list[Outcome], *, profile: str, given: dict, reco
     lines += [f"Numbers count as the same within a relative tolerance of {RTOL:g}; wall times are left out.", ""]
     for stem, sentences in differences.items():
         lines += [f"**{stem}**", "", *(f"- {sentence}" for sentence in sentences), ""]
-    environment = runs.provenance() | {"gpu": ", ".join(_gpus(out / "runs")) or "none used"}
+    environment = provenance() | {"gpu": ", ".join(_gpus(out / "runs")) or "none used"}
     lines += ["## Environment", "", _markdown(["", ""], [list(item) for item in environment.items()])]
     with paths.replacing(out / "report.md") as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -277,8 +278,8 @@ def write(out: Path, outcomes: list[Outcome], *, profile: str, given: dict, reco
 
 def _gpus(store: Path) -> list[str]:
     """Devices that the records in a store name."""
-    provenances = [json.loads(path.read_text(encoding="utf-8")).get("provenance") for path in store.glob("*.json")]
-    return sorted({(provenance or {}).get("gpu") or "" for provenance in provenances} - {""})
+    made_by = [json.loads(path.read_text(encoding="utf-8")).get("provenance") for path in store.glob("*.json")]
+    return sorted({(made or {}).get("gpu") or "" for made in made_by} - {""})
 
 
 def _within(value: float, old: dict) -> bool:

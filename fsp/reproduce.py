@@ -58,10 +58,10 @@ def main(argv: list[str] | None = None) -> int:
         _check_kernel()
         if args.refresh:
             committed.check_readme()
-        given = dict(_assignment(words) for words in args.parameters)
-        out = Path(args.out).expanduser().resolve() if args.out else default_out(args.profile)
-        jobs = {path: plan(path, args.profile, given, out) for path in selected}
-        if not (args.check or args.refresh):
+        elif not args.check:
+            given = dict(_assignment(words) for words in args.parameters)
+            out = Path(args.out).expanduser().resolve() if args.out else default_out(args.profile)
+            jobs = {path: plan(path, args.profile, given, out) for path in selected}
             _check_out(out)
     except (ValueError, OSError) as error:
         parser.error(str(error))
@@ -143,9 +143,9 @@ def default_out(profile: str) -> Path:
     The name holds a hash over the package, the versions of Python and the numerical libraries, and the code cells
     of all notebooks.
     """
-    from fsp import runs
+    from fsp.provenance import provenance
 
-    made_by = {name: runs.provenance()[name] for name in VERSIONS}
+    made_by = {name: provenance()[name] for name in VERSIONS}
     cells = {path.stem: [c.source for c in _read(path).cells if c.cell_type == "code"] for path in notebooks()}
     digest = hashlib.sha256(json.dumps([made_by, cells], sort_keys=True).encode()).hexdigest()
     return ROOT / "reproduced" / f"{profile}-{digest[:8]}"
@@ -251,6 +251,7 @@ def _papermill(source: Path, target: Path, parameters: dict, results: Connection
             stdout_file=sys.stdout,
             stderr_file=sys.stderr,
             on_cell_execute=announce,
+            extra_arguments=["--log-level=CRITICAL"],  # of the kernel's own machinery; cells report all the same
         )
         results.send("")
     except KeyboardInterrupt:

@@ -6,15 +6,11 @@ sweep is made from the records alone, so an interrupted and an uninterrupted swe
 """
 
 import copy
-import functools
 import hashlib
-import io
 import json
 import math
 import os
-import platform
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,14 +19,15 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 
 import pandas as pd
 import torch
 
-from fsp.paths import PACKAGE, replacing
+from fsp.paths import replacing
 from fsp.progress import bar
+from fsp.provenance import provenance
+from fsp.tables import OWN_COLUMNS, rows_by_key, value_of
 
 try:
     import resource
@@ -41,10 +38,6 @@ EXCLUDED = frozenset({"device", "threads", "workers", "verbose", "out_dir", "roo
 SCHEMA = 1  # of the records; a change of EXCLUDED or of `key` is a change of schema
 FIELDS = {"schema", "key", "config", "status", "rows", "error", "provenance", "started", "wall_s"}
 FIELDS |= {"peak_memory_bytes", "peak_cuda_bytes"}
-OWN_COLUMNS = ("status", "key")
-# Since pandas 3.1 every CSV float is read exactly, and the option that asked for it is deprecated.
-OLD_PANDAS = tuple(map(int, pd.__version__.split(".")[:2])) < (3, 1)
-EXACT_FLOATS = {"float_precision": "round_trip"} if OLD_PANDAS else {}
 
 
 def key(config: dict) -> str:
@@ -106,7 +99,7 @@ def sweep(
     store : path
         Folder of the records ``<key>.json``.
     table : path, optional
-        A table written by `update_table`, which need not exist. Its finished rows stand in for missing records.
+        A table written by `fsp.tables.update`, which need not exist. Its finished rows stand in for missing records.
     recompute : bool
         Compute every run. A record is replaced only when its replacement is finished; a run that fails leaves
         the finished record of before.
@@ -153,7 +146,7 @@ def sweep(
     keys = _check_sweep(function, configs, scheduler)
     entries = {name for config in configs for name in config}
     store = Path(store)
-    rows_in_table = {} if recompute or table is None else _rows_by_key(Path(table), entries)
+    rows_in_table = {} if recompute or table is None else rows_by_key(Path(table), entries)
     records = {} if recompute else {name: _finished(store / f"{name}.json") for name in keys}
     if not all(records.get(name) or name in rows_in_table for name in keys):
         _check_writable(store)
@@ -245,125 +238,6 @@ def load(store: str | Path) -> pd.DataFrame:
     named = [path for path in Path(store).glob("*.json") if re.fullmatch("[0-9a-f]{64}", path.stem)]
     records = sorted(map(read_record, named), key=lambda record: (record["started"], record["key"]))
     return _frame([r["config"] for r in records], [r["key"] for r in records], records)
-
-
-def save_table(frame: pd.DataFrame, path: str | Path) -> Path:
-    r"""Write a table as CSV, atomically; `read_table` gives the same numbers back, to the last bit.
-
-    Floats have the digits that identify them, lines end in ``\n``, a missing value is an empty cell and the
-    index is left out.
-
-    Returns
-    -------
-    pathlib.Path
-        `path`.
-    """
-    with replacing(path) as temporary:
-        frame.to_csv(temporary, index=False, lineterminator="\n", encoding="utf-8")
-    return Path(path)
-
-
-def update_table(frame: pd.DataFrame, path: str | Path) -> Path:
-    """Put the rows of a sweep into a table that may hold other runs.
-
-    First come the rows of `frame`, then those rows of the file whose key `frame` does not have, cell for cell as
-    they were. Columns are those of `frame`, then the ones only the other rows fill.
-
-    Parameters
-    ----------
-    frame : pandas.DataFrame
-        What `sweep` returned.
-    path : path
-        CSV file; made if missing.
-
-    Returns
-    -------
-    pathlib.Path
-        `path`.
-
-    Raises
-    ------
-    ValueError
-        If `frame` or the file has no columns ``status`` and ``key``.
-    """
-    if missing := [name for name in OWN_COLUMNS if name not in frame]:
-        raise ValueError(f"frame has no column {missing[0]!r}: expected the table that sweep returned")
-    if not Path(path).exists():
-        return save_table(frame, path)
-    old = _read_cells(path)
-    others = old[~old["key"].isin(frame["key"])]
-    # A column that only replaced rows had would stay behind empty, and tell of the file's history.
-    others = others[[name for name in others if name in frame or (others[name] != "").any()]]
-    new = _read_cells(io.StringIO(frame.to_csv(index=False)))
-    return save_table(pd.concat([new, others], ignore_index=True), path)
-
-
-def read_table(path: str | Path) -> pd.DataFrame:
-    """Read a CSV table with floats exact to the last bit; only an empty cell is a missing value."""
-    return pd.read_csv(path, keep_default_na=False, na_values=[""], **EXACT_FLOATS)
-
-
-def provenance() -> dict:
-    """What a result was made with.
-
-    Returns
-    -------
-    dict
-        Versions of ``fsp``, ``python``, ``torch``, ``torchvision``, ``numpy``, ``scipy`` and ``pandas`` ("" if not
-        installed); ``git``: commit of the repository, with "-dirty" if tracked files differ from it, "" outside
-        one; ``code``: SHA-256 over names and bytes of the package's source files; ``platform``, ``cpu``,
-        ``threads`` of torch, and ``gpu``: name of the CUDA device in use or "".
-
-    Notes
-    -----
-    Code and commit are read once, at the first call, as later edits do not change what Python has loaded.
-    """
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_initialized() else ""
-    return {**_fixed_provenance(), "threads": torch.get_num_threads(), "gpu": gpu}
-
-
-@functools.cache
-def _fixed_provenance() -> dict:
-    """The part of `provenance` that a process cannot change."""
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}  # tells CPU or CUDA build
-    for name in ("fsp", "torchvision", "numpy", "scipy", "pandas"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = ""
-    code = hashlib.sha256()
-    for source in sorted(PACKAGE.rglob("*.py"), key=lambda source: source.relative_to(PACKAGE).as_posix()):
-        code.update(source.relative_to(PACKAGE).as_posix().encode() + b"\0" + source.read_bytes() + b"\0")
-    return {
-        **versions,
-        "git": _git_commit(PACKAGE.parent),
-        "code": code.hexdigest(),
-        "platform": platform.platform(),
-        "cpu": _cpu_name(),
-    }
-
-
-def _git_commit(folder: Path) -> str:
-    """Commit checked out in `folder`, "-dirty" added if tracked files differ; "" if it is no repository."""
-    if not (folder / ".git").exists():  # an installed package may lie inside somebody else's repository
-        return ""
-    command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
-    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, env=environment)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def _cpu_name() -> str:
-    """Model of the processor, or its architecture where the system does not tell."""
-    try:
-        cpuinfo = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        cpuinfo = ""
-    model = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
-    return model[1] if model else platform.processor() or platform.machine()
 
 
 def _check_sweep(function: Callable, configs: list[dict], scheduler: None) -> list[str]:
@@ -520,7 +394,7 @@ def _check_metric(name: object, value: object, config: dict, entries: set[str]) 
         raise TypeError(f"{where}, a {type(value).__name__}: expected str: int, float, bool, str or None")
     if name in entries or name in OWN_COLUMNS:
         raise ValueError(f"{where}, but a config entry or a column of the table has that name: rename it")
-    if isinstance(value, str) and not (value.isprintable() and isinstance(_value(value), str)):
+    if isinstance(value, str) and not (value.isprintable() and isinstance(value_of(value), str)):
         raise ValueError(f"{where}: expected printable text that a CSV file does not turn into a number")
     if isinstance(value, float) and math.isinf(value):
         raise ValueError(f"{where}: expected a finite number, or nan where it is undefined")
@@ -534,38 +408,6 @@ def _known(value: object) -> object:
     if isinstance(value, list | dict):
         raise ValueError(f"metric {value!r} is no scalar")
     return math.nan if value is None else value
-
-
-def _value(cell: str) -> object:
-    """A metric from a cell of a CSV file."""
-    if cell in ("", "True", "False"):
-        return {"": math.nan, "True": True, "False": False}[cell]
-    if cell[0] not in "-0123456789":
-        return cell
-    try:
-        return json.loads(cell, parse_constant=str)
-    except ValueError:
-        return cell
-
-
-def _read_cells(source: str | Path | io.StringIO) -> pd.DataFrame:
-    """A table of runs as text, cell for cell."""
-    cells = pd.read_csv(source, dtype=str, keep_default_na=False)
-    if missing := [name for name in OWN_COLUMNS if name not in cells]:
-        raise ValueError(f"{source} has no column {missing[0]!r}: expected a table written by update_table")
-    return cells
-
-
-def _rows_by_key(path: Path, entries: set[str]) -> dict[str, list[dict]]:
-    """Metrics of the finished runs in a table; none if there is no table."""
-    if not path.exists():
-        return {}
-    cells = _read_cells(path)
-    rows: dict[str, list[dict]] = {}
-    for line in cells[cells["status"] == "finished"].to_dict("records"):
-        metrics = {n: _value(cell) for n, cell in line.items() if n not in entries and n not in OWN_COLUMNS}
-        rows.setdefault(line["key"], []).append(metrics)
-    return rows
 
 
 def _frame(configs: list[dict], keys: list[str], runs: list[dict]) -> pd.DataFrame:

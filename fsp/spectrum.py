@@ -44,7 +44,8 @@ class Rules:
     cheeger : bool
         Whether a subgraph's value is multiplied by max(n_left, n_right) / (n_left + n_right - 1).
     whole_left : {"inputs", "outputs"}
-        Which side is called left when the *whole* layer is tested for validity; values do not depend on it (D1).
+        Which side is called left where the *whole* layer is tested for validity; of the values only NaRC's depends on
+        it (D1).
     zero_weights : {"drop", "published"}
         For IMSG, a subgraph valid by its mask whose non-zero weights are no valid graph is dropped from the mean,
         or makes the layer undefined as in the published code (D7).
@@ -57,6 +58,12 @@ class Rules:
     cheeger: bool
     whole_left: str
     zero_weights: str
+
+    def __post_init__(self):
+        if self.whole_left not in ("inputs", "outputs"):
+            raise ValueError(f'Rules: whole_left is "inputs" or "outputs", not {self.whole_left!r}')
+        if self.zero_weights not in ("drop", "published"):
+            raise ValueError(f'Rules: zero_weights is "drop" or "published", not {self.zero_weights!r}')
 
 
 RULES = {
@@ -509,8 +516,7 @@ def layer_mean(coordinates: Mapping[str, Coordinate]) -> Coordinate:
     >>> layer_mean({"a": Coordinate(1.0, 2.0, math.nan, math.nan), "b": Coordinate(3.0, 4.0, 5.0, math.nan)})
     Coordinate(ramanujan_gap=2.0, weighted_gap=3.0, imdb=5.0, imsg=nan)
     """
-    entries = zip(*coordinates.values(), strict=True)
-    return Coordinate(*(_mean([x for x in entry if not math.isnan(x)]) for entry in entries))
+    return Coordinate(*(_mean([v[i] for v in coordinates.values() if not math.isnan(v[i])]) for i in range(4)))
 
 
 def coverage(coordinates: Mapping[str, Coordinate]) -> Coordinate:
@@ -529,7 +535,7 @@ def coverage(coordinates: Mapping[str, Coordinate]) -> Coordinate:
     >>> coverage({"w": Coordinate(1.0, 2.0, math.nan, math.nan)})
     Coordinate(ramanujan_gap=1, weighted_gap=1, imdb=0, imsg=0)
     """
-    return Coordinate(*(sum(not math.isnan(x) for x in entry) for entry in zip(*coordinates.values(), strict=True)))
+    return Coordinate(*(sum(not math.isnan(v[i]) for v in coordinates.values()) for i in range(4)))
 
 
 # ---- checks ------------------------------------------------------------------------------------------------------

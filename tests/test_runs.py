@@ -7,6 +7,7 @@ import random
 import re
 import resource
 import signal
+import subprocess
 import time
 from contextlib import suppress
 
@@ -16,8 +17,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fsp import runs
-from fsp.runs import key, load, provenance, read_record, read_table, save_table, sweep, update_table
+from fsp import provenance as provenance_module
+from fsp import runs, tables
+from fsp.provenance import provenance
+from fsp.runs import key, load, read_record, sweep
 
 # Children of a server that has imported torch already start in a few milliseconds.
 CHILDREN = multiprocessing.get_context("forkserver")
@@ -274,7 +277,7 @@ def test_records_of_other_code_are_reused_counted_and_told_of(tmp_path):
 def test_a_committed_table_stands_in_for_records(tmp_path):
     table = tmp_path / "results" / "a.csv"
     first = sweep(square, XS, store=tmp_path / "one", table=table)
-    update_table(first, table)
+    tables.update(first, table)
     # Nothing to compute: a store that cannot be written is no obstacle.
     frame = sweep(never, XS, store=table / "no folder", table=table)
     assert frame.equals(first)
@@ -290,7 +293,7 @@ def test_a_committed_table_stands_in_for_records(tmp_path):
 def test_a_record_goes_before_a_row_of_the_table_and_a_failed_row_counts_for_nothing(tmp_path):
     table = tmp_path / "a.csv"
     with pytest.warns(UserWarning, match="1 of 3"):
-        update_table(sweep(fails_at_2, XS, store=tmp_path / "one"), table)
+        tables.update(sweep(fails_at_2, XS, store=tmp_path / "one"), table)
     sweep(lambda c: {"square": 100}, XS[:1], store=tmp_path / "two")
     frame = sweep(lambda c: {"square": 200}, XS, store=tmp_path / "two", table=table)
     assert frame["square"].tolist() == [100, 200, 9]
@@ -310,14 +313,14 @@ def test_a_table_does_not_depend_on_which_rows_were_reused(tmp_path, first, sour
     whole = sweep(run, configs, store=tmp_path / "whole")
     part = sweep(run, [configs[i] for i in first], store=tmp_path / "part")
     if source == "table":
-        update_table(part, tmp_path / "part.csv")
+        tables.update(part, tmp_path / "part.csv")
         resumed = sweep(run, configs, store=tmp_path / "other", table=tmp_path / "part.csv")
     else:
         resumed = sweep(run, configs, store=tmp_path / "part")
     assert resumed.attrs["reused"] == len(first)
     assert resumed.equals(whole)
     assert [whole[n].dtype.kind for n in ("i", "a", "step", "loss", "ok", "gap")] == list("ififbf")
-    one, other = save_table(whole, tmp_path / "1.csv"), save_table(resumed, tmp_path / "2.csv")
+    one, other = tables.save(whole, tmp_path / "1.csv"), tables.save(resumed, tmp_path / "2.csv")
     assert one.read_bytes() == other.read_bytes()
 
 
@@ -326,7 +329,7 @@ metrics = st.fixed_dictionaries(
         "real": st.floats(allow_infinity=False),
         "int": st.integers(-(2**63), 2**63 - 1),
         "flag": st.booleans(),
-        "text": st.text("aTruenNA,\"' é-.#", min_size=1).filter(lambda t: isinstance(runs._value(t), str)),
+        "text": st.text("aTruenNA,\"' é-.#", min_size=1).filter(lambda t: isinstance(tables.value_of(t), str)),
     }
 )
 
@@ -340,18 +343,18 @@ def test_records_and_tables_give_every_metric_back_to_the_last_bit(tmp_path_fact
     for name in ("real", "int", "flag", "text"):
         assert list(map(repr, frame[name].tolist())) == [repr(row[name]) for row in rows]
     assert frame.equals(sweep(never, [config], store=folder))
-    table = update_table(frame, folder / "a.csv")
+    table = tables.update(frame, folder / "a.csv")
     assert frame.equals(sweep(never, [config], store=folder / "empty", table=table))
-    assert frame.equals(read_table(table))
+    assert frame.equals(tables.read(table))
     before = table.read_bytes()
-    assert update_table(frame, table).read_bytes() == before
+    assert tables.update(frame, table).read_bytes() == before
 
 
 def test_a_saved_table_has_plain_line_ends_and_empty_cells_for_nan(tmp_path):
     frame = pd.DataFrame({"a": [0.1, math.nan], "b": [1, 2], "c": ["NA", None]}, index=[5, 6])
-    path = save_table(frame, tmp_path / "new" / "a.csv")
+    path = tables.save(frame, tmp_path / "new" / "a.csv")
     assert path.read_bytes() == b"a,b,c\n0.1,1,NA\n,2,\n"
-    assert read_table(path)["c"].tolist()[0] == "NA"
+    assert tables.read(path)["c"].tolist()[0] == "NA"
     assert os.listdir(path.parent) == ["a.csv"]
 
 
@@ -361,10 +364,10 @@ def test_update_table_replaces_its_own_rows_and_keeps_the_others_as_they_were(tm
     frame = pd.DataFrame({"seed": [0, 1, 1], "y": [0.5, 1, 2], "status": "finished", "key": ["B", "A", "A"]})
     expected = "seed,y,status,key,z\n0,0.5,finished,B,\n1,1.0,finished,A,\n1,2.0,finished,A,\n"
     expected += "3,,finished,C,1.50\n3,,failed,C,2\n"
-    assert update_table(frame, path).read_text() == expected
-    assert update_table(frame, path).read_text() == expected
+    assert tables.update(frame, path).read_text() == expected
+    assert tables.update(frame, path).read_text() == expected
     with pytest.raises(ValueError, match="no column 'key'"):
-        update_table(frame.drop(columns="key"), path)
+        tables.update(frame.drop(columns="key"), path)
 
 
 def test_unprintable_text_in_a_config_is_kept_apart_in_the_table(tmp_path):
@@ -480,15 +483,15 @@ def test_a_callable_without_a_name_can_be_swept(tmp_path):
 def test_the_code_of_provenance_follows_names_and_bytes_of_the_sources(tmp_path, monkeypatch):
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "a.py").write_text("1")
-    monkeypatch.setattr(runs, "PACKAGE", tmp_path)
+    monkeypatch.setattr(provenance_module, "PACKAGE", tmp_path)
     hashes = []
     for name, text in [("b.py", ""), ("b.py", "2"), ("c.py", ""), ("notes.txt", "3")]:
         (tmp_path / name).write_text(text)
-        hashes.append(runs._fixed_provenance.__wrapped__()["code"])
+        hashes.append(provenance_module._fixed_provenance.__wrapped__()["code"])
     assert len(set(hashes)) == 3
     assert hashes[2] == hashes[3]
     (tmp_path / "c.py").rename(tmp_path / "d.py")
-    assert runs._fixed_provenance.__wrapped__()["code"] not in hashes
+    assert provenance_module._fixed_provenance.__wrapped__()["code"] not in hashes
 
 
 def test_provenance_is_plain_and_names_versions_but_no_host():
@@ -503,22 +506,22 @@ def test_provenance_is_plain_and_names_versions_but_no_host():
 def test_the_commit_is_that_of_the_repository_and_says_dirty(tmp_path):
     def git(*arguments):
         author = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
-        return runs.subprocess.run(
+        return subprocess.run(
             ["git", "-C", tmp_path, *author, *arguments], capture_output=True, text=True, check=True
         ).stdout.strip()
 
     git("init", "-q")
-    assert runs._git_commit(tmp_path) == ""
+    assert provenance_module._git_commit(tmp_path) == ""
     (tmp_path / "a").write_text("1")
     git("add", "a")
     git("commit", "-qm", "first")
     git("tag", "-am", "named", "v1")
     commit = git("rev-parse", "HEAD")
-    assert runs._git_commit(tmp_path) == commit
+    assert provenance_module._git_commit(tmp_path) == commit
     (tmp_path / "a").write_text("2")
-    assert runs._git_commit(tmp_path) == f"{commit}-dirty"
+    assert provenance_module._git_commit(tmp_path) == f"{commit}-dirty"
     (tmp_path / "inner").mkdir()
-    assert runs._git_commit(tmp_path / "inner") == ""
+    assert provenance_module._git_commit(tmp_path / "inner") == ""
 
 
 @pytest.mark.gpu
@@ -552,13 +555,13 @@ def child(folder, table):
     os.environ["FSP_PROGRESS"] = "0"
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
     frame = sweep(functools.partial(noted, folder=folder), MANY, store=folder / "runs")
-    save_table(frame, folder / f"{table}.csv")
+    tables.save(frame, folder / f"{table}.csv")
 
 
 def undisturbed(folder):
     folder.mkdir()
     frame = sweep(functools.partial(noted, folder=folder), MANY, store=folder / "runs")
-    return frame, save_table(frame, folder / "table.csv").read_bytes()
+    return frame, tables.save(frame, folder / "table.csv").read_bytes()
 
 
 def log_of(folder):
