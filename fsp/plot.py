@@ -211,4 +211,4 @@ def forest(axes: Axes, estimates: pd.DataFrame, label: str) -> None:
     axes.axvline(0, color="0.7", linewidth=0.8, zorder=0)
     axes.set(yticks=range(len(estimates)), yticklabels=[QUANTITIES[q][0] for q in estimates.index], xlabel=label)
     axes.invert_yaxis()
-    axes.legend(loc="best")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(estimates.columns))

@@ -97,7 +97,7 @@ def claims_table(claims: pd.DataFrame, *, notes: bool = True, link: str = "") ->
     lines = []
     for row in claims.to_dict("records"):
         source = " ".join(filter(None, [row["paper"], row["section"]]))
-        name = f"[{row['notebook']}]({link}/{row['notebook']}.ipynb)" if link else row["notebook"]
+        name = f"[{row['notebook'][:2]}]({link}/{row['notebook']}.ipynb)" if link else row["notebook"]
         line = [row["claim"], source, measured(row), row["n"], row["published"], row["holds"], name]
         lines.append(line + [row["note"]] * notes)
     return _markdown(head + ["Note"] * notes, lines)
