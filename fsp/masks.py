@@ -9,11 +9,12 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from fractions import Fraction
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -50,14 +51,17 @@ def prunable(model: nn.Module, *, exclude: Iterable[str] = ()) -> dict[str, nn.P
     >>> list(prunable(model)), list(prunable(model, exclude=["3"]))
     (['0.weight', '3.weight'], ['0.weight'])
     """
+    if isinstance(exclude, str):
+        raise ValueError(f"exclude={exclude!r} is a text: expected a list of names, such as [{exclude!r}]")
     own = {id(m.weight) for m in model.modules() if isinstance(m, PRUNABLE)}
-    found = {name: p for name, p in model.named_parameters() if id(p) in own}
+    every = {name: p for name, p in model.named_parameters() if id(p) in own}
+    excluded = set()
     for name in exclude:
-        matched = [n for n in found if n == name or n.startswith(f"{name}.")]
+        matched = {n for n in every if n == name or n.startswith(f"{name}.")}
         if not matched:
-            raise ValueError(f"exclude={name!r} matches no prunable weight; there are {', '.join(found)}")
-        for n in matched:
-            del found[n]
+            raise ValueError(f"exclude={name!r} matches no prunable weight; there are {', '.join(every)}")
+        excluded |= matched
+    found = {name: p for name, p in every.items() if name not in excluded}
     if not found:
         raise ValueError("the model has no prunable weight: no Conv* or Linear layer is left")
     return found
@@ -68,8 +72,14 @@ def prunable(model: nn.Module, *, exclude: Iterable[str] = ()) -> dict[str, nn.P
 
 def check_density(density: float) -> None:
     """Raise a ValueError unless 0 < density <= 1."""
-    if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:
+    if isinstance(density, bool) or not isinstance(density, Real) or not 0 < density <= 1:
         raise ValueError(f"density {density!r} is not in (0, 1]: it is the fraction of weights kept, such as 0.05")
+
+
+def check_scope(scope: str) -> None:
+    """Raise a ValueError unless a scope is "global" or "layer"."""
+    if scope not in ("global", "layer"):
+        raise ValueError(f'scope is "global" or "layer", not {scope!r}')
 
 
 def kept_count(n: int, density: float) -> int:
@@ -131,8 +141,7 @@ def keep_top(
     """
     if scope == "layer":
         return keep_counts(scores, {name: kept_count(s.numel(), density) for name, s in scores.items()}, generator)
-    if scope != "global":
-        raise ValueError(f'scope is "global" or "layer", not {scope!r}')
+    check_scope(scope)
     _check_scores(scores)
     flat = torch.cat([s.flatten() for s in scores.values()])
     kept = _top(flat, kept_count(flat.numel(), density), _generator(generator), "all layers together")
@@ -200,14 +209,14 @@ def _generator(generator: torch.Generator | None) -> torch.Generator:
 
 
 def density(masks: Mapping[str, Tensor]) -> float:
-    """Fraction of the masked weights that are kept, over all tensors together.
+    """Fraction of the masked weights that are kept, over all tensors together; 0 of nothing.
 
     Examples
     --------
     >>> density({"w": torch.tensor([True, False]), "v": torch.tensor([True, True])})
     0.75
     """
-    return sum(int(m.sum()) for m in masks.values()) / sum(m.numel() for m in masks.values())
+    return sum(int(m.sum()) for m in masks.values()) / max(1, sum(m.numel() for m in masks.values()))
 
 
 def layer_densities(masks: Mapping[str, Tensor]) -> dict[str, float]:
@@ -218,7 +227,7 @@ def layer_densities(masks: Mapping[str, Tensor]) -> dict[str, float]:
     >>> layer_densities({"w": torch.tensor([True, False]), "v": torch.tensor([True, True])})
     {'w': 0.5, 'v': 1.0}
     """
-    return {name: int(m.sum()) / m.numel() for name, m in masks.items()}
+    return {name: int(m.sum()) / max(1, m.numel()) for name, m in masks.items()}
 
 
 def shuffle(masks: Mapping[str, Tensor], *, scope: str = "layer", generator: torch.Generator) -> Masks:
@@ -242,8 +251,7 @@ def shuffle(masks: Mapping[str, Tensor], *, scope: str = "layer", generator: tor
     """
     if scope == "layer":
         return {name: _permuted(m.flatten(), generator).view_as(m) for name, m in masks.items()}
-    if scope != "global":
-        raise ValueError(f'scope is "layer" or "global", not {scope!r}')
+    check_scope(scope)
     flat = _permuted(torch.cat([m.flatten() for m in masks.values()]), generator)
     parts = flat.split([m.numel() for m in masks.values()])
     return {name: part.view_as(m) for (name, m), part in zip(masks.items(), parts, strict=True)}
@@ -351,11 +359,11 @@ def hold_(optimizer: torch.optim.Optimizer, model: nn.Module, masks: Masks) -> R
     @torch.no_grad()
     def zero_pruned(optimizer, *_):
         for name, parameter in parameters.items():
-            mask = masks[name].to(parameter.device)
-            parameter.mul_(mask)
+            pruned = ~masks[name].to(parameter.device)
+            parameter.masked_fill_(pruned, 0)  # not a product: an infinite gradient times 0 would be nan
             for state in optimizer.state.get(parameter, {}).values():
                 if isinstance(state, Tensor) and state.shape == parameter.shape:
-                    state.mul_(mask)
+                    state.masked_fill_(pruned, 0)
 
     apply_(model, masks)
     return optimizer.register_step_post_hook(zero_pruned)
@@ -364,7 +372,7 @@ def hold_(optimizer: torch.optim.Optimizer, model: nn.Module, masks: Masks) -> R
 # ---- files -------------------------------------------------------------------------------------------------------
 
 
-def save(path: str | Path, masks: Mapping[str, Tensor], **metadata: object) -> None:
+def save(path: str | Path, masks: Mapping[str, Tensor], /, **metadata: object) -> None:
     """Write masks to a safetensors file, one bit a weight, atomically.
 
     Parameters
@@ -407,14 +415,15 @@ def load(path: str | Path) -> Masks:
     ValueError
         If the file holds no masks of this package, or not the densities its header tells of.
     """
-    with safe_open(path, framework="pt") as file:
-        header = json.loads((file.metadata() or {}).get("fsp_masks", "null"))
-        if header is None:
-            raise ValueError(f"{path} holds no masks: fsp.masks.save writes them")
-        masks = {}
-        for name, shape in header["shapes"].items():
-            bits = np.unpackbits(file.get_tensor(name).numpy(), count=math.prod(shape))
-            masks[name] = torch.from_numpy(bits.astype(bool)).view(shape)
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads(file.metadata()["fsp_masks"])
+            masks = {}
+            for name, shape in header["shapes"].items():
+                bits = np.unpackbits(file.get_tensor(name).numpy(), count=math.prod(shape))
+                masks[name] = torch.from_numpy(bits.astype(bool)).view(shape)
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} holds no whole masks ({error}): fsp.masks.save writes them") from error
     if layer_densities(masks) != header["layer_densities"]:
         raise ValueError(f"{path} is damaged: its masks do not have the densities in its header")
     return masks

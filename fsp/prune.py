@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fsp import allocate, scores
-from fsp.masks import Masks, check_density, keep_counts, keep_top, kept_count, prunable
+from fsp.masks import Masks, check_density, check_scope, keep_counts, keep_top, kept_count, prunable
 
 
 def by_score(
@@ -57,7 +57,8 @@ def by_score(
     }
     if schedule not in densities:
         raise ValueError(f'schedule is "exponential" or "linear", not {schedule!r}')
-    if not isinstance(rounds, int) or rounds < 1:
+    check_scope(scope)
+    if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
         raise ValueError(f"rounds {rounds!r} is not a whole number of at least 1")
     masks = _ones(model, exclude)
     available = {"batches": batches, "generator": generator}
@@ -193,6 +194,7 @@ def prune(
         raise TypeError(f"method {method!r} has no option {sorted(unknown)}; it has {', '.join(options_of(method))}")
     if generator is None:
         generator = torch.Generator().manual_seed(0)
+    batches = batches if batches is None else list(batches)
     masks = METHODS[method](model, density, batches=batches, generator=generator, **options)
     _check_achieved(masks, density, options.get("scope", "global"))
     return masks

@@ -90,6 +90,7 @@ def snip(
     ----------
     Lee, Ajanthan, Torr: SNIP: single-shot network pruning based on connection sensitivity. ICLR 2019, equations 4-6.
     """
+    batches = list(batches or [])
     weights, state = _copies(model, masks, dtype)
     gradients = _gradients(model, weights, state, batches, training, 1.0, _seed(generator))
     return _alive({name: (weights[name] * g).detach().abs() for name, g in gradients.items()}, masks)
@@ -142,6 +143,7 @@ def grasp(
     """
     if not temperature > 0:
         raise ValueError(f"temperature {temperature} is not positive")
+    batches = list(batches or [])
     weights, state = _copies(model, masks, dtype)
     seed = _seed(generator)
     flow = _gradients(model, weights, state, batches, training, temperature, seed)
@@ -243,7 +245,7 @@ def _undisturbed(model: nn.Module, *, training: bool, seed: int) -> Iterator[Non
     """Put the model in train or eval mode with random numbers from `seed`; flags and random state come back."""
     flags = [(module, module.training) for module in model.modules()]
     devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices), torch.enable_grad():
         torch.default_generator.manual_seed(seed)
         for index in devices:
             with torch.cuda.device(index):
@@ -274,7 +276,8 @@ def _batch_gradients(
     dtype = next(iter(weights.values())).dtype
     with _undisturbed(model, training=training, seed=seed):
         for inputs, labels in batches:
-            logits = functional_call(model, {**state, **weights}, (inputs.to(dtype),))
+            inputs = inputs.to(dtype) if inputs.is_floating_point() else inputs  # tokens stay whole numbers
+            logits = functional_call(model, {**state, **weights}, (inputs,))
             loss = cross_entropy(logits / temperature, labels, reduction="sum") / examples
             yield torch.autograd.grad(loss, list(weights.values()), create_graph=graph, materialize_grads=True)
 

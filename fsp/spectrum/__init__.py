@@ -1,0 +1,49 @@
+r"""Spectra of the bipartite graphs behind pruning masks: the full-spectrum coordinate and its parts.
+
+A layer's mask is a bipartite graph: left vertices are the unrolled inputs (one per input channel and kernel
+position), right vertices the output channels, an edge is a kept weight.  `B`, shape (n_left, n_right), is its
+biadjacency matrix.  The adjacency matrix
+
+.. math:: A = \begin{pmatrix} 0 & B \\ B^\top & 0 \end{pmatrix}
+
+has the eigenvalues :math:`\pm\sigma_i(B)` and zeros, so the "third largest \|eigenvalue\|" that the published
+code asks for is :math:`\sigma_2(B)`.  All spectra are float64.  What is undefined is ``nan``; only the norm of a
+coordinate counts it as 0, as published, and `coverage` says how often that happened.
+
+References
+----------
+.. [1] Hoang, Kundu, Liu, Wang: Don't just prune by magnitude! Your mask topology is a secret weapon. NeurIPS 2023.
+.. [2] Hoang, Liu, Marculescu, Wang: Revisiting pruning at initialization through the lens of Ramanujan graph.
+   ICLR 2023.
+"""
+
+from fsp.spectrum.graph import RULES, Rules, biadjacency, singular_values
+from fsp.spectrum.network import (
+    Coordinate,
+    coordinate,
+    coordinates,
+    coverage,
+    distance,
+    layer_mean,
+    spectrum_norm,
+)
+from fsp.spectrum.quantities import imdb, imsg, narc, ramanujan_gap, weighted_gap
+
+__all__ = [
+    "RULES",
+    "Coordinate",
+    "Rules",
+    "biadjacency",
+    "coordinate",
+    "coordinates",
+    "coverage",
+    "distance",
+    "imdb",
+    "imsg",
+    "layer_mean",
+    "narc",
+    "ramanujan_gap",
+    "singular_values",
+    "spectrum_norm",
+    "weighted_gap",
+]

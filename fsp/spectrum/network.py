@@ -1,0 +1,206 @@
+"""Full-spectrum coordinates of layers and networks, their norms and distances.
+
+References
+----------
+.. [1] Hoang, Kundu, Liu, Wang: Don't just prune by magnitude! Your mask topology is a secret weapon. NeurIPS 2023.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fsp.spectrum.graph import Rules, biadjacency, rules_of
+from fsp.spectrum.quantities import imdb, imsg, mean, ramanujan_gap, weighted_gap
+
+
+class Coordinate(NamedTuple):
+    r"""The full-spectrum coordinate of one layer, :math:`v = (\Delta_r, \lambda, IMDB, IMSG)`.
+
+    Each entry is ``nan`` where it is undefined.
+    """
+
+    ramanujan_gap: float
+    weighted_gap: float
+    imdb: float
+    imsg: float
+
+    @property
+    def norm(self) -> float:
+        """L2 norm, an undefined entry counted as 0, as published."""
+        return math.hypot(*_zeroed(self))
+
+
+def coordinate(mask: Tensor, weight: Tensor, *, rules: str | Rules = "fsp2023") -> Coordinate:
+    """Full-spectrum coordinate of one layer.
+
+    Parameters
+    ----------
+    mask : Tensor, shape (C_out, C_in, *kernel) or (out, in), bool or 0/1
+    weight : Tensor, same shape
+        Weights of the layer; those off the mask are ignored.
+    rules : {"iclr2023", "fsp2023"} or Rules
+
+    Returns
+    -------
+    Coordinate
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ, the mask is not binary, a weight is not finite, or the tensor is no layer's.
+
+    References
+    ----------
+    [1]_, full-spectrum coordinate.
+    """
+    return coordinates({"layer": mask}, {"layer": weight}, rules=rules)["layer"]
+
+
+def coordinates(
+    masks: Mapping[str, Tensor], weights: Mapping[str, Tensor] | nn.Module, *, rules: str | Rules = "fsp2023"
+) -> dict[str, Coordinate]:
+    """Full-spectrum coordinate of every masked layer of a network.
+
+    Parameters
+    ----------
+    masks : dict of parameter name to mask, as made by `fsp.prune.prune`
+    weights : dict of parameter name to weights, or the model itself
+        May hold more names than `masks`.
+    rules : {"iclr2023", "fsp2023"} or Rules
+
+    Returns
+    -------
+    dict of parameter name to Coordinate, in the order of `masks`
+
+    Raises
+    ------
+    ValueError
+        As for `coordinate`, naming the layer; also for a mask without weights and for no masks at all.
+
+    Examples
+    --------
+    >>> mask = torch.ones(4, 4, dtype=torch.bool)
+    >>> [round(x, 4) for x in coordinates({"w": mask}, {"w": torch.ones(4, 4)})["w"]]
+    [3.4641, 4.0, 1.9795, 2.2857]
+    """
+    rules = rules_of(rules)
+    if isinstance(weights, nn.Module):
+        weights = dict(weights.named_parameters())
+    if not masks:
+        raise ValueError("there are no masks: fsp.prune.prune(model, ...) makes them")
+    for name, mask in masks.items():
+        check_layer(name, mask, weights.get(name))
+    result = {}
+    for name, mask in masks.items():
+        B = biadjacency(mask)
+        W = biadjacency(weights[name]).where(B != 0, 0)
+        result[name] = Coordinate(
+            ramanujan_gap(B, rules=rules),
+            weighted_gap(W, rules=rules),
+            imdb(B, rules=rules),
+            imsg(B, W, rules=rules),
+        )
+    return result
+
+
+def spectrum_norm(coordinates: Mapping[str, Coordinate]) -> float:
+    r"""Full-spectrum norm of a network, :math:`D = \frac1L \sum_\ell \lVert v_\ell \rVert_2`.
+
+    The distance from the origin, with undefined entries counted as 0 (D5; the unweighted form of D4).
+
+    Parameters
+    ----------
+    coordinates : dict of layer name to Coordinate
+
+    Returns
+    -------
+    float
+    """
+    return mean([v.norm for v in coordinates.values()])
+
+
+def distance(a: Mapping[str, Coordinate], b: Mapping[str, Coordinate]) -> float:
+    r"""Distance of two networks' coordinates, :math:`\frac1L \sum_\ell \lVert a_\ell - b_\ell \rVert_2`.
+
+    Undefined entries count as 0, as in the norm.
+
+    Parameters
+    ----------
+    a, b : dict of layer name to Coordinate
+        Of the same layers.
+
+    Returns
+    -------
+    float
+
+    Raises
+    ------
+    ValueError
+        If the layers differ.
+    """
+    if a.keys() != b.keys():
+        raise ValueError(f"coordinates of different layers: {sorted(a.keys() ^ b.keys())} are in one only")
+    return mean([math.dist(_zeroed(a[name]), _zeroed(b[name])) for name in a])
+
+
+def layer_mean(coordinates: Mapping[str, Coordinate]) -> Coordinate:
+    """Mean of each quantity over the layers in which it is defined.
+
+    As published; layers without a valid graph drop out of the mean (D27), so report `coverage` beside it.
+
+    Parameters
+    ----------
+    coordinates : dict of layer name to Coordinate
+
+    Returns
+    -------
+    Coordinate
+        ``nan`` for a quantity that no layer has.
+
+    Examples
+    --------
+    >>> layer_mean({"a": Coordinate(1.0, 2.0, math.nan, math.nan), "b": Coordinate(3.0, 4.0, 5.0, math.nan)})
+    Coordinate(ramanujan_gap=2.0, weighted_gap=3.0, imdb=5.0, imsg=nan)
+    """
+    return Coordinate(*(mean([v[i] for v in coordinates.values() if not math.isnan(v[i])]) for i in range(4)))
+
+
+def coverage(coordinates: Mapping[str, Coordinate]) -> Coordinate:
+    """Number of layers in which each quantity is defined.
+
+    Parameters
+    ----------
+    coordinates : dict of layer name to Coordinate
+
+    Returns
+    -------
+    Coordinate of int
+
+    Examples
+    --------
+    >>> coverage({"w": Coordinate(1.0, 2.0, math.nan, math.nan)})
+    Coordinate(ramanujan_gap=1, weighted_gap=1, imdb=0, imsg=0)
+    """
+    return Coordinate(*(sum(not math.isnan(v[i]) for v in coordinates.values()) for i in range(4)))
+
+
+def check_layer(name: str, mask: Tensor, weight: Tensor | None) -> None:
+    """Raise a ValueError that names the layer if mask and weight cannot be measured."""
+    if weight is None:
+        raise ValueError(f"layer {name!r} has a mask but no weights: pass the model or a dict that holds {name!r}")
+    if mask.shape != weight.shape:
+        raise ValueError(f"layer {name!r}: mask {tuple(mask.shape)} and weights {tuple(weight.shape)} differ in shape")
+    if mask.ndim < 2 or mask.numel() == 0:
+        raise ValueError(f"layer {name!r}: shape {tuple(mask.shape)} is not (outputs, inputs, ...) with entries")
+    if mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
+        raise ValueError(f"layer {name!r}: the mask holds values other than 0 and 1")
+    if not torch.isfinite(weight[mask.bool()]).all():
+        raise ValueError(f"layer {name!r}: a kept weight is nan or infinite")
+
+
+def _zeroed(v: Coordinate) -> list[float]:
+    """Entries with undefined ones as 0."""
+    return [0.0 if math.isnan(x) else x for x in v]

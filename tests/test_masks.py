@@ -1,0 +1,647 @@
+"""`fsp.masks`: exact counts, honest ties, weights that stay pruned, files that come back."""
+
+import json
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import inf, nan, nn
+from torch.nn.functional import cross_entropy
+
+from fsp import masks
+from fsp.masks import apply_, hold_, keep_counts, keep_top, kept_count, load, prunable, save, scattered, shuffle
+
+examples = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def bools(*entries):
+    return torch.tensor(entries, dtype=torch.bool)
+
+
+def total(kept):
+    return sum(int(mask.sum()) for mask in kept.values())
+
+
+def same(a, b):
+    return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ---- how many ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("n", "density", "kept"),
+    [
+        (10, 0.9, 9),  # 10 * (1 - 0.9) is a little less than 1 in binary: a naive floor keeps 10
+        (10, 0.7, 7),
+        (10, 0.1, 1),
+        (1000, 0.001, 1),
+        (3, 0.5, 2),  # one and a half: the floor is of what is removed
+        (14_761_664, 0.1, 1_476_167),  # others.md §1.1, read out of Synaptic-Flow's published masks
+        (14_761_664, 1e-6, 15),
+        (11_164_352, 0.01, 111_644),
+        (5, 0.01, 1),
+        (5, 1e-12, 1),
+        (1, 0.3, 1),
+        (7, 1, 7),
+        (7, 1.0, 7),
+    ],
+)
+def test_a_density_keeps_n_minus_the_floor_of_what_it_removes(n, density, kept):
+    assert kept_count(n, density) == kept
+    assert type(kept_count(n, density)) is int
+
+
+@examples
+@given(n=st.integers(1, 10**8), thousandths=st.integers(1, 1000))
+def test_counts_are_those_of_exact_decimal_arithmetic(n, thousandths):
+    removed = (1000 - thousandths) * n // 1000
+    assert kept_count(n, thousandths / 1000) == n - removed
+
+
+@pytest.mark.parametrize("density", [0, 0.0, -0.1, 1.0001, 1.5, nan, inf, True, False, "0.1", None])
+def test_what_is_no_density_is_refused_by_value(density):
+    with pytest.raises(ValueError, match=r"\(0, 1\]") as caught:
+        keep_top({"w": torch.rand(4)}, density)
+    assert repr(density) in str(caught.value)
+
+
+# ---- which -------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def scored_networks(draw):
+    """Up to four tensors of up to three dimensions with scores from few values, so that most are tied."""
+    shapes = draw(st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=3), min_size=1, max_size=4))
+    levels = draw(st.integers(1, 4))
+    rng = generator(draw(st.integers(0, 99)))
+    return {f"t{i}": torch.randint(levels, shape, generator=rng).double() - 1 for i, shape in enumerate(shapes)}
+
+
+densities = st.integers(1, 200).map(lambda k: k / 200)
+
+
+@examples
+@given(scores=scored_networks(), density=densities, seed=st.integers(0, 9))
+def test_global_counts_are_exact_under_ties_and_nothing_kept_is_below_anything_pruned(scores, density, seed):
+    n = sum(s.numel() for s in scores.values())
+    kept = keep_top(scores, density, generator=generator(seed))
+    assert total(kept) == max(1, n - math.floor((1 - Fraction(str(density))) * n))
+    assert list(kept) == list(scores)
+    assert all(kept[name].shape == s.shape and kept[name].dtype == torch.bool for name, s in scores.items())
+    inside = torch.cat([s[kept[name]] for name, s in scores.items()])
+    outside = torch.cat([s[~kept[name]] for name, s in scores.items()])
+    assert not len(outside) or inside.min() >= outside.max()
+
+
+@examples
+@given(scores=scored_networks(), density=densities)
+def test_layer_scope_counts_and_ranks_every_tensor_by_itself(scores, density):
+    kept = keep_top(scores, density, scope="layer")
+    for name, s in scores.items():
+        assert int(kept[name].sum()) == max(1, s.numel() - math.floor((1 - Fraction(str(density))) * s.numel()))
+        outside = s[~kept[name]]
+        assert not len(outside) or s[kept[name]].min() >= outside.max()
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+@pytest.mark.parametrize("density", [1.0, 0.9, 0.5, 0.1, 1e-3])
+def test_constant_scores_give_exact_counts(scope, density):
+    kept = keep_top({"a": torch.zeros(40, 25), "b": torch.zeros(1000)}, density, scope=scope)
+    assert total(kept) == 2000 * density
+
+
+def test_one_weight_of_many_is_the_best_one():
+    scores = {"a": torch.arange(500.0), "b": torch.tensor([3.0, 999.0, 1.0])}
+    kept = keep_top(scores, 1e-9)
+    assert total(kept) == 1
+    assert kept["b"].tolist() == [False, True, False]
+
+
+def test_four_scores_with_half_of_them_kept():
+    kept = keep_top({"w": torch.tensor([[0.3, -0.8], [0.1, 0.2]])}, 0.5)
+    assert kept["w"].tolist() == [[True, False], [False, True]]
+
+
+def test_global_scope_empties_a_weak_tensor_and_layer_scope_does_not():
+    scores = {"weak": torch.tensor([0.1, 0.2]), "strong": torch.tensor([1.0, 2.0])}
+    whole, each = keep_top(scores, 0.5), keep_top(scores, 0.5, scope="layer")
+    assert [m.tolist() for m in whole.values()] == [[False, False], [True, True]]
+    assert [m.tolist() for m in each.values()] == [[False, True], [False, True]]
+
+
+def test_given_counts_are_kept_from_none_to_all():
+    scores = {"none": torch.tensor([1.0, 2.0]), "one": torch.tensor([5.0, 7.0, 6.0]), "all": torch.tensor([-1.0, 0.0])}
+    kept = keep_counts(scores, {"none": 0, "one": 1, "all": 2})
+    assert [m.tolist() for m in kept.values()] == [[False, False], [False, True, False], [True, True]]
+
+
+@pytest.mark.parametrize("count", [-1, 3])
+def test_a_count_that_a_tensor_cannot_hold_is_refused(count):
+    with pytest.raises(ValueError, match=f"fc.*{count}"):
+        keep_counts({"fc": torch.rand(2)}, {"fc": count})
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_a_lower_density_keeps_a_subset_when_scores_differ(scope):
+    scores = {"a": torch.rand(30, 20, generator=generator(1)), "b": torch.rand(400, generator=generator(2))}
+    inner, outer = keep_top(scores, 0.1, scope=scope), keep_top(scores, 0.5, scope=scope)
+    assert all(not (inner[name] & ~outer[name]).any() for name in scores)
+    assert total(inner) < total(outer)
+
+
+def test_minus_infinity_is_never_kept():
+    s = torch.tensor([-inf, -3.0, -inf, -2.0, -inf])
+    for seed in range(20):
+        assert keep_top({"w": s}, 0.4, generator=generator(seed))["w"].tolist() == [False, True, False, True, False]
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_more_weights_than_may_be_kept_is_an_error_with_both_numbers(scope):
+    with pytest.raises(ValueError, match=r"3 weights .* only 2 may be; lower the density"):
+        keep_top({"w": torch.tensor([-inf, -3.0, -inf, -2.0, -inf])}, 0.6, scope=scope)
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+@pytest.mark.parametrize("bad", [nan, inf])
+def test_scores_that_cannot_be_ranked_are_refused_by_name(bad, scope):
+    with pytest.raises(ValueError, match=r"blocks\.3\.conv1") as caught:
+        keep_top({"stem": torch.zeros(3), "blocks.3.conv1": torch.tensor([1.0, bad])}, 0.5, scope=scope)
+    assert "float64" in str(caught.value)
+    with pytest.raises(ValueError, match=r"blocks\.3\.conv1"):
+        keep_counts({"blocks.3.conv1": torch.tensor([1.0, bad])}, {"blocks.3.conv1": 1})
+
+
+def test_an_unknown_scope_names_the_two_there_are():
+    with pytest.raises(ValueError, match='"global" or "layer", not \'local\''):
+        keep_top({"w": torch.rand(4)}, 0.5, scope="local")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_every_floating_dtype_can_be_ranked(dtype):
+    kept = keep_top({"w": torch.randn(50, 50, generator=generator()).to(dtype)}, 0.3)
+    assert total(kept) == 750
+
+
+# ---- ties --------------------------------------------------------------------------------------------------------
+
+
+def test_ties_depend_on_the_generator_and_on_nothing_global():
+    scores = {"a": torch.zeros(60), "b": torch.zeros(6, 10)}
+    torch.manual_seed(1)
+    first, fresh = keep_top(scores, 0.5, generator=generator(3)), keep_top(scores, 0.5)
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    assert same(first, keep_top(scores, 0.5, generator=generator(3)))
+    assert same(fresh, keep_top(scores, 0.5))
+    assert torch.equal(state, torch.get_rng_state())
+    assert not same(first, keep_top(scores, 0.5, generator=generator(4)))
+
+
+def test_ties_fall_on_every_position_equally_often():
+    # one certain, eight tied for three places, one hopeless; the two tensors share the tie
+    scores = {"a": torch.tensor([1.0, 2.0, 1.0, 1.0, 1.0]), "b": torch.tensor([1.0, 1.0, 0.0, 1.0, 1.0])}
+    rng, draws = generator(5), 2000
+    counts = torch.zeros(10)
+    for _ in range(draws):
+        counts += torch.cat(list(keep_top(scores, 0.4, generator=rng).values()))
+    assert counts[1] == draws
+    assert counts[7] == 0
+    tied = counts[[0, 2, 3, 4, 5, 6, 8, 9]]
+    expected, variance = draws * 3 / 8, draws * 3 / 8 * 5 / 8
+    # chi-square, 7 degrees of freedom (places of a draw exclude each other, hence 7 / 8): above 40 once in a million
+    assert ((tied - expected) ** 2).sum() / variance * 7 / 8 < 40
+
+
+def test_ties_in_separate_layers_are_not_broken_alike():
+    kept = keep_top({"a": torch.zeros(64), "b": torch.zeros(64)}, 0.5, scope="layer")
+    assert not torch.equal(kept["a"], kept["b"])
+
+
+# ---- what is prunable --------------------------------------------------------------------------------------------
+
+
+class Everything(nn.Module):
+    """One of each: convolutions of three kinds, norms, an embedding, a shared and a frozen linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(7, 4)
+        self.conv1d = nn.Conv1d(4, 4, 3)
+        self.norm = nn.BatchNorm1d(4)
+        self.up = nn.ConvTranspose2d(2, 3, 2)
+        self.group = nn.GroupNorm(1, 3)
+        self.layer = nn.LayerNorm(4)
+        self.volume = nn.Conv3d(1, 2, 2, bias=False)
+        self.head = nn.Linear(4, 4)
+        self.again = nn.Linear(4, 4)
+        self.again.weight = self.head.weight
+        self.frozen = nn.Linear(4, 2).requires_grad_(False)
+        self.scale = nn.Parameter(torch.ones(4, 4))
+
+
+def test_weights_of_convolutions_and_linear_layers_are_prunable_and_nothing_else_is():
+    model = Everything()
+    found = prunable(model)
+    assert list(found) == ["conv1d.weight", "up.weight", "volume.weight", "head.weight", "frozen.weight"]
+    assert all(found[name] is dict(model.named_parameters())[name] for name in found)
+
+
+def test_a_weight_that_two_modules_share_is_counted_once():
+    first = nn.Linear(3, 3)
+    second = nn.Linear(3, 3)
+    second.weight = first.weight
+    found = prunable(nn.Sequential(first, nn.ReLU(), second))
+    assert list(found) == ["0.weight"]
+
+
+@pytest.mark.parametrize(
+    ("exclude", "left"),
+    [
+        (["block"], ["block2.weight", "classifier.weight"]),
+        (["block.0"], ["block.1.weight", "block2.weight", "classifier.weight"]),
+        (["block.0.weight", "classifier"], ["block.1.weight", "block2.weight"]),
+        ((name for name in ["block2"]), ["block.0.weight", "block.1.weight", "classifier.weight"]),
+    ],
+)
+def test_parameters_and_whole_modules_are_excluded_by_name(exclude, left):
+    model = nn.ModuleDict(
+        {
+            "block": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)),
+            "block2": nn.Linear(2, 2),  # "block" is its prefix, not its module
+            "classifier": nn.Linear(2, 2),
+        }
+    )
+    assert list(prunable(model, exclude=exclude)) == left
+
+
+@pytest.mark.parametrize("name", ["head", "0.bias", "0.weigh", "1", ""])
+def test_an_exclusion_that_matches_no_prunable_weight_is_refused_with_those_there_are(name):
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"0\.weight, 2\.weight") as caught:
+        prunable(model, exclude=[name])
+    assert repr(name) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "exclude"), [(nn.Sequential(nn.ReLU(), nn.LayerNorm(3)), []), (nn.Sequential(nn.Linear(2, 2)), ["0"])]
+)
+def test_a_model_with_nothing_left_to_prune_is_refused(model, exclude):
+    with pytest.raises(ValueError, match="no prunable weight"):
+        prunable(model, exclude=exclude)
+
+
+# ---- applying and holding ----------------------------------------------------------------------------------------
+
+
+def network():
+    """A small network with a convolution, a norm and a linear layer, the same weights at every call."""
+    with torch.random.fork_rng():
+        torch.manual_seed(8)
+        return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 4 * 4, 3))
+
+
+def half_masks(model, seed=0):
+    rng = generator(seed)
+    return {name: torch.rand(p.shape, generator=rng) < 0.5 for name, p in prunable(model).items()}
+
+
+def train(model, optimizer, steps=5, seed=0):
+    rng = generator(seed)
+    for _ in range(steps):
+        x, y = torch.randn(12, 1, 6, 6, generator=rng), torch.randint(3, (12,), generator=rng)
+        optimizer.zero_grad()
+        cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+
+def pruned_entries(model, kept):
+    parameters = dict(model.named_parameters())
+    return torch.cat([parameters[name][~mask] for name, mask in kept.items()]).detach()
+
+
+def test_applied_masks_zero_what_is_pruned_and_touch_nothing_else():
+    model, kept = network(), half_masks(network())
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    apply_(model, kept)
+    for name, p in model.named_parameters():
+        expected = torch.where(kept[name], before[name], torch.zeros(())) if name in kept else before[name]
+        assert torch.equal(p, expected)
+        assert p.requires_grad
+
+
+def test_applied_masks_clear_even_a_weight_that_is_not_a_number():
+    layer = nn.Linear(2, 1, bias=False)
+    layer.weight.data = torch.tensor([[nan, 1.0]])
+    apply_(layer, {"weight": bools([False, True])})
+    assert layer.weight.tolist() == [[0.0, 1.0]]
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        {"4.wait": bools(True)},
+        {"4.weight": torch.ones(3, 64)},
+        {"4.weight": torch.ones(64, 3, dtype=torch.bool)},
+        {"4.weight": torch.ones(64, dtype=torch.bool)},  # it would broadcast
+    ],
+)
+def test_masks_that_fit_no_parameter_are_refused_by_name_and_before_any_change(kept):
+    model = network()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    some = {"0.weight": torch.zeros(4, 1, 3, 3, dtype=torch.bool)} | kept
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for attempt in (
+        lambda: apply_(model, some),
+        lambda: hold_(optimizer, model, some),
+        lambda: scattered(some, model, generator=generator()),
+    ):
+        with pytest.raises(ValueError, match=next(iter(kept))):
+            attempt()
+    assert same(before, dict(model.named_parameters()))
+
+
+OPTIMIZERS = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.01),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01),
+    "Nesterov": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.9, centered=True),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_pruned_weights_and_their_momentum_stay_exactly_zero_in_training(name):
+    model, kept = network(), half_masks(network())
+    start = {key: p.clone() for key, p in model.named_parameters()}
+    optimizer = OPTIMIZERS[name](model.parameters())
+    hold_(optimizer, model, kept)
+    assert not pruned_entries(model, kept).any()  # already before the first step
+    train(model, optimizer)
+    assert not pruned_entries(model, kept).any()
+    parameters = dict(model.named_parameters())
+    for key, mask in kept.items():
+        assert (parameters[key][mask] != start[key][mask]).all()  # the rest has learnt
+        buffers = [s for s in optimizer.state[parameters[key]].values() if s is not None and s.shape == mask.shape]
+        assert len(buffers) == {"SGD": 0, "AdamW": 2, "RMSprop": 3}.get(name, 1)
+        assert all(not buffer[~mask].any() and buffer[mask].any() for buffer in buffers)
+    assert (parameters["4.bias"] != start["4.bias"]).all()
+
+
+def test_training_under_masks_is_training_of_the_masked_network():
+    model, oracle, kept = network(), network(), half_masks(network())
+    optimizer = OPTIMIZERS["momentum"](model.parameters())
+    hold_(optimizer, model, kept)
+    train(model, optimizer)
+    # oracle: the gradient itself is masked, so nothing has to be put back
+    apply_(oracle, kept)
+    for key, p in oracle.named_parameters():
+        if key in kept:
+            p.register_hook(lambda g, mask=kept[key]: g * mask)
+    train(oracle, OPTIMIZERS["momentum"](oracle.parameters()))
+    for key, p in oracle.named_parameters():
+        torch.testing.assert_close(dict(model.named_parameters())[key], p)
+
+
+def test_a_removed_handle_lets_go():
+    model, kept = network(), half_masks(network())
+    optimizer = OPTIMIZERS["momentum"](model.parameters())
+    handle = hold_(optimizer, model, kept)
+    train(model, optimizer, steps=2)
+    handle.remove()
+    train(model, optimizer, steps=1)
+    assert pruned_entries(model, kept).all()
+
+
+def test_a_replaced_mask_takes_effect_at_the_next_step_and_growth_starts_without_momentum():
+    model, kept = network(), half_masks(network())
+    optimizer = OPTIMIZERS["momentum"](model.parameters())
+    hold_(optimizer, model, kept)
+    train(model, optimizer, steps=3)
+    old, weight = kept["4.weight"], dict(model.named_parameters())["4.weight"]
+    momentum = optimizer.state[weight]["momentum_buffer"]
+    assert not momentum[~old].any()
+    kept["4.weight"] = ~old
+    train(model, optimizer, steps=1)
+    assert not weight[old].any()
+    assert weight[~old].all()
+    assert not momentum[old].any()
+
+
+def test_a_pruned_weight_with_an_infinite_gradient_stays_zero():
+    layer = nn.Linear(2, 1, bias=False)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+    hold_(optimizer, layer, {"weight": bools([True, False])})
+    layer.weight.grad = torch.tensor([[1.0, inf]])
+    optimizer.step()
+    assert layer.weight[0, 1] == 0
+    assert optimizer.state[layer.weight]["momentum_buffer"].tolist() == [[1.0, 0.0]]
+
+
+def test_holding_costs_no_randomness_and_no_gradient_graph():
+    model, kept = network(), half_masks(network())
+    optimizer = OPTIMIZERS["momentum"](model.parameters())
+    state = torch.get_rng_state()
+    hold_(optimizer, model, kept)
+    train(model, optimizer, steps=1)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(p.is_leaf and p.grad_fn is None for p in model.parameters())
+
+
+# ---- shuffles ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lopsided():
+    """Masks of very different densities, one tensor empty and one full."""
+    rng = generator(1)
+    return {
+        "thin": torch.rand(20, 10, 3, 3, generator=rng) < 0.02,
+        "thick": torch.rand(40, 30, generator=rng) < 0.9,
+        "empty": torch.zeros(5, 5, dtype=torch.bool),
+        "full": torch.ones(4, 4, dtype=torch.bool),
+    }
+
+
+def test_a_layer_shuffle_keeps_every_count_and_does_change_the_mask(lopsided):
+    before = {name: mask.clone() for name, mask in lopsided.items()}
+    new = shuffle(lopsided, generator=generator())
+    assert {name: (mask.shape, int(mask.sum())) for name, mask in new.items()} == {
+        name: (mask.shape, int(mask.sum())) for name, mask in lopsided.items()
+    }
+    # the published code rebinds a local variable and so never shuffles (others.md §1.12)
+    for name in ("thin", "thick"):
+        overlap = (new[name] & lopsided[name]).sum() / lopsided[name].sum()
+        assert abs(overlap - lopsided[name].float().mean()) < 0.1
+    assert same(lopsided, before)
+    assert all(new[name].data_ptr() != lopsided[name].data_ptr() for name in new)
+
+
+def test_a_global_shuffle_keeps_the_total_and_levels_the_densities(lopsided):
+    new = shuffle(lopsided, scope="global", generator=generator())
+    assert total(new) == total(lopsided)
+    assert [mask.shape for mask in new.values()] == [mask.shape for mask in lopsided.values()]
+    overall = masks.density(lopsided)
+    assert abs(masks.layer_densities(new)["thin"] - overall) < 0.05
+    assert abs(masks.layer_densities(new)["thick"] - overall) < 0.05
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_a_shuffle_depends_only_on_its_generator(lopsided, scope):
+    torch.manual_seed(1)
+    first = shuffle(lopsided, scope=scope, generator=generator(2))
+    torch.manual_seed(9)
+    assert same(first, shuffle(lopsided, scope=scope, generator=generator(2)))
+    assert not same(first, shuffle(lopsided, scope=scope, generator=generator(3)))
+
+
+def test_a_shuffle_reaches_every_position_equally_often():
+    rng, counts = generator(4), torch.zeros(6)
+    for _ in range(1200):
+        counts += shuffle({"w": bools(True, True, False, False, False, False)}, generator=rng)["w"]
+    assert ((counts - 400) ** 2).sum() / (1200 * 2 / 9) * 5 / 6 < 35  # as above, with 5
+
+
+def test_an_unknown_shuffle_scope_names_the_two_there_are(lopsided):
+    with pytest.raises(ValueError, match='"global" or "layer", not \'even\''):
+        shuffle(lopsided, scope="even", generator=generator())
+
+
+def test_scattering_keeps_counts_and_the_multiset_of_kept_weights_but_not_their_places():
+    model, kept = network(), half_masks(network())
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    new, weights = scattered(kept, model, generator=generator(7))
+    assert list(new) == list(weights) == list(kept)
+    for name, mask in kept.items():
+        assert int(new[name].sum()) == int(mask.sum())
+        assert not torch.equal(new[name], mask)
+        assert not weights[name][~new[name]].any()
+        moved, original = weights[name][new[name]], before[name][mask].detach()
+        assert torch.equal(moved.sort().values, original.sort().values)
+        assert not torch.equal(moved, original)  # the order is random too, not only the places
+        assert not weights[name].requires_grad
+    assert same(before, dict(model.named_parameters()))
+
+
+# ---- densities ---------------------------------------------------------------------------------------------------
+
+
+def test_densities_weigh_tensors_by_size_and_layers_alone():
+    kept = {"a": bools(True, False, False, False), "b": bools(True, True), "c": bools(False, False)}
+    assert masks.density(kept) == 3 / 8
+    assert masks.layer_densities(kept) == {"a": 0.25, "b": 1.0, "c": 0.0}
+    assert type(masks.density(kept)) is float
+
+
+# ---- files -------------------------------------------------------------------------------------------------------
+
+mask_tensors = st.lists(st.integers(1, 7), min_size=1, max_size=4).flatmap(
+    lambda shape: st.lists(st.booleans(), min_size=math.prod(shape), max_size=math.prod(shape)).map(
+        lambda bits: torch.tensor(bits).view(shape)
+    )
+)
+names = st.text(st.characters(codec="utf-8", categories=["L", "N", "P"]), min_size=1, max_size=8)
+
+
+@examples
+@given(kept=st.dictionaries(names.filter(lambda n: n != "__metadata__"), mask_tensors, min_size=1, max_size=4))
+def test_masks_come_back_from_a_file_as_they_were(tmp_path_factory, kept):
+    path = tmp_path_factory.mktemp("masks") / "m.safetensors"
+    save(path, kept)
+    back = load(path)
+    assert same(kept, back)  # names, their order, shapes, bits
+    assert all(mask.dtype == torch.bool for mask in back.values())
+
+
+def test_empty_rows_whole_empty_tensors_and_transposed_views_come_back(tmp_path):
+    kept = {
+        "rows": bools([True, False, True], [False, False, False], [False, True, True]),
+        "empty": torch.zeros(3, 5, 3, 3, dtype=torch.bool),
+        "view": bools([True, True, False], [False, True, False]).T,
+    }
+    save(tmp_path / "m.safetensors", kept)
+    assert same(kept, load(tmp_path / "m.safetensors"))
+
+
+def test_the_header_tells_achieved_densities_and_metadata_and_a_weight_costs_one_bit(tmp_path):
+    path = tmp_path / "made" / "m.safetensors"
+    kept = {"big": torch.rand(300, 400, generator=generator()) < 0.5, "small": bools(True, False, False, False)}
+    save(path, kept, method="snip", seed=3, options={"rounds": 5, "exclude": ["classifier"]})
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["fsp_masks"])
+    assert header["shapes"] == {"big": [300, 400], "small": [4]}
+    assert header["density"] == (int(kept["big"].sum()) + 1) / 120_004
+    assert header["layer_densities"] == {"big": int(kept["big"].sum()) / 120_000, "small": 0.25}
+    assert header["metadata"] == {"method": "snip", "seed": 3, "options": {"rounds": 5, "exclude": ["classifier"]}}
+    assert path.stat().st_size < 120_004 / 8 + 2000
+
+
+def test_a_damaged_mask_is_refused(tmp_path):
+    path = tmp_path / "m.safetensors"
+    save(path, {"w": torch.ones(64, dtype=torch.bool)})
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + b"\xfe")  # one bit of the last eight weights is gone
+    with pytest.raises(ValueError, match="damaged"):
+        load(path)
+
+
+def test_a_file_of_something_else_is_refused_with_the_way_to_make_one(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    save_file({"w": torch.ones(2)}, path)
+    with pytest.raises(ValueError, match=r"weights\.safetensors holds no whole masks.*fsp\.masks\.save"):
+        load(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a safetensors file, but long enough to look at"])
+def test_a_file_that_is_no_safetensors_file_is_refused_as_a_value_error(tmp_path, content):
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="holds no whole masks"):
+        load(path)
+
+
+def test_a_save_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path):
+    path = tmp_path / "m.safetensors"
+    kept = {"w": bools(True, False, True)}
+    save(path, kept)
+    content = path.read_bytes()
+    with pytest.raises(TypeError):
+        save(path, {"w": bools(False, False, True)}, method=object())  # JSON cannot hold it
+    with pytest.raises(TypeError):
+        save(path, {"w": torch.tensor([0.2, 0.7, 0.1])})
+    assert path.read_bytes() == content
+    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def test_a_save_that_breaks_off_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "m.safetensors"
+    save(path, {"w": bools(True, False, True)})
+    content = path.read_bytes()
+
+    def breaks_off(tensors, filename, metadata):
+        filename.write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(masks, "save_file", breaks_off)
+    with pytest.raises(OSError, match="no space"):
+        save(path, {"w": bools(False, False, True)})
+    assert path.read_bytes() == content
+    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def test_bits_are_packed_first_weight_first(tmp_path):
+    # the format is documented as plain: anyone with numpy can read it
+    save(tmp_path / "m.safetensors", {"w": bools([True, False, False], [True, True, False])})
+    with safe_open(tmp_path / "m.safetensors", framework="np") as file:
+        assert file.get_tensor("w").tolist() == [0b10011000]
+        assert file.get_tensor("w").dtype == np.uint8
