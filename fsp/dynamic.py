@@ -161,7 +161,8 @@ def stepper(
         due = step % config.update_every == 0 and step < config.t_end_frac * total_steps
         if not (due and config.replace_step):
             optimizer.step()
-        if due:
+        if due and all(p.isfinite().all() and p.grad.isfinite().all() for p in parameters.values()):
+            # what is not finite has no order; a training that diverges is ended by `fit`
             fraction = zeta(config, step, total_steps)
             for name, parameter in parameters.items():
                 masks[name] = drop_and_grow(parameter, masks[name], fraction, growth(parameter), generator=generator)

@@ -5,6 +5,7 @@ turns a wrong name or value into an error that names the valid choices.
 """
 
 import ast
+import dataclasses
 import math
 import sys
 from collections.abc import Callable, Collection
@@ -16,6 +17,7 @@ from fsp.data import DATASETS, is_count
 from fsp.dynamic import PRESETS
 from fsp.models import MODELS
 from fsp.prune import METHODS
+from fsp.train import TrainConfig
 
 CHOICES = {
     "dataset": tuple(DATASETS),
@@ -49,10 +51,20 @@ def check(**given: object) -> dict:
     unknown = _injected() - given.keys()
     if unknown:
         raise ValueError(f"no parameter is called {', '.join(sorted(unknown))}: this notebook has {', '.join(given)}")
+    if missing := given.keys() - _RULES.keys():
+        raise ValueError(f"fsp.parameters has no rule for {', '.join(sorted(missing))}: it knows {', '.join(_RULES)}")
     for name, value in given.items():
         expected = _RULES[name](value)
         if expected:
             raise ValueError(f"{name} = {value!r}: expected {expected}")
+    if {"model", "model_options"} <= given.keys():
+        try:
+            with torch.device("meta"):  # no memory, no random numbers
+                MODELS[given["model"]]((3, 32, 32), 10, **given["model_options"])
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"model_options = {given['model_options']!r} do not fit {given['model']}: {error}"
+            ) from error
     if given.get("device") == "auto":
         given["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     return given
@@ -81,13 +93,15 @@ def _one_of(choices: Collection[str]) -> Callable[[object], str | None]:
 def _some_of(choices: Collection[str]) -> Callable[[object], str | None]:
     """Rule: a list of different choices."""
     return lambda value: (
-        None if _distinct(value) and set(value) <= set(choices) else f"a list of different ones of {', '.join(choices)}"
+        None
+        if _distinct(value) and all(v in choices for v in value)
+        else f"a list of different ones of {', '.join(choices)}"
     )
 
 
 def _distinct(value: object) -> bool:
     """Whether a value is a non-empty list without repetitions."""
-    return isinstance(value, list | tuple) and len(value) > 0 and len({str(v) for v in value}) == len(value)
+    return isinstance(value, list | tuple) and len(value) > 0 and all(v not in value[:i] for i, v in enumerate(value))
 
 
 def _is_density(value: object) -> bool:
@@ -100,6 +114,18 @@ def _count(value: object) -> str | None:
     return None if is_count(value, 1) else "a whole number of at least 1"
 
 
+def _train_options(value: object) -> str | None:
+    """Rule: fields of TrainConfig beside those that a notebook has as parameters of their own."""
+    fields = {field.name for field in dataclasses.fields(TrainConfig)} - {"epochs", "lr", "seed"}
+    if not isinstance(value, dict) or not value.keys() <= fields:
+        return f"a dict of fields of TrainConfig, of {', '.join(sorted(fields))}"
+    try:
+        TrainConfig(**value)
+    except ValueError as error:
+        return f"valid settings ({error})"
+    return None
+
+
 _RULES: dict[str, Callable[[object], str | None]] = {
     "dataset": _one_of(CHOICES["dataset"]),
     "model": _one_of(CHOICES["model"]),
@@ -110,13 +136,17 @@ _RULES: dict[str, Callable[[object], str | None]] = {
         None if _distinct(v) and all(map(_is_density, v)) else "a list of different fractions in (0, 1], such as [0.05]"
     ),
     "seeds": lambda v: (
-        None if _distinct(v) and all(is_count(s, 0) for s in v) else "a list of different whole numbers, such as [0, 1]"
+        None
+        if _distinct(v) and all(is_count(s, 0) and s < 2**63 for s in v)
+        else "a list of different whole numbers from 0 to 2**63 - 1, such as [0, 1]"
     ),
     "epochs": _count,
     "batch_size": _count,
     "update_every": _count,
     "threads": _count,
-    "lr": lambda v: None if isinstance(v, Real) and 0 < v < math.inf else "a number above 0",
+    "lr": lambda v: (
+        None if isinstance(v, Real) and not isinstance(v, bool) and 0 < v < math.inf else "a number above 0"
+    ),
     "device": lambda v: (
         "auto or cpu: no CUDA device is available"
         if str(v).startswith("cuda") and not torch.cuda.is_available()
@@ -128,5 +158,5 @@ _RULES: dict[str, Callable[[object], str | None]] = {
     "out_dir": lambda v: None if isinstance(v, str) else 'a folder, or "" for the repository',
     "scheduler": lambda v: None if v is None else "None (runs in this process)",
     "model_options": lambda v: None if isinstance(v, dict) else "a dict of options of the model, such as {}",
-    "train_options": lambda v: None if isinstance(v, dict) else "a dict of fields of TrainConfig, such as {}",
+    "train_options": _train_options,
 }

@@ -194,7 +194,9 @@ def forest(axes: Axes, estimates: pd.DataFrame, label: str) -> None:
     label : str
         Of the horizontal axis.
     """
-    looks = [("#000000", "o"), ("#999999", "s"), ("#d55e00", "^"), ("#0072b2", "v")]
+    looks = [("#000000", "o"), ("#999999", "s"), ("#d55e00", "^"), ("#0072b2", "v"), ("#e69f00", "d"), ("#cc79a7", "X")]
+    if estimates.shape[1] > len(looks):
+        raise ValueError(f"{estimates.shape[1]} columns are too many for one axes: at most {len(looks)}")
     offsets = [0.16 * (i - (estimates.shape[1] - 1) / 2) for i in range(estimates.shape[1])]
     for (column, found), (colour, marker), offset in zip(estimates.items(), looks, offsets, strict=False):
         value, low, high, _ = np.array(found.tolist(), dtype=float).T

@@ -51,6 +51,7 @@ def mean(values: ArrayLike, *, confidence: float = 0.95) -> Estimate:
     >>> print(mean([1.0, 2.0, 3.0]))
     2.00 [-0.48, 4.48] (n = 3)
     """
+    _check_confidence(confidence)
     values = np.asarray(values, float)
     values = values[~np.isnan(values)]
     n = len(values)
@@ -211,12 +212,19 @@ def claim(
     return dict(zip(CLAIM_COLUMNS, entries, strict=True))
 
 
+def _check_confidence(confidence: float) -> None:
+    """Raise a ValueError unless 0 < confidence < 1."""
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence {confidence!r} is not in (0, 1): it is a probability, such as 0.95")
+
+
 def _correlation(x, y):
     """Pearson correlation along the last axis; nan where one side is constant."""
+    varies = (np.ptp(x, -1) > 0) & (np.ptp(y, -1) > 0)  # a rounded mean can leave a constant side a tiny variance
     x = x - x.mean(-1, keepdims=True)
     y = y - y.mean(-1, keepdims=True)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return (x * y).sum(-1) / np.sqrt((x**2).sum(-1) * (y**2).sum(-1))
+        return np.where(varies, (x * y).sum(-1) / np.sqrt((x**2).sum(-1) * (y**2).sum(-1)), math.nan)
 
 
 def _rank_correlation(x, y):
@@ -226,12 +234,13 @@ def _rank_correlation(x, y):
 
 def _bootstrapped(statistic, samples: list[ArrayLike], groups: ArrayLike | None, confidence: float) -> Estimate:
     """Statistic of complete cases, averaged over groups, with the percentile interval of its bootstrap."""
+    _check_confidence(confidence)
     groups = np.zeros(np.shape(samples[0]), int) if groups is None else np.asarray(groups)
     shapes = {np.shape(s) for s in (*samples, groups)}
     if len(shapes) != 1 or len(next(iter(shapes))) != 1:
         raise ValueError(f"one-dimensional samples of one length are needed, not of shapes {sorted(shapes)}")
     table = np.array(samples, dtype=float)
-    complete = ~np.isnan(table).any(0)
+    complete = ~np.isnan(table).any(0) & (groups == groups)  # nan is the one group that differs from itself
     table, groups = table[:, complete], groups[complete]
     rng = np.random.default_rng(0)
     values, resampled = [], []

@@ -2,8 +2,9 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD, lr_scheduler
 
 from fsp.batches import augment, batches
-from fsp.data import Data
+from fsp.data import Data, is_count
 from fsp.masks import Masks, hold_
 from fsp.progress import bar
 
@@ -32,10 +33,12 @@ class TrainConfig:
         Peak learning rate.
     momentum : float
     nesterov : bool
+        Without effect where `momentum` is 0.
     weight_decay : float
         L2 coefficient, on every parameter.
     schedule : {"cosine", "multistep", "one_cycle", "constant"}
-        Changes the learning rate at every step; "one_cycle" also cycles the momentum between .85 and .95.
+        Changes the learning rate at every step.  "one_cycle" rises from lr / 100 to lr and falls to lr / 1e6, while the
+        momentum goes from .95 to .85 and back; in a training of one or two steps it is "constant".
     milestones : tuple of float
         "multistep": fractions of the training after which the learning rate is multiplied by `gamma`.
     gamma : float
@@ -68,18 +71,23 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self):
+        def number(name: str, valid: Callable[[float], bool]) -> bool:
+            value = getattr(self, name)
+            return isinstance(value, Real) and not isinstance(value, bool) and valid(value)
+
+        fractions = isinstance(self.milestones, Sequence) and not isinstance(self.milestones, str)
         for name, valid, expected in [
-            ("epochs", isinstance(self.epochs, int) and self.epochs >= 1, "a whole number >= 1"),
-            ("batch_size", isinstance(self.batch_size, int) and self.batch_size >= 1, "a whole number >= 1"),
-            ("lr", 0 < self.lr < math.inf, "> 0"),
-            ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
-            ("weight_decay", 0 <= self.weight_decay < math.inf, ">= 0"),
+            ("epochs", is_count(self.epochs, 1), "a whole number >= 1"),
+            ("batch_size", is_count(self.batch_size, 1), "a whole number >= 1"),
+            ("lr", number("lr", lambda v: 0 < v < math.inf), "a number > 0"),
+            ("momentum", number("momentum", lambda v: 0 <= v < 1), "in [0, 1)"),
+            ("weight_decay", number("weight_decay", lambda v: 0 <= v < math.inf), "a number >= 0"),
             ("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
-            ("milestones", all(0 < m < 1 for m in self.milestones), "fractions of the training in (0, 1)"),
-            ("gamma", 0 < self.gamma <= 1, "in (0, 1]"),
-            ("warm_up", 0 < self.warm_up < 1, "in (0, 1)"),
-            ("label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)"),
-            ("seed", isinstance(self.seed, int) and self.seed >= 0, "a whole number >= 0"),
+            ("milestones", fractions and all(0 < m < 1 for m in self.milestones), "a list of fractions in (0, 1)"),
+            ("gamma", number("gamma", lambda v: 0 < v <= 1), "in (0, 1]"),
+            ("warm_up", number("warm_up", lambda v: 0 < v < 1), "in (0, 1)"),
+            ("label_smoothing", number("label_smoothing", lambda v: 0 <= v < 1), "in [0, 1)"),
+            ("seed", is_count(self.seed, 0), "a whole number >= 0"),
         ]:
             if not valid:
                 raise ValueError(f"TrainConfig: {name} = {getattr(self, name)!r} is not {expected}")
@@ -94,7 +102,8 @@ class History:
     epochs : list of dict
         One entry an epoch: epoch, lr, train_loss, validation_accuracy, validation_loss.
     status : {"finished", "diverged"}
-        Diverged: the training loss of the last entry is not finite, and training stopped there.
+        Diverged: the training loss or a weight is not finite at the end of the last entry's epoch, and training
+        stopped there.
     best_epoch : int
         Epoch with the highest validation accuracy, the earliest of equals; 0 before the first.
     test_accuracy : float
@@ -160,11 +169,10 @@ def fit(
     on_cuda = device.type == "cuda"
     layout = torch.channels_last if config.channels_last and on_cuda else torch.preserve_format
     model.to(memory_format=layout)
-    optimizer = SGD(
-        model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=config.nesterov
-    )
-    per_epoch = math.ceil(len(data.train.labels) / config.batch_size)
-    schedule = _schedule(optimizer, config, config.epochs * per_epoch)
+    nesterov = config.nesterov and config.momentum > 0
+    optimizer = SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=nesterov)
+    last_step = config.epochs * math.ceil(len(data.train.labels) / config.batch_size)
+    schedule = _schedule(optimizer, config, last_step)
     held = hold_(optimizer, model, masks) if masks is not None else None
     generator = torch.Generator().manual_seed(config.seed)
     augmented = data.augmented if config.augmented is None else config.augmented
@@ -188,7 +196,8 @@ def fit(
                     optimizer.step()
                 else:
                     take_step(history.steps, optimizer)
-                schedule.step()
+                if history.steps < last_step:
+                    schedule.step()
                 total_loss += loss.detach() * len(labels)
                 progress.update(len(labels))
             # one look an epoch: reading the loss at every step would stall a GPU, and a nan stays a nan
@@ -199,7 +208,7 @@ def fit(
                 | {f"validation_{name}": value for name, value in validation.items()}
             )
             progress.set_postfix(loss=f"{train_loss:.3f}", validation=f"{validation['accuracy']:.3f}")
-            if not math.isfinite(train_loss):
+            if not (math.isfinite(train_loss) and all(p.isfinite().all() for p in model.parameters())):
                 history.status = "diverged"
                 break
             if validation["accuracy"] > best_accuracy or math.isnan(validation["accuracy"]):
@@ -245,10 +254,10 @@ def _schedule(optimizer: SGD, config: TrainConfig, steps: int) -> lr_scheduler.L
         return lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
     if config.schedule == "multistep":
         return lr_scheduler.MultiStepLR(optimizer, [round(m * steps) for m in config.milestones], config.gamma)
-    if config.schedule == "one_cycle":
-        # one spare step: the loop asks for the rate that follows the last update
+    if config.schedule == "one_cycle" and steps > 2:
+        rise = max(config.warm_up, 2 / steps)  # the peak is no sooner than the second step
         return lr_scheduler.OneCycleLR(
-            optimizer, config.lr, steps + 1, pct_start=config.warm_up, div_factor=100, final_div_factor=1e4
+            optimizer, config.lr, steps, pct_start=rise, div_factor=100, final_div_factor=1e4
         )
     return lr_scheduler.ConstantLR(optimizer, factor=1.0)
 

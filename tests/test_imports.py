@@ -65,7 +65,7 @@ def test_the_reader_of_imports_sees_every_form():
         ("tables", {"paths"}),
         ("provenance", {"paths"}),
         ("runs", {"paths", "progress", "provenance", "tables"}),
-        ("parameters", {"data", "models", "prune", "dynamic"}),
+        ("parameters", {"data", "models", "prune", "dynamic", "train"}),
     ],
 )
 def test_a_low_module_imports_only_what_lies_below_it(module, allowed):

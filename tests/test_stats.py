@@ -1,0 +1,408 @@
+"""Intervals, correlations and verdicts against scipy, formulas and simulated data with a known answer."""
+
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from fsp import stats
+from fsp.stats import (
+    CLAIM_COLUMNS,
+    Estimate,
+    claim,
+    mean,
+    paired_difference,
+    pearson,
+    spearman,
+    spearman_difference,
+    verdict,
+)
+
+NAN = math.nan
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+def is_undefined(estimate, n):
+    return np.isnan(estimate[:3]).all() and estimate.n == n
+
+
+# ---- means -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 30])
+@pytest.mark.parametrize("confidence", [0.5, 0.9, 0.95, 0.99])
+def test_the_interval_of_a_mean_is_that_of_student(n, confidence):
+    values = rng(n).normal(3, 2, n)
+    found = mean(values, confidence=confidence)
+    low, high = scipy.stats.t.interval(confidence, n - 1, values.mean(), scipy.stats.sem(values))
+    assert found == pytest.approx((values.mean(), low, high, n), rel=1e-12)
+
+
+@pytest.mark.parametrize(("n", "quantile"), [(2, 12.706), (3, 4.303), (5, 2.776), (10, 2.262), (121, 1.980)])
+def test_half_an_interval_is_the_tabulated_quantile_times_the_standard_error(n, quantile):
+    """Two-sided 95 % points of Student's t for n - 1 degrees of freedom, as in any printed table."""
+    values = np.arange(n, dtype=float)
+    found = mean(values)
+    assert found.high - found.value == pytest.approx(quantile * values.std(ddof=1) / math.sqrt(n), rel=2e-4)
+    assert found.value - found.low == pytest.approx(found.high - found.value)
+
+
+def test_undefined_values_are_left_out_and_n_says_how_many_remain():
+    assert mean([1.0, NAN, 2.0, 3.0, NAN]) == mean([1.0, 2.0, 3.0])
+    assert mean([1.0, NAN, 2.0, 3.0, NAN]).n == 3
+
+
+def test_fewer_than_two_values_have_no_interval():
+    assert is_undefined(mean([]), 0)
+    assert is_undefined(mean([NAN, NAN]), 0)
+    one = mean([7.0, NAN])
+    assert (one.value, one.n) == (7.0, 1)
+    assert math.isnan(one.low)
+    assert math.isnan(one.high)
+
+
+def test_equal_values_have_an_interval_of_no_width():
+    assert mean([2.0, 2.0, 2.0]) == (2.0, 2.0, 2.0, 3)
+
+
+def test_paired_difference_is_the_mean_of_the_differences():
+    a, b = rng(1).normal(size=(2, 12))
+    found = paired_difference(a, b + 0.5)
+    oracle = scipy.stats.ttest_rel(a, b + 0.5).confidence_interval(0.95)
+    assert found == pytest.approx(((a - b).mean() - 0.5, oracle.low, oracle.high, 12))
+    turned = paired_difference(b + 0.5, a)
+    assert turned == pytest.approx((-found.value, -found.high, -found.low, 12))
+
+
+def test_what_pairs_have_in_common_drops_out_of_their_difference():
+    """Between-seed variance is large here, and pairing removes it."""
+    seeds = 100 * rng(2).normal(size=8)
+    gain = 1 + 0.1 * rng(3).normal(size=8)
+    found = paired_difference(seeds + gain, seeds)
+    assert found == pytest.approx(mean(gain))
+    assert found.low > 0
+
+
+def test_a_pair_with_an_undefined_member_is_left_out():
+    assert paired_difference([1.0, 2.0, NAN, 5.0], [0.0, NAN, 1.0, 2.0]) == mean([1.0, 3.0])
+
+
+def test_pairs_need_two_samples_of_one_length():
+    with pytest.raises(ValueError, match="pairs are needed, there are 3 and 1 values"):
+        paired_difference([1.0, 2.0, 3.0], [1.0])
+
+
+@pytest.mark.parametrize("confidence", [95, 1.0, 0.0, -0.5])
+def test_a_confidence_outside_0_and_1_is_refused(confidence):
+    with pytest.raises(ValueError, match=r"confidence"):
+        mean([1.0, 2.0, 3.0], confidence=confidence)
+
+
+# ---- correlations ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Few resamples, for tests of values that need none or of many trials."""
+    monkeypatch.setattr(stats, "RESAMPLES", 200)
+
+
+def samples(n=25, seed=0, ties=False):
+    x, noise = rng(seed).normal(size=(2, n))
+    y = x + noise
+    return (x.round(), y.round()) if ties else (x, y)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("n", [3, 10, 60])
+@pytest.mark.usefixtures("few")
+def test_correlations_are_those_of_scipy(n, ties):
+    x, y = samples(n, n, ties)
+    assert spearman(x, y).value == pytest.approx(scipy.stats.spearmanr(x, y).statistic, abs=1e-12)
+    assert pearson(x, y).value == pytest.approx(scipy.stats.pearsonr(x, y).statistic, abs=1e-12)
+    assert spearman(x, y).n == pearson(x, y).n == n
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [(pearson, scipy.stats.pearsonr), (spearman, scipy.stats.spearmanr)],
+    ids=["pearson", "spearman"],
+)
+@pytest.mark.parametrize("confidence", [0.8, 0.95])
+def test_the_interval_is_the_percentile_bootstrap_of_scipy(ours, theirs, confidence):
+    x, y = samples(30, 4)
+    oracle = scipy.stats.bootstrap(
+        (x, y), lambda a, b: theirs(a, b).statistic, paired=True, vectorized=False, n_resamples=1500,
+        confidence_level=confidence, method="percentile", rng=rng(5),
+    ).confidence_interval  # fmt: skip
+    found = ours(x, y, confidence=confidence)
+    assert (found.low, found.high) == pytest.approx((oracle.low, oracle.high), abs=0.04)
+    assert found.low < found.value < found.high
+
+
+@pytest.mark.parametrize(
+    ("correlation", "truth"), [(pearson, 0.6), (spearman, 6 / math.pi * math.asin(0.3))], ids=["pearson", "spearman"]
+)
+@pytest.mark.usefixtures("few")
+def test_intervals_hold_the_true_correlation_about_as_often_as_they_say(correlation, truth):
+    """Pairs of a normal distribution with correlation 0.6, whose rank correlation is (6/pi) asin(0.6/2)."""
+    draw, hits = rng(6), 0
+    for _ in range(300):
+        x, noise = draw.normal(size=(2, 40))
+        found = correlation(x, 0.6 * x + 0.8 * noise)
+        hits += found.low <= truth <= found.high
+    assert 0.88 <= hits / 300 <= 0.99
+
+
+@pytest.mark.usefixtures("few")
+def test_more_confidence_or_fewer_pairs_widen_the_interval():
+    def width(n, **options):
+        found = spearman(*samples(n, 7), **options)
+        return found.high - found.low
+
+    assert width(50, confidence=0.8) < width(50, confidence=0.95) < width(50, confidence=0.99)
+    assert width(400) < 0.6 * width(50)
+
+
+def test_the_same_data_give_the_same_interval_whatever_was_drawn_before():
+    x, y = samples()
+    first = spearman(x, y)
+    state = repr(np.random.get_state())  # noqa: NPY002
+    pearson(y, x)
+    assert spearman(x, y) == first
+    assert repr(np.random.get_state()) == state  # noqa: NPY002
+
+
+@pytest.mark.usefixtures("few")
+def test_rank_correlation_sees_only_the_order_in_every_resample_too():
+    x, y = samples()
+    assert spearman(np.exp(x), y**3) == spearman(x, y)
+    turned = spearman(-x, y)
+    assert turned == pytest.approx((-spearman(x, y).value, -spearman(x, y).high, -spearman(x, y).low, 25))
+    assert spearman(y, x) == spearman(x, y)
+
+
+@pytest.mark.usefixtures("few")
+def test_pearson_is_blind_to_scale_and_shift():
+    x, y = samples()
+    assert pearson(3 * x - 5, 0.1 * y + 2) == pytest.approx(pearson(x, y))
+
+
+@pytest.mark.parametrize("correlation", [pearson, spearman])
+@pytest.mark.usefixtures("few")
+def test_incomplete_pairs_are_left_out_and_counted(correlation):
+    x, y = samples(20)
+    holed_x, holed_y = np.append(x, [1.0, NAN, NAN]), np.append(y, [NAN, 2.0, NAN])
+    assert correlation(holed_x, holed_y) == correlation(x, y)
+    assert correlation(holed_x, holed_y).n == 20
+
+
+@pytest.mark.parametrize("correlation", [pearson, spearman])
+@pytest.mark.usefixtures("few")
+def test_a_constant_side_has_no_correlation(correlation):
+    changing = [3.0, 1.0, 2.0, 5.0]
+    assert is_undefined(correlation([2.0] * 4, changing), 4)
+    assert is_undefined(correlation(changing, [2.0] * 4), 4)
+    assert is_undefined(correlation([1.0], [2.0]), 1)
+    assert is_undefined(correlation([], []), 0)
+    assert is_undefined(correlation([NAN] * 4, changing), 0)
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("value", [0.5, 0.1])
+def test_a_constant_side_has_no_correlation_whatever_the_rounding_of_its_mean(value):
+    assert is_undefined(pearson([value] * 3, [1.0, 2.0, 4.0]), 3)
+
+
+@pytest.mark.usefixtures("few")
+def test_resamples_without_a_correlation_do_not_count_as_zero():
+    """One value differs: a third of the resamples miss it, are constant and have no correlation."""
+    found = spearman([0.0, 0.0, 0.0, 0.0, 1.0], [0.0, 1.0, 2.0, 3.0, 9.0])
+    assert found.low > 0.2
+
+
+# ---- within groups -----------------------------------------------------------------------------------------------
+
+GROUPS = np.repeat([0.01, 0.05, 0.1], [8, 12, 5])
+
+
+OFFSETS = 1e5 * GROUPS  # so far apart that pooled ranks are those of the groups
+
+
+@pytest.mark.usefixtures("few")
+def test_within_is_the_plain_mean_of_the_correlations_of_each_group():
+    x, y = samples()
+    cuts = np.split(x, [8, 20]), np.split(y, [8, 20])
+    each = [scipy.stats.spearmanr(*cut).statistic for cut in zip(*cuts, strict=True)]
+    found = spearman(x, y, within=GROUPS)
+    assert found.value == pytest.approx(np.mean(each), abs=1e-12)
+    assert found.low < found.value < found.high
+    assert found.n == 25
+
+
+@pytest.mark.usefixtures("few")
+def test_what_separates_the_groups_changes_nothing_within_them():
+    x, y = samples()
+    far = spearman(x + OFFSETS, y + OFFSETS, within=GROUPS)
+    assert far == spearman(x, y, within=GROUPS) == spearman(x + OFFSETS, y - OFFSETS, within=GROUPS)
+    assert spearman(x + OFFSETS, y + OFFSETS).value > 0.8
+
+
+@pytest.mark.usefixtures("few")
+def test_within_is_not_fooled_by_simpsons_paradox():
+    """In each group y falls with x, while the group with the larger x has the larger y."""
+    x = np.array([1, 2, 3, 4, 11, 12, 13, 14.0])
+    y = np.array([4, 3, 2, 1, 14, 13, 12, 11.0])
+    group = ["low"] * 4 + ["high"] * 4
+    assert spearman(x, y).value > 0.5
+    assert spearman(x, y, within=group) == (-1.0, -1.0, -1.0, 8)
+
+
+@pytest.mark.usefixtures("few")
+def test_one_group_is_no_group_and_the_order_of_rows_does_not_move_the_value():
+    x, y = samples()
+    assert spearman(x, y, within=["all"] * 25) == spearman(x, y)
+    order = rng(8).permutation(25)
+    shuffled = spearman(x[order], y[order], within=GROUPS[order])
+    assert shuffled.value == pytest.approx(spearman(x, y, within=GROUPS).value, abs=1e-12)
+
+
+@pytest.mark.usefixtures("few")
+def test_a_group_without_a_correlation_is_left_out_of_the_mean():
+    x, y = samples(20)
+    constant = np.append(x, [5.0] * 4), np.append(y, [1.0, 2, 3, 4])
+    found = spearman(*constant, within=[0] * 20 + [1] * 4)
+    assert found.value == spearman(x, y).value
+    assert is_undefined(spearman([5.0] * 4, [1.0, 2, 3, 4], within=[0, 0, 1, 1]), 4)
+
+
+@pytest.mark.usefixtures("few")
+def test_pairs_of_no_group_are_left_out():
+    assert spearman([1.0, 2, 3, 9, 8], [1.0, 2, 3, 1, 2], within=[1, 1, 1, NAN, NAN]) == (1.0, 1.0, 1.0, 3)
+
+
+def test_the_interval_within_groups_is_narrower_for_more_groups():
+    x, y = samples(240, 9)
+    few_cases = spearman(x[:24], y[:24], within=np.arange(24) // 12)
+    many = spearman(x, y, within=np.arange(240) // 12)
+    assert many.high - many.low < 0.5 * (few_cases.high - few_cases.low)
+
+
+# ---- differences of correlations ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("within", [None, GROUPS])
+@pytest.mark.usefixtures("few")
+def test_spearman_difference_is_that_of_the_two_correlations(within):
+    a, y = samples(25, 10)
+    b = rng(11).normal(size=25)
+    found = spearman_difference(a, b, y, within=within)
+    expected = spearman(a, y, within=within).value - spearman(b, y, within=within).value
+    assert found.value == pytest.approx(expected, abs=1e-12)
+    assert found.n == 25
+    turned = spearman_difference(b, a, y, within=within)
+    assert turned == pytest.approx((-found.value, -found.high, -found.low, 25))
+
+
+def test_spearman_difference_is_positive_where_the_first_ranks_better():
+    y = np.arange(40.0)
+    better, worse = y + rng(12).normal(size=40), rng(13).normal(size=40)
+    assert spearman_difference(better, worse, y).low > 0
+    assert spearman_difference(worse, better, y).high < 0
+
+
+@pytest.mark.usefixtures("few")
+def test_triples_are_resampled_together_so_that_equals_differ_by_nothing():
+    x, y = samples()
+    assert spearman_difference(x, np.exp(x), y) == (0.0, 0.0, 0.0, 25)
+
+
+@pytest.mark.usefixtures("few")
+def test_incomplete_triples_are_left_out():
+    a, y = samples(20)
+    b = rng(14).normal(size=20)
+    holed = [np.append(v, extra) for v, extra in ((a, [NAN, 1, 1]), (b, [1, NAN, 1]), (y, [1, 1, NAN]))]
+    assert spearman_difference(*holed) == spearman_difference(a, b, y)
+
+
+# ---- shapes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: spearman([1, 2, 3], [1, 2]),
+        lambda: pearson([1, 2, 3], [1, 2]),
+        lambda: pearson(np.ones((2, 2)), np.ones((2, 2))),
+        lambda: spearman(1.0, 2.0),
+        lambda: spearman([1, 2, 3], [1, 2, 3], within=[0, 1]),
+        lambda: spearman_difference([1, 2, 3], [1, 2, 3], [1, 2]),
+    ],
+)
+def test_samples_of_other_shapes_are_refused_with_their_shapes(call):
+    with pytest.raises(ValueError, match=r"one-dimensional samples of one length are needed, not of shapes \[\("):
+        call()
+
+
+# ---- verdicts and claims -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "above", "below"),
+    [
+        (0.6, 0.9, "yes", "no"),
+        (0.1, 0.4, "no", "yes"),
+        (0.4, 0.6, "not decided", "not decided"),
+        (0.5, 0.9, "not decided", "not decided"),  # it holds the bound
+        (0.1, 0.5, "not decided", "not decided"),
+        (0.5, 0.5, "not decided", "not decided"),
+        (NAN, NAN, "not decided", "not decided"),
+        (-math.inf, 0.4, "no", "yes"),
+    ],
+)
+def test_a_verdict_needs_the_whole_interval_on_one_side(low, high, above, below):
+    estimate = Estimate((low + high) / 2, low, high, 9)
+    assert verdict(estimate, above=0.5) == above
+    assert verdict(estimate, below=0.5) == below
+
+
+def test_a_bound_of_zero_is_a_bound():
+    assert verdict(Estimate(0.2, 0.1, 0.3, 9), above=0) == "yes"
+    assert verdict(Estimate(0.2, 0.1, 0.3, 9), below=0) == "no"
+    assert verdict(Estimate(-0.2, -0.3, -0.1, 9), below=0) == "yes"
+
+
+def test_a_value_without_an_interval_decides_nothing():
+    assert verdict(mean([0.9]), above=0.5) == "not decided"
+
+
+@pytest.mark.parametrize("bounds", [{}, {"above": 0.1, "below": 0.9}])
+def test_a_claim_has_one_bound(bounds):
+    with pytest.raises(ValueError, match="one bound"):
+        verdict(Estimate(0.5, 0.4, 0.6, 3), **bounds)
+
+
+def test_a_claim_is_a_row_with_the_columns_of_the_claims_table_in_order():
+    row = claim(
+        "A beats B", Estimate(0.8, 0.7, 0.9, 30), "yes", paper="P", section="4.2", published=".83", note="small"
+    )
+    assert tuple(row) == CLAIM_COLUMNS
+    assert CLAIM_COLUMNS == (
+        "claim", "paper", "section", "measured", "low", "high", "n", "published", "holds", "note"
+    )  # fmt: skip
+    assert tuple(row.values()) == ("A beats B", "P", "4.2", 0.8, 0.7, 0.9, 30, ".83", "yes", "small")
+    assert claim("A", Estimate(1, 1, 1, 1), "no", paper="P")["section"] == ""
+
+
+@pytest.mark.parametrize("holds", ["Yes", "", True, "undecided"])
+def test_a_claim_holds_or_not_or_is_not_decided(holds):
+    with pytest.raises(ValueError, match=r'"yes", "no" or "not decided", not '):
+        claim("A beats B", Estimate(0.8, 0.7, 0.9, 30), holds, paper="P")
+
+
+def test_an_estimate_prints_with_its_interval_and_n():
+    assert str(Estimate(0.8349, 0.7, 0.905, 30)) == "0.83 [0.70, 0.91] (n = 30)"
