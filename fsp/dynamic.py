@@ -154,14 +154,14 @@ def stepper(
 
     def growth(parameter: Tensor) -> Tensor:
         if config.grow == "gradient":
-            return parameter.grad.abs()
+            return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.abs()
         return torch.rand(parameter.shape, generator=generator).to(parameter.device)
 
     def take_step(step: int, optimizer: torch.optim.Optimizer) -> None:
         due = step % config.update_every == 0 and step < config.t_end_frac * total_steps
         if not (due and config.replace_step):
             optimizer.step()
-        if due and all(p.isfinite().all() and p.grad.isfinite().all() for p in parameters.values()):
+        if due and all(t.isfinite().all() for p in parameters.values() for t in (p, p.grad) if t is not None):
             # what is not finite has no order; a training that diverges is ended by `fit`
             fraction = zeta(config, step, total_steps)
             for name, parameter in parameters.items():

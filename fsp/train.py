@@ -75,7 +75,10 @@ class TrainConfig:
             value = getattr(self, name)
             return isinstance(value, Real) and not isinstance(value, bool) and valid(value)
 
-        fractions = isinstance(self.milestones, Sequence) and not isinstance(self.milestones, str)
+        fractions = isinstance(self.milestones, Sequence) and all(
+            isinstance(m, Real) and 0 < m < 1 for m in self.milestones
+        )
+        switches = ("nesterov", "bfloat16", "channels_last")
         for name, valid, expected in [
             ("epochs", is_count(self.epochs, 1), "a whole number >= 1"),
             ("batch_size", is_count(self.batch_size, 1), "a whole number >= 1"),
@@ -83,11 +86,13 @@ class TrainConfig:
             ("momentum", number("momentum", lambda v: 0 <= v < 1), "in [0, 1)"),
             ("weight_decay", number("weight_decay", lambda v: 0 <= v < math.inf), "a number >= 0"),
             ("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
-            ("milestones", fractions and all(0 < m < 1 for m in self.milestones), "a list of fractions in (0, 1)"),
+            ("milestones", fractions, "a list of fractions in (0, 1)"),
             ("gamma", number("gamma", lambda v: 0 < v <= 1), "in (0, 1]"),
             ("warm_up", number("warm_up", lambda v: 0 < v < 1), "in (0, 1)"),
             ("label_smoothing", number("label_smoothing", lambda v: 0 <= v < 1), "in [0, 1)"),
             ("seed", is_count(self.seed, 0), "a whole number >= 0"),
+            ("augmented", self.augmented in (None, True, False), "True, False or None"),
+            *((name, isinstance(getattr(self, name), bool), "True or False") for name in switches),
         ]:
             if not valid:
                 raise ValueError(f"TrainConfig: {name} = {getattr(self, name)!r} is not {expected}")
@@ -100,7 +105,7 @@ class History:
     Attributes
     ----------
     epochs : list of dict
-        One entry an epoch: epoch, lr, train_loss, validation_accuracy, validation_loss.
+        One entry an epoch: epoch, lr (of its first step), train_loss, validation_accuracy, validation_loss.
     status : {"finished", "diverged"}
         Diverged: the training loss or a weight is not finite at the end of the last entry's epoch, and training
         stopped there.
@@ -182,6 +187,7 @@ def fit(
     with progress:
         for epoch in range(1, config.epochs + 1):
             model.train()
+            lr = schedule.get_last_lr()[0]
             total_loss = torch.zeros((), device=device)
             for images, labels in batches(data.train, config.batch_size, generator=generator):
                 if augmented:
@@ -204,10 +210,10 @@ def fit(
             train_loss = total_loss.item() / len(data.train.labels)
             validation = evaluate(model, data, "validation")
             history.epochs.append(
-                {"epoch": epoch, "lr": schedule.get_last_lr()[0], "train_loss": train_loss}
+                {"epoch": epoch, "lr": lr, "train_loss": train_loss}
                 | {f"validation_{name}": value for name, value in validation.items()}
             )
-            progress.set_postfix(loss=f"{train_loss:.3f}", validation=f"{validation['accuracy']:.3f}")
+            progress.set_postfix(refresh=False, loss=f"{train_loss:.3f}", validation=f"{validation['accuracy']:.3f}")
             if not (math.isfinite(train_loss) and all(p.isfinite().all() for p in model.parameters())):
                 history.status = "diverged"
                 break

@@ -458,7 +458,13 @@ def test_a_mask_that_fits_no_parameter_is_refused_at_once():
 @pytest.mark.parametrize("preset", ["set", "rigl"])
 def test_a_training_with_moving_masks_that_diverges_ends_with_a_record_that_says_so(preset):
     config = dataclasses.replace(PRESETS[preset], update_every=2)
-    *_, history = train(config, 10, lr=1e18, schedule="constant")
+    updates = []
+    _, masks, history = train(
+        config, 10, lr=1e18, schedule="constant", on_update=lambda step, masks: updates.append(step)
+    )
+    started = prune(small(), "erk", 0.3, generator=seeded())
+    assert [mask.sum() for mask in masks.values()] == [mask.sum() for mask in started.values()]
+    assert len(updates) < history.steps // 2  # broken weights have no order, so nothing moves any more
     assert history.status == "diverged"
     assert math.isnan(history.test_accuracy)
 

@@ -179,3 +179,17 @@ def test_outside_a_notebook_nothing_is_injected(monkeypatch):
     assert check(epochs=2) == {"epochs": 2}
     monkeypatch.delitem(sys.modules, "IPython")
     assert check(epochs=2) == {"epochs": 2}
+
+
+@pytest.mark.parametrize(
+    ("model", "options"), [("mlp", {"width": 8}), ("resnet8", {"width": 0}), ("vgg11", {"hidden": [8]})]
+)
+def test_options_that_the_model_does_not_take_are_refused_before_any_run(model, options):
+    with pytest.raises(ValueError, match=f"^model_options = .* do not fit {model}: "):
+        check(model=model, model_options=options)
+
+
+@pytest.mark.parametrize("name", ["epochs", "lr", "seed"])
+def test_train_options_do_not_repeat_what_is_a_parameter_of_its_own(name):
+    with pytest.raises(ValueError, match="^train_options = "):
+        check(train_options={name: 1})

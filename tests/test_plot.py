@@ -293,3 +293,9 @@ def test_a_forest_leaves_no_column_out():
     columns = ["a", "b", "c", "d", "e"]
     axes = forest_of(dict.fromkeys(columns, POOLED))
     assert [container.get_label() for container in axes.containers] == columns
+    assert len({container[0].get_marker() for container in axes.containers}) == len(columns)
+
+
+def test_more_columns_than_markers_are_refused():
+    with pytest.raises(ValueError, match="9 columns are too many"):
+        forest_of(dict.fromkeys("abcdefghi", POOLED))

@@ -290,16 +290,26 @@ def test_one_cycle_of_ten_epochs_on_cifar_has_the_published_values():
     assert (momentum[0], momentum[390], momentum[-1]) == pytest.approx((0.95, 0.85, 0.95))
 
 
-FEW = [(schedule, steps) for schedule in SCHEDULES for steps in (1, 2, 8, 9, 10, 11)]
-
-
-@pytest.mark.parametrize(
-    ("schedule", "steps"),
-    FEW,
-)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("steps", [1, 2, 3, 8, 9, 10, 11, 19, 20, 21])
 def test_every_schedule_works_for_trainings_of_a_few_steps(schedule, steps):
-    lr, _ = rates(TrainConfig(epochs=steps, batch_size=1000, schedule=schedule))
+    lr, momentum = rates(TrainConfig(epochs=steps, batch_size=1000, schedule=schedule))
     assert ((lr > 0) & (lr <= 0.1 + 1e-12)).all()
+    assert ((momentum > 0.85 - 1e-12) & (momentum < 0.95 + 1e-12)).all()
+
+
+@pytest.mark.parametrize("steps", [3, 8, 9, 10, 11, 20])
+def test_one_cycle_has_its_start_its_peak_and_its_end_in_short_trainings_too(steps):
+    lr, momentum = rates(TrainConfig(epochs=steps, batch_size=1000, lr=0.1, schedule="one_cycle"))
+    assert lr[[0, 1, -1]] == pytest.approx([1e-3, 0.1, 1e-7])
+    assert momentum[[0, 1, -1]] == pytest.approx([0.95, 0.85, 0.95])
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_one_cycle_without_room_for_a_cycle_is_constant(steps):
+    lr, momentum = rates(TrainConfig(epochs=steps, batch_size=1000, lr=0.1, momentum=0.8, schedule="one_cycle"))
+    assert set(lr) == {0.1}
+    assert set(momentum) == {0.8}
 
 
 # ---- loss and evaluation -----------------------------------------------------------------------------------------
@@ -492,9 +502,11 @@ def test_after_divergence_the_best_epoch_before_it_is_still_reported():
     assert math.isnan(history.test_accuracy)
 
 
-def test_weights_that_break_in_the_very_last_step_count_as_diverged():
-    net = small()
-    history = fit(net, task(), TrainConfig(epochs=2, batch_size=16), take_step=breaks_at(net, 10))
+@pytest.mark.parametrize("validation", [0.125, 0])
+def test_weights_that_break_in_the_very_last_step_count_as_diverged(validation):
+    net, data = small(), task(validation=validation)
+    last = 2 * math.ceil(len(data.train.labels) / 16)
+    history = fit(net, data, TrainConfig(epochs=2, batch_size=16), take_step=breaks_at(net, last))
     assert history.status == "diverged"
     assert math.isnan(history.test_accuracy)
 
@@ -596,7 +608,10 @@ def test_a_setting_of_the_wrong_type_is_refused_by_name(name, value):
 
 
 def test_training_without_momentum_needs_one_setting_only():
-    assert fit(small(), task(), TrainConfig(epochs=1, momentum=0)).status == "finished"
+    nets = small(), small()
+    for net, nesterov in zip(nets, (True, False), strict=True):
+        fit(net, task(), TrainConfig(epochs=2, momentum=0, nesterov=nesterov))
+    assert same(state(nets[0]), state(nets[1]))
 
 
 def test_settings_cannot_be_changed_afterwards():
