@@ -207,11 +207,11 @@ def compare_committed(out: Path, stem: str) -> list[str]:
     new, committed = out / "results", paths.outputs().results
     if not (committed / f"{stem}.csv").exists() or not (committed / f"{stem}.claims.csv").exists():
         return ["nothing is committed to compare with"]
-    tables = [tables.read(folder / f"{stem}.csv") for folder in (new, committed)]
+    ours, theirs = (tables.read(folder / f"{stem}.csv") for folder in (new, committed))
     claims = read_claims(committed, [stem])
     found = compare_claims(read_claims(new, [stem]), claims)
     same = f"{len(claims)} claims compared: same verdicts, values within their committed intervals"
-    return [str(compare_rows(*tables)), *(found or [same])]
+    return [str(compare_rows(ours, theirs)), *(found or [same])]
 
 
 def write(out: Path, outcomes: list[Outcome], *, profile: str, given: dict, records_before: int) -> str:

@@ -185,7 +185,7 @@ def test_outside_a_notebook_nothing_is_injected(monkeypatch):
     ("model", "options"), [("mlp", {"width": 8}), ("resnet8", {"width": 0}), ("vgg11", {"hidden": [8]})]
 )
 def test_options_that_the_model_does_not_take_are_refused_before_any_run(model, options):
-    with pytest.raises(ValueError, match=f"^model_options = .* do not fit {model}: "):
+    with pytest.raises(ValueError, match=rf"^model_options = .* do not fit {model}: "):
         check(model=model, model_options=options)
 
 

@@ -289,7 +289,7 @@ def test_refresh_renews_notebook_tables_and_readme_and_check_changes_nothing(roo
     assert not (root / "data" / "runs").exists()
     text = readme.read_text()
     assert text.startswith("# x\n<!-- claims -->\n| Claim |")
-    assert "[01_good](notebooks/01_good.ipynb) |\n<!-- /claims -->\nend\n" in text
+    assert "[01](notebooks/01_good.ipynb) |\n<!-- /claims -->\nend\n" in text
 
     # A changed output fails, unless the sanitize file makes both the same.
     path, sanitize = root / "notebooks" / "01_good.ipynb", root / "tests" / "nbval_sanitize.cfg"
