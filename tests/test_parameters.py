@@ -191,5 +191,5 @@ def test_options_that_the_model_does_not_take_are_refused_before_any_run(model, 
 
 @pytest.mark.parametrize("name", ["epochs", "lr", "seed"])
 def test_train_options_do_not_repeat_what_is_a_parameter_of_its_own(name):
-    with pytest.raises(ValueError, match="^train_options = "):
+    with pytest.raises(ValueError, match=r"^train_options = "):
         check(train_options={name: 1})
