@@ -17,7 +17,7 @@ References
    ICLR 2023.
 """
 
-from fsp.spectrum.graph import RULES, Rules, biadjacency, singular_values
+from fsp.spectrum.graph import RULES, Rules, Wiring, biadjacency, singular_values
 from fsp.spectrum.network import (
     Coordinate,
     coordinate,
@@ -25,6 +25,7 @@ from fsp.spectrum.network import (
     coverage,
     distance,
     layer_mean,
+    population,
     spectrum_norm,
 )
 from fsp.spectrum.quantities import imdb, imsg, narc, ramanujan_gap, weighted_gap
@@ -33,6 +34,7 @@ __all__ = [
     "RULES",
     "Coordinate",
     "Rules",
+    "Wiring",
     "biadjacency",
     "coordinate",
     "coordinates",
@@ -42,6 +44,7 @@ __all__ = [
     "imsg",
     "layer_mean",
     "narc",
+    "population",
     "ramanujan_gap",
     "singular_values",
     "spectrum_norm",

@@ -3,9 +3,10 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,77 @@ def rules_of(rules: str | Rules) -> Rules:
     return RULES[rules]
 
 
-def biadjacency(tensor: Tensor) -> Tensor:
+class Wiring(NamedTuple):
+    """How the entries of a layer's weight connect inputs and outputs.
+
+    Attributes
+    ----------
+    groups : int
+        Of a grouped convolution; a depthwise one has as many as channels.
+    transposed : bool
+        Whether inputs come first, as in the weight of a transposed convolution.
+    """
+
+    groups: int = 1
+    transposed: bool = False
+
+
+PLAIN = Wiring()
+
+
+def wiring_of(model: nn.Module) -> dict[str, Wiring]:
+    """Wiring of every convolution's weight in a model, by parameter name; anything else has the default.
+
+    Weights under `torch.nn.utils.prune` (``weight_orig``) and under a parametrisation are found too.
+    """
+    found = {}
+    for prefix, module in model.named_modules():
+        if isinstance(module, nn.modules.conv._ConvNd):
+            wiring = Wiring(module.groups, module.transposed)
+            for name in ("weight", "weight_orig", "parametrizations.weight.original"):
+                found[f"{prefix}.{name}" if prefix else name] = wiring
+    return found
+
+
+def blocks(tensor: Tensor, wiring: Wiring = PLAIN) -> Tensor:
+    """A layer's tensor as one matrix a group, outputs by unrolled inputs.
+
+    Parameters
+    ----------
+    tensor : Tensor, shape (C_out, C_in / groups, *kernel), or (C_in, C_out / groups, *kernel) if transposed
+    wiring : Wiring
+
+    Returns
+    -------
+    Tensor, shape (groups, C_out / groups, C_in / groups * prod(kernel))
+
+    Raises
+    ------
+    ValueError
+        For a tensor of fewer than two dimensions or without entries, or whose first dimension the groups do not divide.
+    """
+    if tensor.ndim < 2 or tensor.numel() == 0:
+        raise ValueError(
+            f"a layer's tensor has shape (outputs, inputs, ...) and entries, this has {tuple(tensor.shape)}"
+        )
+    groups, transposed = wiring
+    if tensor.shape[0] % groups:
+        raise ValueError(f"{groups} groups do not divide the first dimension of {tuple(tensor.shape)}")
+    if not transposed:
+        return tensor.reshape(groups, tensor.shape[0] // groups, -1)
+    split = tensor.reshape(groups, tensor.shape[0] // groups, tensor.shape[1], -1)  # (groups, in, out, kernel)
+    return split.transpose(1, 2).flatten(2)
+
+
+def biadjacency(tensor: Tensor, wiring: Wiring = PLAIN) -> Tensor:
     """Biadjacency matrix of a layer: rows are unrolled inputs, columns are outputs.
 
     Parameters
     ----------
     tensor : Tensor, shape (C_out, C_in, *kernel) or (out, in)
         Mask (bool or 0/1) or weights.
+    wiring : Wiring, optional
+        Of grouped and transposed convolutions: the groups are separate blocks of the matrix.
 
     Returns
     -------
@@ -80,18 +145,20 @@ def biadjacency(tensor: Tensor) -> Tensor:
     Raises
     ------
     ValueError
-        For a tensor of fewer than two dimensions or without entries.
+        As for `blocks`.
 
     Examples
     --------
     >>> biadjacency(torch.tensor([[True, False, True]])).T
     tensor([[1., 0., 1.]], dtype=torch.float64)
+
+    A depthwise convolution of two channels with kernels of two weights:
+
+    >>> biadjacency(torch.tensor([[[1, 1]], [[1, 0]]]), Wiring(groups=2)).T
+    tensor([[1., 1., 0., 0.],
+            [0., 0., 1., 0.]], dtype=torch.float64)
     """
-    if tensor.ndim < 2 or tensor.numel() == 0:
-        raise ValueError(
-            f"a layer's tensor has shape (outputs, inputs, ...) and entries, this has {tuple(tensor.shape)}"
-        )
-    return tensor.detach().flatten(1).T.to(torch.float64)  # (n_left, n_right)
+    return torch.block_diag(*(block.T for block in blocks(tensor.detach().to(torch.float64), wiring)))
 
 
 def singular_values(B: Tensor, k: int = 2) -> Tensor:
@@ -137,13 +204,35 @@ def without_isolated(B: Tensor) -> Tensor:
     return B[edges.any(1)][:, edges.any(0)]
 
 
-def is_valid(B: Tensor, rules: Rules, *, left: str = "inputs") -> bool:
-    """Whether the graph of non-zero entries of `B` (no isolated vertices) is dense enough for `rules`."""
-    edges = int(torch.count_nonzero(B))
-    n_left, n_right = B.shape if left == "inputs" else B.shape[::-1]
+def dense_enough(edges: int, n_left: int, n_right: int, rules: Rules, *, left: str = "inputs") -> bool:
+    """Whether a graph without isolated vertices reaches the mean degrees that `rules` ask of a valid graph.
+
+    Parameters
+    ----------
+    edges, n_left, n_right : int
+    rules : Rules
+    left : {"inputs", "outputs"}
+        Which side the threshold on the left degree is for.
+
+    Returns
+    -------
+    bool
+    """
+    if left == "outputs":
+        n_left, n_right = n_right, n_left
     # mean degrees compared as edge counts: exact where degree thresholds are whole numbers
-    enough_right = edges > rules.right_degree * n_right if rules.right_strict else edges >= rules.right_degree * n_right
-    return edges > 0 and edges >= rules.left_degree * n_left and enough_right
+    enough = edges > rules.right_degree * n_right if rules.right_strict else edges >= rules.right_degree * n_right
+    return edges > 0 and edges >= rules.left_degree * n_left and enough
+
+
+def is_valid(B: Tensor, rules: Rules, *, left: str = "inputs") -> bool:
+    """Whether the graph of non-zero entries of `B` (no isolated vertices) is valid by `rules`."""
+    return dense_enough(int(torch.count_nonzero(B)), *B.shape, rules, left=left)
+
+
+def cheeger_factor(n_left: int, n_right: int) -> float:
+    """Cheeger-type factor max(n_left, n_right) / (n_left + n_right - 1) of a nested subgraph (D25)."""
+    return max(n_left, n_right) / (n_left + n_right - 1)
 
 
 def ramanujan_bound(B: Tensor) -> float:
@@ -171,8 +260,7 @@ def nested_subgraphs(B: Tensor, rules: Rules) -> Iterator[tuple[Tensor, Tensor, 
             continue
         K = without_isolated(B[rows])
         if is_valid(K, rules):
-            n_left, n_right = K.shape
-            yield rows, K, max(n_left, n_right) / (n_left + n_right - 1) if rules.cheeger else 1.0
+            yield rows, K, cheeger_factor(*K.shape) if rules.cheeger else 1.0
 
 
 def whole_graph(B: Tensor, rules: str | Rules | None) -> Tensor | None:

@@ -6,13 +6,15 @@ References
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fsp.spectrum.graph import Rules, biadjacency, rules_of
+from fsp.spectrum.engine import layer_coordinate
+from fsp.spectrum.graph import PLAIN, Rules, Wiring, biadjacency, rules_of, wiring_of
 from fsp.spectrum.quantities import imdb, imsg, mean, ramanujan_gap, weighted_gap
 
 
@@ -33,8 +35,8 @@ class Coordinate(NamedTuple):
         return math.hypot(*_zeroed(self))
 
 
-def coordinate(mask: Tensor, weight: Tensor, *, rules: str | Rules = "fsp2023") -> Coordinate:
-    """Full-spectrum coordinate of one layer.
+def coordinate(mask: Tensor, weight: Tensor, *, rules: str | Rules = "fsp2023", wiring: Wiring = PLAIN) -> Coordinate:
+    """Full-spectrum coordinate of one layer, definition by definition; `coordinates` gives the same numbers faster.
 
     Parameters
     ----------
@@ -42,6 +44,8 @@ def coordinate(mask: Tensor, weight: Tensor, *, rules: str | Rules = "fsp2023") 
     weight : Tensor, same shape
         Weights of the layer; those off the mask are ignored.
     rules : {"iclr2023", "fsp2023"} or Rules
+    wiring : Wiring, optional
+        Of grouped and transposed convolutions.
 
     Returns
     -------
@@ -56,7 +60,13 @@ def coordinate(mask: Tensor, weight: Tensor, *, rules: str | Rules = "fsp2023") 
     ----------
     [1]_, full-spectrum coordinate.
     """
-    return coordinates({"layer": mask}, {"layer": weight}, rules=rules)["layer"]
+    rules = rules_of(rules)
+    check_layer("layer", mask, weight)
+    B = biadjacency(mask, wiring)
+    W = biadjacency(weight, wiring).where(B != 0, 0)
+    return Coordinate(
+        ramanujan_gap(B, rules=rules), weighted_gap(W, rules=rules), imdb(B, rules=rules), imsg(B, W, rules=rules)
+    )
 
 
 def coordinates(
@@ -86,24 +96,76 @@ def coordinates(
     >>> [round(x, 4) for x in coordinates({"w": mask}, {"w": torch.ones(4, 4)})["w"]]
     [3.4641, 4.0, 1.9795, 2.2857]
     """
-    rules = rules_of(rules)
+    found = population([masks], weights, rules=rules)[0].tolist()
+    return {name: Coordinate(*entries) for name, entries in zip(masks, found, strict=True)}
+
+
+def population(
+    masks_list: Sequence[Mapping[str, Tensor]],
+    weights: Mapping[str, Tensor] | nn.Module,
+    *,
+    rules: str | Rules = "fsp2023",
+) -> Tensor:
+    """Full-spectrum coordinates of many masks of one network.
+
+    Parameters
+    ----------
+    masks_list : sequence of P dicts of parameter name to mask
+        Of the same L layers in the same order.
+    weights : dict of parameter name to weights, or the model itself
+        With a model, grouped and transposed convolutions are recognised; with a dict, every weight is read as
+        (outputs, inputs, *kernel).
+    rules : {"iclr2023", "fsp2023"} or Rules
+
+    Returns
+    -------
+    Tensor, shape (P, L, 4), float64, on the CPU
+        Entries in the order of `Coordinate`, ``nan`` where undefined; the same numbers as `coordinates`.
+
+    Raises
+    ------
+    ValueError
+        As for `coordinates`, naming the mask's index and the layer; also if two masks have other layers.
+
+    Notes
+    -----
+    Layers are measured in as many threads as `torch.get_num_threads` says, one layer a thread.  A result depends
+    neither on their number nor on what else is measured.
+    """
+    rules, wirings = rules_of(rules), {}
     if isinstance(weights, nn.Module):
-        weights = dict(weights.named_parameters())
-    if not masks:
+        weights, wirings = dict(weights.named_parameters(remove_duplicate=False)), wiring_of(weights)
+    if not masks_list:
+        raise ValueError("there is no mask to measure: the list is empty")
+    names = list(masks_list[0])
+    if not names:
         raise ValueError("there are no masks: fsp.prune.prune(model, ...) makes them")
-    for name, mask in masks.items():
-        check_layer(name, mask, weights.get(name))
-    result = {}
-    for name, mask in masks.items():
-        B = biadjacency(mask)
-        W = biadjacency(weights[name]).where(B != 0, 0)
-        result[name] = Coordinate(
-            ramanujan_gap(B, rules=rules),
-            weighted_gap(W, rules=rules),
-            imdb(B, rules=rules),
-            imsg(B, W, rules=rules),
-        )
-    return result
+    for i, masks in enumerate(masks_list):
+        if list(masks) != names:
+            raise ValueError(f"mask {i} has layers {', '.join(masks)}, mask 0 has {', '.join(names)}")
+        for name in names:
+            try:
+                check_layer(name, masks[name], weights.get(name))
+            except ValueError as error:
+                raise error if len(masks_list) == 1 else ValueError(f"mask {i}: {error}") from None
+    on_cpu = {name: weights[name].detach().cpu() for name in names}
+
+    def measure(task: tuple[int, str]) -> tuple[float, float, float, float]:
+        i, name = task
+        return layer_coordinate(masks_list[i][name].bool().cpu(), on_cpu[name], rules, wirings.get(name, PLAIN))
+
+    tasks = [(i, name) for i in range(len(masks_list)) for name in names]
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)  # one layer a thread: no two thread pools fight over the cores
+        if threads == 1:
+            found = [measure(task) for task in tasks]
+        else:
+            with ThreadPoolExecutor(threads) as pool:
+                found = list(pool.map(measure, tasks))
+    finally:
+        torch.set_num_threads(threads)
+    return torch.tensor(found, dtype=torch.float64).view(len(masks_list), len(names), 4)
 
 
 def spectrum_norm(coordinates: Mapping[str, Coordinate]) -> float:
@@ -197,7 +259,7 @@ def check_layer(name: str, mask: Tensor, weight: Tensor | None) -> None:
         raise ValueError(f"layer {name!r}: shape {tuple(mask.shape)} is not (outputs, inputs, ...) with entries")
     if mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
         raise ValueError(f"layer {name!r}: the mask holds values other than 0 and 1")
-    if not torch.isfinite(weight[mask.bool()]).all():
+    if not torch.isfinite(weight).all() and not torch.isfinite(weight[mask.bool()]).all():
         raise ValueError(f"layer {name!r}: a kept weight is nan or infinite")
 
 
