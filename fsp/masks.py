@@ -24,6 +24,7 @@ from fsp.paths import replacing
 Masks = dict[str, Tensor]
 
 PRUNABLE = (nn.Linear, nn.modules.conv._ConvNd)  # _ConvNd is the only common base of the Conv* modules
+NAMES = ("weight", "weight_orig", "parametrizations.weight.original")  # the last two: pruned by torch, parametrised
 
 
 def prunable(model: nn.Module, *, exclude: Iterable[str] = ()) -> dict[str, nn.Parameter]:
@@ -53,7 +54,7 @@ def prunable(model: nn.Module, *, exclude: Iterable[str] = ()) -> dict[str, nn.P
     """
     if isinstance(exclude, str):
         raise ValueError(f"exclude={exclude!r} is a text: expected a list of names, such as [{exclude!r}]")
-    own = {id(m.weight) for m in model.modules() if isinstance(m, PRUNABLE)}
+    own = {id(p) for m in model.modules() if isinstance(m, PRUNABLE) for n, p in m.named_parameters() if n in NAMES}
     every = {name: p for name, p in model.named_parameters() if id(p) in own}
     excluded = set()
     for name in exclude:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection
 from numbers import Real
 
 import torch
+import yaml
 
 from fsp.data import DATASETS, is_count
 from fsp.dynamic import PRESETS
@@ -27,6 +28,9 @@ CHOICES = {
 }
 
 
+STRUCTURED = {"methods", "dynamics", "densities", "seeds", "model_options", "train_options"}
+
+
 def check(**given: object) -> dict:
     """Check the parameters of a notebook.
 
@@ -35,12 +39,13 @@ def check(**given: object) -> dict:
     **given
         All parameters of the notebook, by name: of ``dataset``, ``model``, ``methods``, ``dynamics``, ``densities``,
         ``density``, ``seeds``, ``epochs``, ``batch_size``, ``update_every``, ``lr``, ``device``, ``threads``,
-        ``recompute``, ``out_dir``, ``scheduler``, ``model_options``, ``train_options``.
+        ``shuffles``, ``recompute``, ``out_dir``, ``scheduler``, ``model_options``, ``train_options``.
 
     Returns
     -------
     dict
-        `given`, with ``device`` "auto" replaced by "cuda" or "cpu".
+        `given`, with ``device`` "auto" replaced by "cuda" or "cpu", and lists and dicts that came as text, as
+        ``papermill -p densities "[0.1]"`` hands them over, read as YAML.
 
     Raises
     ------
@@ -53,6 +58,7 @@ def check(**given: object) -> dict:
         raise ValueError(f"no parameter is called {', '.join(sorted(unknown))}: this notebook has {', '.join(given)}")
     if missing := given.keys() - _RULES.keys():
         raise ValueError(f"fsp.parameters has no rule for {', '.join(sorted(missing))}: it knows {', '.join(_RULES)}")
+    given = {name: _parsed(value) if name in STRUCTURED else value for name, value in given.items()}
     for name, value in given.items():
         expected = _RULES[name](value)
         if expected:
@@ -68,6 +74,16 @@ def check(**given: object) -> dict:
     if given.get("device") == "auto":
         given["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     return given
+
+
+def _parsed(value: object) -> object:
+    """What a text says in YAML; anything else, and text that is no YAML, as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value
 
 
 def _injected() -> set[str]:
@@ -144,6 +160,7 @@ _RULES: dict[str, Callable[[object], str | None]] = {
     "batch_size": _count,
     "update_every": _count,
     "threads": _count,
+    "shuffles": _count,
     "lr": lambda v: (
         None if isinstance(v, Real) and not isinstance(v, bool) and 0 < v < math.inf else "a number above 0"
     ),

@@ -133,6 +133,21 @@ class History:
     seconds: float = 0.0
 
 
+def steps(data: Data, config: TrainConfig) -> int:
+    """Optimiser steps of a whole training.
+
+    Parameters
+    ----------
+    data : fsp.data.Data
+    config : TrainConfig
+
+    Returns
+    -------
+    int
+    """
+    return config.epochs * math.ceil(len(data.train.labels) / config.batch_size)
+
+
 def fit(
     model: nn.Module,
     data: Data,
@@ -176,7 +191,7 @@ def fit(
     model.to(memory_format=layout)
     nesterov = config.nesterov and config.momentum > 0
     optimizer = SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=nesterov)
-    last_step = config.epochs * math.ceil(len(data.train.labels) / config.batch_size)
+    last_step = steps(data, config)
     schedule = _schedule(optimizer, config, last_step)
     held = hold_(optimizer, model, masks) if masks is not None else None
     generator = torch.Generator().manual_seed(config.seed)

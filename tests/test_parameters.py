@@ -27,6 +27,7 @@ GOOD = {
     "batch_size": [1, 128],
     "update_every": [1, 1500],
     "threads": [1, 8],
+    "shuffles": [1, 20],
     "lr": [0.1, 1, 1e-6],
     "device": ["cpu", torch.device("cpu")],
     "recompute": [True, False],
@@ -49,6 +50,7 @@ BAD = {
     "batch_size": ([0, 64.0, None], WHOLE),
     "update_every": ([0, 0.5, None], WHOLE),
     "threads": ([0, "1", None], WHOLE),
+    "shuffles": ([0, 2.5, None], WHOLE),
     "lr": ([0, -0.1, math.nan, math.inf, "0.1", None], "a number above 0"),
     "device": (["gpu", "", None, 0], "auto, cpu or cuda"),
     "recompute": ([0, 1, "True", None], "True or False"),
@@ -193,3 +195,22 @@ def test_options_that_the_model_does_not_take_are_refused_before_any_run(model, 
 def test_train_options_do_not_repeat_what_is_a_parameter_of_its_own(name):
     with pytest.raises(ValueError, match=r"^train_options = "):
         check(train_options={name: 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("densities", "[0.1, 0.05]", [0.1, 0.05]),
+        ("seeds", "[0]", [0]),
+        ("methods", "[random, snip]", ["random", "snip"]),
+        ("model_options", "{hidden: [8]}", {"hidden": [8]}),
+    ],
+)
+def test_lists_and_dicts_that_papermill_gives_as_text_are_read(name, text, value):
+    assert check(**{name: text}) == {name: value}
+
+
+@pytest.mark.parametrize("text", ["0.1", "[0.1", "snip", ""])
+def test_text_that_is_no_list_is_refused(text):
+    with pytest.raises(ValueError, match=r"^densities = .*expected a list"):
+        check(densities=text)

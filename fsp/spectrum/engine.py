@@ -107,8 +107,10 @@ class _Gram(LinearOperator):
         super().__init__(np.float64, (K.shape[0], K.shape[0]))
         self.K, self.KT = K, KT
 
-    def matvec(self, x: np.ndarray) -> np.ndarray:
+    def _matvec(self, x: np.ndarray) -> np.ndarray:
         return self.K @ (self.KT @ x)
+
+    matvec = _matvec
 
 
 def _iterated(K: sparse.csr_array) -> tuple[float, float] | None:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fsp.spectrum.batched import layer_coordinates
 from fsp.spectrum.engine import layer_coordinate
 from fsp.spectrum.graph import PLAIN, Rules, Wiring, biadjacency, rules_of, wiring_of
 from fsp.spectrum.quantities import imdb, imsg, mean, ramanujan_gap, weighted_gap
@@ -105,6 +106,8 @@ def population(
     weights: Mapping[str, Tensor] | nn.Module,
     *,
     rules: str | Rules = "fsp2023",
+    device: str | torch.device | None = None,
+    max_bytes: int = 2**30,
 ) -> Tensor:
     """Full-spectrum coordinates of many masks of one network.
 
@@ -116,6 +119,11 @@ def population(
         With a model, grouped and transposed convolutions are recognised; with a dict, every weight is read as
         (outputs, inputs, *kernel).
     rules : {"iclr2023", "fsp2023"} or Rules
+    device : str or torch.device, optional
+        Where to compute.  A CUDA device measures a layer of many masks in one batch; the CPU, the default, one
+        layer a thread.
+    max_bytes : int
+        Bound on the intermediate memory on a CUDA device; it never changes the numbers.
 
     Returns
     -------
@@ -129,8 +137,8 @@ def population(
 
     Notes
     -----
-    Layers are measured in as many threads as `torch.get_num_threads` says, one layer a thread.  A result depends
-    neither on their number nor on what else is measured.
+    On the CPU, layers are measured in as many threads as `torch.get_num_threads` says.  A result depends neither on
+    their number nor on what else is measured.
     """
     rules, wirings = rules_of(rules), {}
     if isinstance(weights, nn.Module):
@@ -148,6 +156,18 @@ def population(
                 check_layer(name, masks[name], weights.get(name))
             except ValueError as error:
                 raise error if len(masks_list) == 1 else ValueError(f"mask {i}: {error}") from None
+    if device is not None and torch.device(device).type != "cpu":
+        found = [
+            layer_coordinates(
+                torch.stack([masks[name].bool() for masks in masks_list]).to(device),
+                weights[name].to(device),
+                rules,
+                wirings.get(name, PLAIN),
+                max_bytes,
+            )
+            for name in names
+        ]
+        return torch.stack(found, 1).cpu()
     on_cpu = {name: weights[name].detach().cpu() for name in names}
 
     def measure(task: tuple[int, str]) -> tuple[float, float, float, float]:
