@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 from scipy.stats import rankdata, t
 
 RESAMPLES = 10_000
+LEAST = 3  # observations that decide a claim
 CLAIM_COLUMNS = ("claim", "paper", "section", "measured", "low", "high", "n", "published", "holds", "note")
 
 
@@ -160,7 +161,8 @@ def verdict(estimate: Estimate, *, above: float | None = None, below: float | No
     Returns
     -------
     {"yes", "no", "not decided"}
-        "no" if the whole interval lies on the other side; "not decided" if it holds the bound or is undefined.
+        "no" if the whole interval lies on the other side; "not decided" if it holds the bound or is undefined, and
+        for fewer than `LEAST` observations, whatever their interval.
 
     Examples
     --------
@@ -169,6 +171,8 @@ def verdict(estimate: Estimate, *, above: float | None = None, below: float | No
     """
     if (above is None) == (below is None):
         raise ValueError("a claim has one bound: pass above=... or below=...")
+    if estimate.n < LEAST:
+        return "not decided"
     low, high = (estimate.low, estimate.high) if below is None else (-estimate.high, -estimate.low)
     bound = above if below is None else -below
     return "yes" if low > bound else "no" if high < bound else "not decided"

@@ -406,3 +406,8 @@ def test_a_claim_holds_or_not_or_is_not_decided(holds):
 
 def test_an_estimate_prints_with_its_interval_and_n():
     assert str(Estimate(0.8349, 0.7, 0.905, 30)) == "0.83 [0.70, 0.91] (n = 30)"
+
+
+@pytest.mark.parametrize(("n", "expected"), [(1, "not decided"), (2, "not decided"), (3, "yes")])
+def test_fewer_than_three_observations_decide_nothing(n, expected):
+    assert verdict(Estimate(0.8, 0.7, 0.9, n), above=0.5) == expected

@@ -29,6 +29,7 @@ from fsp.spectrum.network import (
     spectrum_norm,
 )
 from fsp.spectrum.quantities import imdb, imsg, narc, ramanujan_gap, weighted_gap
+from fsp.spectrum.table import layer_table
 
 __all__ = [
     "RULES",
@@ -43,6 +44,7 @@ __all__ = [
     "imdb",
     "imsg",
     "layer_mean",
+    "layer_table",
     "narc",
     "population",
     "ramanujan_gap",
