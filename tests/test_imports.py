@@ -78,7 +78,7 @@ def test_training_code_knows_nothing_of_spectrum_search_and_runs(module):
 
 
 def test_spectrum_needs_the_numerical_libraries_alone():
-    assert outside("spectrum") - set(sys.stdlib_module_names) <= {"torch", "numpy", "scipy", "pandas"}
+    assert outside("spectrum") - set(sys.stdlib_module_names) <= {"torch", "numpy", "scipy", "pandas", "threadpoolctl"}
 
 
 @pytest.mark.parametrize(

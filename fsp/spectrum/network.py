@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from fsp.spectrum.batched import layer_coordinates
@@ -175,18 +176,18 @@ def population(
         return layer_coordinate(masks_list[i][name].bool().cpu(), on_cpu[name], rules, wirings.get(name, PLAIN))
 
     tasks = [(i, name) for i in range(len(masks_list)) for name in names]
+    largest_first = sorted(range(len(tasks)), key=lambda t: -on_cpu[tasks[t][1]].numel())
     threads = torch.get_num_threads()
     try:
-        torch.set_num_threads(1)  # one layer a thread: no two thread pools fight over the cores
-        if threads == 1:
-            found = [measure(task) for task in tasks]
-        else:
-            largest_first = sorted(range(len(tasks)), key=lambda t: -on_cpu[tasks[t][1]].numel())
-            with ThreadPoolExecutor(threads) as pool:
-                done = dict(zip(largest_first, pool.map(measure, [tasks[t] for t in largest_first]), strict=True))
-            found = [done[t] for t in range(len(tasks))]
+        # one layer a thread, and one thread for the linear algebra in it: pools within pools fight for the cores
+        with (
+            threadpool_limits(1),
+            ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+        ):
+            done = dict(zip(largest_first, pool.map(measure, [tasks[t] for t in largest_first]), strict=True))
     finally:
         torch.set_num_threads(threads)
+    found = [done[t] for t in range(len(tasks))]
     return torch.tensor(found, dtype=torch.float64).view(len(masks_list), len(names), 4)
 
 
