@@ -12,7 +12,19 @@ from torch.nn.utils import parametrize, prune
 from fsp import masks as mask_algebra
 from fsp import models
 from fsp.prune import prune as prune_model
-from fsp.spectrum import RULES, Rules, Wiring, batched, biadjacency, coordinate, coordinates, engine, population
+from fsp.spectrum import (
+    RULES,
+    Rules,
+    Wiring,
+    batched,
+    biadjacency,
+    coordinate,
+    coordinates,
+    engine,
+    lanczos,
+    population,
+)
+from fsp.spectrum.graph import without_isolated
 
 PUBLISHED_ZEROS = Rules(2, 3, 1, True, True, "outputs", "published")
 
@@ -60,50 +72,94 @@ def test_the_engine_gives_the_numbers_of_the_definitions(layer, rules):
 
 @pytest.mark.parametrize("density", [0.01, 0.03, 0.4])
 def test_large_layers_agree_where_the_iteration_is_used(density, monkeypatch):
-    certified = []
-    iterated = engine._iterated
-    monkeypatch.setattr(engine, "_iterated", lambda K: certified.append(iterated(K)) or certified[-1])
+    iterated = []
+    together = engine._together
+    monkeypatch.setattr(engine, "_together", lambda graphs: iterated.append(together(graphs)) or iterated[-1])
     mask = torch.rand(256, 96, 3, 3, generator=seeded()) < density
     weight = torch.randn(256, 96, 3, 3, generator=seeded(1))
     same(coordinates({"w": mask}, {"w": weight})["w"], coordinate(mask, weight), rel=1e-10)
-    assert (density == 0.4) or any(found is not None for found in certified)
+    assert (density == 0.4) or all(pair is not None for found in iterated for pair in found)
+    assert (density == 0.4) == (iterated == [])
 
 
-def top_two_by_iteration(K):
-    return engine._iterated(sparse.csr_array(np.asarray(K, float)))
+@settings(max_examples=100, deadline=None)
+@given(st.lists(layers(), min_size=1, max_size=5))
+def test_what_the_iteration_certifies_is_right_to_1e_8(several):
+    graphs = [without_isolated(biadjacency(weight * mask).abs()).numpy() for mask, weight in several]
+    graphs = [sparse.csr_array(K) for K in graphs if min(K.shape) > 1]
+    for K, found in zip(graphs, engine._together(graphs) if graphs else [], strict=True):
+        if found is not None:
+            assert found == pytest.approx(tuple(np.linalg.svd(K.toarray(), compute_uv=False)[:2]), rel=1e-8)
 
 
-def test_an_iteration_is_never_certified_where_the_largest_value_may_be_repeated():
-    block = (np.random.default_rng(0).random((40, 60)) < 0.4).astype(float)
+def test_the_iteration_certifies_random_graphs():
+    K = sparse.csr_array(random_graph(300, 400, 0.05))
+    assert engine._together([K]) != [None]
+
+
+def together(*graphs):
+    return engine._together([sparse.csr_array(np.asarray(K, float)) for K in graphs])
+
+
+def random_graph(m, n, density, seed=0):
+    B = (np.random.default_rng(seed).random((m, n)) < density).astype(float)
+    return B[B.any(1)][:, B.any(0)]
+
+
+def test_a_largest_value_that_is_double_is_never_certified_as_simple():
+    block = random_graph(40, 60, 0.4)
     twice = np.kron(np.eye(2), block)
-    assert top_two_by_iteration(block) is not None
-    assert top_two_by_iteration(twice) is None  # two components of one kind: sigma_1 is double
     sigma = np.linalg.svd(block, compute_uv=False)
-    assert engine.top_two(sparse.csr_array(twice)) == pytest.approx((sigma[0], sigma[0]), rel=1e-12)
+    assert together(twice) == [None]  # two components of one kind: the second value is the first
+    assert engine.top_two([sparse.csr_array(twice)])[0] == pytest.approx((sigma[0], sigma[0]), rel=1e-12)
+
+
+def test_two_components_of_different_kinds_have_the_larger_ones_of_both():
+    apart = np.block(
+        [[random_graph(50, 70, 0.5), np.zeros((50, 60))], [np.zeros((40, 70)), random_graph(40, 60, 0.45)]]
+    )
+    assert together(apart) == [pytest.approx(tuple(np.linalg.svd(apart, compute_uv=False)[:2]), rel=1e-9)]
+
+
+@pytest.mark.parametrize("coupling", [1e-2, 1e-5, 1e-9, 1e-13])
+def test_two_components_that_hang_together_by_a_thread_come_out_right(coupling):
+    block = random_graph(40, 60, 0.4)
+    twice = np.kron(np.eye(2), block)
+    twice[0, -1] = coupling
+    sigma = np.linalg.svd(twice, compute_uv=False)[:2]
+    assert engine.top_two([sparse.csr_array(twice)])[0] == pytest.approx(tuple(sigma), rel=1e-9)
+    for found in together(twice):
+        assert found is None or found == pytest.approx(tuple(sigma), rel=1e-8)
 
 
 def test_clustered_and_repeated_second_values_come_out_right():
-    rng = np.random.default_rng(1)
     # the complete graph minus a perfect matching: sigma_1 = n - 1, all others 1
     n = 60
-    assert top_two_by_iteration(np.ones((n, n)) - np.eye(n)) == pytest.approx((n - 1, 1.0), rel=1e-9)
+    assert together(np.ones((n, n)) - np.eye(n)) == [pytest.approx((n - 1, 1.0), rel=1e-9)]
     ring = np.eye(200) + np.roll(np.eye(200), 1, axis=1)  # an even cycle: 2 |cos(pi k / 200)|, each but one double
-    found = engine.top_two(sparse.csr_array(ring))
+    found = engine.top_two([sparse.csr_array(ring)])[0]
     assert found == pytest.approx((2.0, 2 * np.cos(np.pi / 200)), rel=1e-9)
-    close = rng.random((80, 50)) < 0.3
+    close = random_graph(80, 50, 0.3, seed=1)
     close = np.hstack([close, close * (1 + 1e-9)])
     sigma = np.linalg.svd(close, compute_uv=False)
-    assert engine.top_two(sparse.csr_array(close)) == pytest.approx(tuple(sigma[:2]), rel=1e-9)
+    assert engine.top_two([sparse.csr_array(close)])[0] == pytest.approx(tuple(sigma[:2]), rel=1e-9)
+
+
+def test_a_graph_has_the_same_values_alone_and_in_company():
+    graphs = [random_graph(m, 300, 0.05, seed=m) for m in (2, 40, 170, 290)]
+    for K, found in zip(graphs, together(*graphs), strict=True):
+        alone = tuple(np.linalg.svd(K, compute_uv=False)[:2])
+        assert found is None or found == pytest.approx(alone, rel=1e-9)
+        assert engine.top_two([sparse.csr_array(K)])[0] == pytest.approx(alone, rel=1e-9)
 
 
 def test_an_iteration_that_does_not_converge_falls_back_to_all_eigenvalues(monkeypatch):
-    K = sparse.csr_array((np.random.default_rng(2).random((300, 400)) < 0.05).astype(float))
-    K = engine._without_zeros(K)
-    expected = engine.top_two(K)
-    monkeypatch.setattr(engine, "CERTIFIED", 0.0)
-    assert engine._iterated(K) is None
-    monkeypatch.setattr(engine, "MATVECS", 0)  # always try it first
-    assert engine.top_two(K) == pytest.approx(expected, rel=1e-10)
+    K = sparse.csr_array(random_graph(300, 400, 0.05, seed=2))
+    expected = np.linalg.svd(K.toarray(), compute_uv=False)[:2]
+    monkeypatch.setattr(lanczos, "CERTIFIED", 0.0)
+    assert engine._together([K]) == [None]
+    monkeypatch.setattr(engine, "_saved", lambda K: 1.0)  # always try it first
+    assert engine.top_two([K])[0] == pytest.approx(tuple(expected), rel=1e-10)
 
 
 @settings(max_examples=100, deadline=None)

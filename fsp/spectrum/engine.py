@@ -2,8 +2,8 @@
 
 The quantities are those of `fsp.spectrum.quantities`; only the way to the singular values differs.  Left vertices are
 sorted by degree once, so that every nested subgraph is a slice of one sparse matrix.  Each left vertex lies in
-exactly one nested subgraph: all nested Gram matrices together cost no more than the one of the whole layer.  Of each
-graph only the two largest singular values are needed, and a certified iteration finds them where that is cheaper.
+exactly one nested subgraph: all of them together cost no more than the whole layer.  Of each graph only the two largest
+singular values are needed; for large sparse graphs an iteration finds them, for all such graphs of a layer at once.
 """
 
 import math
@@ -11,18 +11,15 @@ import math
 import numpy as np
 import torch
 from scipy import sparse
-from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 from torch import Tensor
 
 from fsp.spectrum.graph import Rules, Wiring, blocks, cheeger_factor, dense_enough
+from fsp.spectrum.lanczos import two_largest
 from fsp.spectrum.quantities import mean
 
-# Largest residual, relative to the second eigenvalue, that certifies an iteration; a tenth is asked of it.
-CERTIFIED = 1e-9
-
 # Seconds on one core of a current server, for choosing the cheaper way; results do not depend on them.
-PER_MATVEC, PER_EDGE, MATVECS = 2.0e-5, 1.6e-9, 80
-PER_FLOP, PER_EIGEN_FLOP = 1.3e-11, 8.0e-11
+PER_EDGE, PER_ROW, PER_GRAPH, PER_ITERATION = 1.0e-7, 6e-7, 6e-5, 4e-3
+PER_GRAM_FLOP, PER_EIGENVALUES = 1.5e-11, 8.6e-9
 
 
 def layer_coordinate(mask: Tensor, weight: Tensor, rules: Rules, wiring: Wiring) -> tuple[float, float, float, float]:
@@ -41,127 +38,110 @@ def layer_coordinate(mask: Tensor, weight: Tensor, rules: Rules, wiring: Wiring)
     """
     B, W, degrees = _sorted_by_degree(mask, weight, wiring)
     first = int(np.searchsorted(degrees, 1))
-    gap = weighted = math.nan
-    whole = _slice(B, first, len(degrees))
-    if dense_enough(whole.nnz, *whole.shape, rules, left=rules.whole_left):
-        gap = _bound(whole) - top_two(whole)[1]
-    heavy = _without_zeros(_slice(W, first, len(degrees)))
-    if dense_enough(heavy.nnz, *heavy.shape, rules, left=rules.whole_left):
-        weighted = float(np.subtract(*top_two(heavy)))
-    gaps, weighted_gaps = [], []
+    whole, heavy = _slice(B, first, len(degrees)), _without_zeros(_slice(W, first, len(degrees)))
+    graphs = [K if dense_enough(K.nnz, *K.shape, rules, left=rules.whole_left) else None for K in (whole, heavy)]
+    factors = []
     kinds, starts, sizes = np.unique(degrees[first:], return_index=True, return_counts=True)
     for degree, start, size in zip(kinds, starts + first, sizes, strict=True):
         if size < rules.group_size or degree < rules.left_degree:
             continue
         K = _slice(B, start, start + size)
-        if not dense_enough(K.nnz, *K.shape, rules):
-            continue
-        factor = cheeger_factor(*K.shape) if rules.cheeger else 1.0
-        gaps.append(factor * (_bound(K) - top_two(K)[1]))
-        W_K = _without_zeros(_slice(W, start, start + size))
-        if dense_enough(W_K.nnz, *W_K.shape, rules):
-            weighted_gaps.append(factor * float(np.subtract(*top_two(W_K))))
-        elif rules.zero_weights == "published":
-            weighted_gaps.append(math.nan)
-    return gap, weighted, mean(gaps), mean(weighted_gaps)
+        if dense_enough(K.nnz, *K.shape, rules):
+            W_K = _without_zeros(_slice(W, start, start + size))
+            graphs += [K, W_K if dense_enough(W_K.nnz, *W_K.shape, rules) else None]
+            factors.append(cheeger_factor(*K.shape) if rules.cheeger else 1.0)
+    gaps = [
+        math.nan if K is None else _bound(K) - sigma[1] if K.data.dtype == bool else sigma[0] - sigma[1]
+        for K, sigma in zip(graphs, top_two(graphs[:2]) + top_two(graphs[2:]), strict=True)
+    ]
+    weighted = [c * gap for c, gap in zip(factors, gaps[3::2], strict=True)]
+    if rules.zero_weights == "drop":
+        weighted = [gap for gap in weighted if not math.isnan(gap)]
+    return gaps[0], gaps[1], mean([c * gap for c, gap in zip(factors, gaps[2::2], strict=True)]), mean(weighted)
 
 
-def top_two(K: sparse.csr_array) -> tuple[float, float]:
-    """The two largest singular values of a sparse matrix without zero rows and columns.
-
-    By eigenvalues of the dense Gram matrix of the smaller side; or, where that is cheaper and the graph is connected,
-    by an implicitly restarted Lanczos iteration, kept only if certified: the leading vector has one sign, which
-    for a connected graph only the leading eigenvector has, and both residuals are below `CERTIFIED`.
+def top_two(graphs: list[sparse.csr_array | None]) -> list[tuple[float, float] | None]:
+    """The two largest singular values of each graph.
 
     Parameters
     ----------
-    K : csr_array, shape (m, n), entries >= 0, float64
+    graphs : list of csr_array, bool or float64 > 0, or None
+        Without zero rows and columns.
 
     Returns
     -------
-    sigma_1, sigma_2 : float
-        The second is 0 where a side has one vertex only.
+    list of (sigma_1, sigma_2), or None for None
+        The second value is 0 where a side has one vertex only.
     """
+    found: list[tuple[float, float] | None] = [None] * len(graphs)
+    present = [i for i, K in enumerate(graphs) if K is not None]
+    large = [i for i in present if _saved(graphs[i]) > 0]
+    if sum(_saved(graphs[i]) for i in large) > PER_ITERATION:
+        for i, pair in zip(large, _together([graphs[i] for i in large]), strict=True):
+            found[i] = pair
+    for i in present:
+        if found[i] is None:
+            found[i] = _alone(graphs[i])
+    return found
+
+
+def _saved(K: sparse.csr_array) -> float:
+    """Seconds saved by iterating on a graph instead of taking all eigenvalues of its Gram matrix."""
+    small, large = sorted(K.shape)
+    direct = PER_GRAM_FLOP * large * small**2 + PER_EIGENVALUES * small**2.25
+    return direct - (PER_EDGE * K.nnz + PER_ROW * small + PER_GRAPH) if small > 1 else 0
+
+
+def _alone(K: sparse.csr_array) -> tuple[float, float]:
+    """Two largest singular values of one graph, from the dense Gram matrix of its smaller side."""
     m, n = K.shape
-    small, large = sorted((m, n))
-    if small == 1:
-        return float(np.sqrt(np.square(K.data).sum())), 0.0
-    iterating = MATVECS * (PER_MATVEC + PER_EDGE * K.nnz)
-    if iterating < PER_EIGEN_FLOP * small**3 + PER_FLOP * 2 * large * small**2:
-        found = _iterated(K if m <= n else K.T.tocsr())
-        if found is not None:
-            return found
-    dense = torch.from_numpy(K.toarray())
+    if min(m, n) == 1:
+        return float(np.sqrt(np.square(K.data, dtype=np.float64).sum())), 0.0
+    dense = K.toarray()
+    if dense.dtype == bool:  # single precision is exact for counts of common neighbours
+        dense = dense.astype(np.float32 if max(m, n) < 2**24 else np.float64)
     gram = dense @ dense.T if m <= n else dense.T @ dense
-    second, first = torch.linalg.eigvalsh(gram)[-2:].clamp(min=0).tolist()
+    second, first = torch.linalg.eigvalsh(torch.from_numpy(gram).double())[-2:].clamp(min=0).tolist()
     if second < 1e-6 * first:  # squaring has cost too many digits
-        first, second = torch.linalg.svdvals(dense)[:2].tolist()
+        first, second = torch.linalg.svdvals(torch.from_numpy(dense).double())[:2].tolist()
         return first, second
     return math.sqrt(first), math.sqrt(second)
 
 
-class _Gram(LinearOperator):
-    """x -> K K^T x, without the checks that LinearOperator does at every product."""
-
-    def __init__(self, K: sparse.csr_array, KT: sparse.csr_array):
-        super().__init__(np.float64, (K.shape[0], K.shape[0]))
-        self.K, self.KT = K, KT
-
-    def _matvec(self, x: np.ndarray) -> np.ndarray:
-        return self.K @ (self.KT @ x)
-
-    matvec = _matvec
-
-
-def _iterated(K: sparse.csr_array) -> tuple[float, float] | None:
-    """Two largest singular values by iteration, or None if they cannot be certified."""
-    KT = K.T.tocsr()
-    if not _connected(K, KT):
-        return None
-    n = K.shape[0]
-    start = np.random.default_rng(0).standard_normal(n)
-    try:
-        values, vectors = eigsh(_Gram(K, KT), k=2, which="LA", ncv=min(n, 20), v0=start, tol=CERTIFIED / 10)
-    except ArpackError:
-        return None
-    residuals = np.linalg.norm(K @ (KT @ vectors) - vectors * values, axis=0)
-    leading = vectors[:, 1] * np.sign(vectors[:, 1].sum())
-    if values[0] <= 0 or residuals.max() > CERTIFIED * values[0] or leading.min() < -1e-8:
-        return None
-    return math.sqrt(values[1]), math.sqrt(values[0])
-
-
-def _connected(K: sparse.csr_array, KT: sparse.csr_array) -> bool:
-    """Whether a bipartite graph without isolated vertices is in one piece."""
-    seen = np.zeros(K.shape[0])
-    seen[0] = count = 1
-    while True:
-        seen = (K @ (KT @ seen) > 0).astype(float)
-        if seen.sum() == count:
-            return count == len(seen)
-        count = seen.sum()
+def _together(graphs: list[sparse.csr_array]) -> list[tuple[float, float] | None]:
+    """Two largest singular values of many graphs by one iteration on all; None where not certified."""
+    graphs = [K if K.shape[0] <= K.shape[1] else K.T.tocsr() for K in graphs]
+    rows, columns = np.array([K.shape for K in graphs]).T
+    edges = np.array([K.nnz for K in graphs])
+    right, behind = (np.cumsum(counts) - counts for counts in (columns, edges))
+    indices = np.concatenate([K.indices for K in graphs]) + np.repeat(right, edges).astype(np.int32)
+    ends = np.concatenate([[0]] + [K.indptr[1:] + offset for K, offset in zip(graphs, behind, strict=True)])
+    data = np.concatenate([K.data for K in graphs]).astype(np.float64)
+    wide = sparse.csr_array((data, indices, ends.astype(np.int32)), shape=(rows.sum(), columns.sum()))
+    tall = wide.T.tocsr()
+    values = np.sqrt(two_largest(lambda x: wide @ (tall @ x), rows)).tolist()
+    return [None if math.isnan(pair[0]) else tuple(pair) for pair in values]
 
 
 def _sorted_by_degree(
     mask: Tensor, weight: Tensor, wiring: Wiring
 ) -> tuple[sparse.csr_array, sparse.csr_array, np.ndarray]:
     """Biadjacency matrices of the mask and of its absolute weights, left vertices by degree, and the degrees."""
-    kept = blocks(mask, wiring)  # (groups, outputs, inputs)
+    kept = blocks(mask, wiring)
     groups, outputs, inputs = kept.shape
-    block, output, input_ = kept.nonzero(as_tuple=True)
-    strengths = blocks(weight.detach(), wiring)[block, output, input_].abs().to(torch.float64).numpy()
-    right, left = (block * outputs + output).numpy(), (block * inputs + input_).numpy()
+    flat = np.flatnonzero(kept.numpy())
+    strengths = np.abs(blocks(weight.detach(), wiring).flatten()[torch.from_numpy(flat)].double().numpy())
+    left = (flat % inputs if groups == 1 else flat % inputs + flat // (outputs * inputs) * inputs).astype(np.int32)
+    ends = np.searchsorted(flat, np.arange(groups * outputs + 1) * inputs).astype(np.int32)
     degrees = np.bincount(left, minlength=groups * inputs)
     order = np.argsort(degrees, kind="stable")
     rank = np.empty(len(order), np.int32)
     rank[order] = np.arange(len(order), dtype=np.int32)
-    ends = np.cumsum(np.bincount(right, minlength=groups * outputs), dtype=np.int32)
-    by_output = sparse.csr_array(
-        (strengths, rank[left], np.concatenate([[0], ends]).astype(np.int32)), shape=(len(ends), len(order))
-    ).tocsc()  # its columns are the left vertices: read as rows, the transposed matrix
-    shape = (len(order), len(ends))
+    by_output = sparse.csr_array((strengths, rank[left], ends), shape=(groups * outputs, len(order)))
+    by_output = by_output.tocsc()  # its columns are the left vertices: read as rows, the transposed matrix
+    shape = (len(order), groups * outputs)
     W = sparse.csr_array((by_output.data, by_output.indices, by_output.indptr), shape=shape)
-    B = sparse.csr_array((np.ones_like(by_output.data), by_output.indices, by_output.indptr), shape=shape)
+    B = sparse.csr_array((np.ones(by_output.nnz, bool), by_output.indices, by_output.indptr), shape=shape)
     return B, W, degrees[order]
 
 

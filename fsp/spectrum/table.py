@@ -190,7 +190,7 @@ def _read(name: str, mask: Tensor, wiring: Wiring) -> _Layer:
     groups, outputs, inputs = kept.shape
     block, output, input_ = kept.nonzero().numpy().T
     B = sparse.csr_array(
-        (np.ones(len(block)), (block * inputs + input_, block * outputs + output)),
+        (np.ones(len(block), bool), (block * inputs + input_, block * outputs + output)),
         shape=(groups * inputs, groups * outputs),
     )
     channels = mask.shape[0], mask.shape[1] * wiring.groups
@@ -198,29 +198,31 @@ def _read(name: str, mask: Tensor, wiring: Wiring) -> _Layer:
     return _Layer(name, B, B.nnz / mask.numel(), channels_in, channels_out, mask.ndim == 2)
 
 
-def _measured(B: sparse.csr_array) -> _Graph:
-    """Counts and spectrum of a graph, its isolated vertices dropped."""
+def _without_isolated(B: sparse.csr_array) -> sparse.csr_array:
+    """The graph with the vertices that have an edge."""
     touched = np.bincount(B.indices, minlength=B.shape[1]) > 0
-    K = B[np.diff(B.indptr) > 0][:, touched]
-    return _Graph(*K.shape, K.nnz, *top_two(K)) if K.nnz else NO_GRAPH
+    return B[np.diff(B.indptr) > 0][:, touched]
 
 
-def _nested(B: sparse.csr_array, degrees: np.ndarray, rules: Rules) -> Iterator[_Graph]:
+def _nested(B: sparse.csr_array, degrees: np.ndarray, rules: Rules) -> Iterator[sparse.csr_array]:
     """Valid subgraphs of the left vertices of one degree."""
     for degree in np.unique(degrees[degrees > 0]):
         alike = degrees == degree
         if np.count_nonzero(alike) >= rules.group_size and degree >= rules.left_degree:
-            K = _measured(B[alike])
-            if K.is_valid(rules, "inputs"):
+            K = _without_isolated(B[alike])
+            if dense_enough(K.nnz, *K.shape, rules):
                 yield K
 
 
 def _row(layer: _Layer, v: Coordinate, rules: Rules) -> dict[str, object]:
     """What is to be said of one layer by itself."""
-    whole = _measured(layer.B)
     n_inputs, n_outputs = layer.B.shape
     degrees = np.diff(layer.B.indptr)
-    nested = list(_nested(layer.B, degrees, rules))
+    graphs = [_without_isolated(layer.B), *_nested(layer.B, degrees, rules)]
+    spectra = top_two([K if K.nnz else None for K in graphs])
+    whole, *nested = (
+        NO_GRAPH if pair is None else _Graph(*K.shape, K.nnz, *pair) for K, pair in zip(graphs, spectra, strict=True)
+    )
     valid = {side: whole.is_valid(rules, side) for side in ("inputs", "outputs")}
     bounds = whole if valid[rules.whole_left] else NO_GRAPH
     gap_normalised = _ratio(v.ramanujan_gap, bounds.ramanujan_bound)
