@@ -23,12 +23,13 @@ from fsp.train import TrainConfig
 CHOICES = {
     "dataset": tuple(DATASETS),
     "model": tuple(MODELS),
+    "networks": tuple(MODELS),
     "methods": tuple(METHODS),
     "dynamics": tuple(PRESETS),
 }
 
 
-STRUCTURED = {"methods", "dynamics", "densities", "seeds", "model_options", "train_options"}
+STRUCTURED = {"networks", "methods", "dynamics", "densities", "seeds", "model_options", "train_options"}
 
 
 def check(**given: object) -> dict:
@@ -37,9 +38,9 @@ def check(**given: object) -> dict:
     Parameters
     ----------
     **given
-        All parameters of the notebook, by name: of ``dataset``, ``model``, ``methods``, ``dynamics``, ``densities``,
-        ``density``, ``seeds``, ``epochs``, ``batch_size``, ``update_every``, ``lr``, ``device``, ``threads``,
-        ``shuffles``, ``recompute``, ``out_dir``, ``scheduler``, ``model_options``, ``train_options``.
+        All parameters of the notebook, by name: of ``dataset``, ``model``, ``networks``, ``methods``, ``dynamics``,
+        ``densities``, ``density``, ``seeds``, ``epochs``, ``batch_size``, ``update_every``, ``lr``, ``device``, ``threads``,
+        ``shuffles``, ``repeats``, ``population``, ``recompute``, ``out_dir``, ``scheduler``, ``model_options``, ``train_options``.
 
     Returns
     -------
@@ -145,6 +146,7 @@ def _train_options(value: object) -> str | None:
 _RULES: dict[str, Callable[[object], str | None]] = {
     "dataset": _one_of(CHOICES["dataset"]),
     "model": _one_of(CHOICES["model"]),
+    "networks": _some_of(CHOICES["networks"]),
     "methods": _some_of(CHOICES["methods"]),
     "dynamics": _some_of(CHOICES["dynamics"]),
     "density": lambda v: None if _is_density(v) else "a fraction in (0, 1], such as 0.05",
@@ -161,6 +163,8 @@ _RULES: dict[str, Callable[[object], str | None]] = {
     "update_every": _count,
     "threads": _count,
     "shuffles": _count,
+    "repeats": _count,
+    "population": _count,
     "lr": lambda v: (
         None if isinstance(v, Real) and not isinstance(v, bool) and 0 < v < math.inf else "a number above 0"
     ),

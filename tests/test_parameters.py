@@ -18,6 +18,7 @@ from fsp.prune import METHODS
 GOOD = {
     "dataset": list(DATASETS),
     "model": list(MODELS),
+    "networks": [["resnet18"], ["vgg16", "mlp"]],
     "methods": [["snip"], ["synflow", "random"], ("erk", "snip"), list(METHODS)],
     "dynamics": [["set"], ["rigl_itop", "static"], list(PRESETS)],
     "density": [0.05, 1, 1.0, 1e-6, np.float64(0.1)],
@@ -28,6 +29,8 @@ GOOD = {
     "update_every": [1, 1500],
     "threads": [1, 8],
     "shuffles": [1, 20],
+    "repeats": [1, 5],
+    "population": [1, 3000],
     "lr": [0.1, 1, 1e-6],
     "device": ["cpu", torch.device("cpu")],
     "recompute": [True, False],
@@ -41,6 +44,7 @@ WHOLE = "a whole number of at least 1"
 BAD = {
     "dataset": (["cifar", "", None, 3, ["digits"], {"a": 1}], ", ".join(DATASETS)),
     "model": (["resnet9", None, ["mlp"]], ", ".join(MODELS)),
+    "networks": (["resnet18", [], ["resnet9"], ["mlp", "mlp"], None], ", ".join(MODELS)),
     "methods": (["snip", [], ["snip", "snip"], ["sinp"], ["snip", None], None, {"snip"}], ", ".join(METHODS)),
     "dynamics": (["set", [], ["SET"], ["set", "set"], ["snip"]], ", ".join(PRESETS)),
     "density": ([0, -0.1, 1.1, math.nan, math.inf, "0.05", None, True, [0.05]], "a fraction in (0, 1], such as 0.05"),
@@ -51,6 +55,8 @@ BAD = {
     "update_every": ([0, 0.5, None], WHOLE),
     "threads": ([0, "1", None], WHOLE),
     "shuffles": ([0, 2.5, None], WHOLE),
+    "repeats": ([0, 1.5, None], WHOLE),
+    "population": ([0, "8", None], WHOLE),
     "lr": ([0, -0.1, math.nan, math.inf, "0.1", None], "a number above 0"),
     "device": (["gpu", "", None, 0], "auto, cpu or cuda"),
     "recompute": ([0, 1, "True", None], "True or False"),

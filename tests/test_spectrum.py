@@ -1,8 +1,9 @@
 """`fsp.spectrum` against exact spectra, dense adjacency matrices and a slow reading of the papers' definitions."""
 
+import copy
 from dataclasses import replace
 from itertools import product
-from math import isnan, nan, sqrt
+from math import hypot, isnan, nan, sqrt
 
 import graphs
 import networkx as nx
@@ -11,11 +12,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+from fsp.masks import prunable
 from fsp.spectrum import (
     RULES,
     Coordinate,
     Rules,
+    anchor_distance,
     biadjacency,
     coordinate,
     coordinates,
@@ -756,3 +760,35 @@ def test_an_unknown_way_of_counting_edges_is_refused():
 def test_what_is_no_layer_has_no_biadjacency_matrix(tensor):
     with pytest.raises(ValueError, match=r"."):
         biadjacency(tensor)
+
+
+# ---- the three distances of D5 -----------------------------------------------------------------------------------
+
+
+def test_d5_the_norm_is_the_distance_from_the_origin():
+    mask = {"w": torch.rand(30, 40, generator=torch.Generator().manual_seed(0)) < 0.3}
+    found = coordinates(mask, {"w": torch.ones(30, 40)})
+    assert distance(found, {"w": Coordinate(0.0, 0.0, 0.0, 0.0)}) == pytest.approx(spectrum_norm(found), rel=1e-14)
+
+
+def test_d5_from_the_initialisation_only_the_weighted_gaps_have_moved():
+    generator = torch.Generator().manual_seed(0)
+    mask = {"w": torch.rand(30, 40, generator=generator) < 0.3, "v": torch.rand(20, 30, generator=generator) < 0.4}
+    first = {name: torch.randn(m.shape, generator=generator) for name, m in mask.items()}
+    assert anchor_distance(mask, first, first) == 0
+    # three times the weights: both gaps of weights are three times as long, topology is what it was
+    there = coordinates(mask, first)
+    expected = [hypot(2 * v.weighted_gap, 2 * v.imsg) for v in there.values()]
+    trained = {name: 3 * w for name, w in first.items()}
+    assert anchor_distance(mask, trained, first) == pytest.approx(sum(expected) / 2, rel=1e-9)
+
+
+def test_d5_a_model_is_measured_from_a_copy_of_itself():
+    net = nn.Sequential(nn.Conv2d(8, 16, 3, groups=2), nn.Flatten(), nn.Linear(16, 10))
+    mask = {name: torch.ones_like(p, dtype=torch.bool) for name, p in prunable(net).items()}
+    before = copy.deepcopy(net)
+    assert anchor_distance(mask, net, before) == 0
+    with torch.no_grad():
+        net[0].weight.mul_(2)
+    gap = coordinates(mask, before)["0.weight"]
+    assert anchor_distance(mask, net, before) == pytest.approx(hypot(gap.weighted_gap, gap.imsg) / 2, rel=1e-6)

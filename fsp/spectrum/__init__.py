@@ -20,6 +20,7 @@ References
 from fsp.spectrum.graph import RULES, Rules, Wiring, biadjacency, singular_values
 from fsp.spectrum.network import (
     Coordinate,
+    anchor_distance,
     coordinate,
     coordinates,
     coverage,
@@ -36,6 +37,7 @@ __all__ = [
     "Coordinate",
     "Rules",
     "Wiring",
+    "anchor_distance",
     "biadjacency",
     "coordinate",
     "coordinates",

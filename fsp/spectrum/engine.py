@@ -1,12 +1,14 @@
-"""The full-spectrum coordinate of one layer, fast: what `population` and `coordinates` run on.
+"""The full-spectrum coordinate of layers, fast: what `population` and `coordinates` run on.
 
 The quantities are those of `fsp.spectrum.quantities`; only the way to the singular values differs.  Left vertices are
 sorted by degree once, so that every nested subgraph is a slice of one sparse matrix.  Each left vertex lies in
 exactly one nested subgraph: all of them together cost no more than the whole layer.  Of each graph only the two largest
-singular values are needed; for large sparse graphs an iteration finds them, for all such graphs of a layer at once.
+singular values are needed; for large sparse graphs an iteration finds them, for all of them at once.
 """
 
 import math
+from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,21 +24,47 @@ PER_EDGE, PER_ROW, PER_GRAPH, PER_ITERATION = 1.0e-7, 6e-7, 6e-5, 4e-3
 PER_GRAM_FLOP, PER_EIGENVALUES = 1.5e-11, 8.6e-9
 
 
-def layer_coordinate(mask: Tensor, weight: Tensor, rules: Rules, wiring: Wiring) -> tuple[float, float, float, float]:
-    """Ramanujan gap, weighted gap, IMDB and IMSG of one layer; `nan` where undefined.
+class Layer(NamedTuple):
+    """A layer to be measured.
 
-    Parameters
+    Attributes
     ----------
     mask : Tensor of bool, a layer's shape, on the CPU
     weight : Tensor, same shape, on the CPU
-    rules : Rules
     wiring : Wiring
+    """
+
+    mask: Tensor
+    weight: Tensor
+    wiring: Wiring
+
+
+def measured(layers: list[Layer], rules: Rules) -> list[tuple[float, float, float, float]]:
+    """Ramanujan gap, weighted gap, IMDB and IMSG of some layers; `nan` where undefined.
+
+    Parameters
+    ----------
+    layers : list of Layer
+        Their graphs are iterated on together: a few small layers cost little more than one.
+    rules : Rules
 
     Returns
     -------
-    tuple of four floats
+    list of tuples of four floats
     """
-    B, W, degrees = _sorted_by_degree(mask, weight, wiring)
+    graphs = [_graphs(layer, rules) for layer in layers]
+    # whole layers converge last: nested subgraphs are done before them
+    whole = iter(top_two([K for found, _ in graphs for K in found[:2]]))
+    nested = iter(top_two([K for found, _ in graphs for K in found[2:]]))
+    return [
+        _assembled(found, [*islice(whole, 2), *islice(nested, len(found) - 2)], factors, rules)
+        for found, factors in graphs
+    ]
+
+
+def _graphs(layer: Layer, rules: Rules) -> tuple[list[sparse.csr_array | None], list[float]]:
+    """Mask and weights of the whole layer and of each nested subgraph, None where not valid; Cheeger factors."""
+    B, W, degrees = _sorted_by_degree(*layer)
     first = int(np.searchsorted(degrees, 1))
     whole, heavy = _slice(B, first, len(degrees)), _without_zeros(_slice(W, first, len(degrees)))
     graphs = [K if dense_enough(K.nnz, *K.shape, rules, left=rules.whole_left) else None for K in (whole, heavy)]
@@ -50,9 +78,19 @@ def layer_coordinate(mask: Tensor, weight: Tensor, rules: Rules, wiring: Wiring)
             W_K = _without_zeros(_slice(W, start, start + size))
             graphs += [K, W_K if dense_enough(W_K.nnz, *W_K.shape, rules) else None]
             factors.append(cheeger_factor(*K.shape) if rules.cheeger else 1.0)
+    return graphs, factors
+
+
+def _assembled(
+    graphs: list[sparse.csr_array | None],
+    spectra: list[tuple[float, float] | None],
+    factors: list[float],
+    rules: Rules,
+) -> tuple[float, float, float, float]:
+    """The four quantities from the two singular values of each graph."""
     gaps = [
         math.nan if K is None else _bound(K) - sigma[1] if K.data.dtype == bool else sigma[0] - sigma[1]
-        for K, sigma in zip(graphs, top_two(graphs[:2]) + top_two(graphs[2:]), strict=True)
+        for K, sigma in zip(graphs, spectra, strict=True)
     ]
     weighted = [c * gap for c, gap in zip(factors, gaps[3::2], strict=True)]
     if rules.zero_weights == "drop":

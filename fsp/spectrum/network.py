@@ -15,9 +15,11 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from fsp.spectrum.batched import layer_coordinates
-from fsp.spectrum.engine import layer_coordinate
+from fsp.spectrum.engine import Layer, measured
 from fsp.spectrum.graph import PLAIN, Rules, Wiring, biadjacency, rules_of, wiring_of
 from fsp.spectrum.quantities import imdb, imsg, mean, ramanujan_gap, weighted_gap
+
+TASK = 20_000  # kept weights that keep a thread busy long enough
 
 
 class Coordinate(NamedTuple):
@@ -138,8 +140,8 @@ def population(
 
     Notes
     -----
-    On the CPU, layers are measured in as many threads as `torch.get_num_threads` says.  A result depends neither on
-    their number nor on what else is measured.
+    On the CPU, layers are measured in as many threads as `torch.get_num_threads` says.  Neither their number nor the
+    other masks change a bit of a result.
     """
     rules, wirings = rules_of(rules), {}
     if isinstance(weights, nn.Module):
@@ -170,25 +172,38 @@ def population(
         ]
         return torch.stack(found, 1).cpu()
     on_cpu = {name: weights[name].detach().cpu() for name in names}
-
-    def measure(task: tuple[int, str]) -> tuple[float, float, float, float]:
-        i, name = task
-        return layer_coordinate(masks_list[i][name].bool().cpu(), on_cpu[name], rules, wirings.get(name, PLAIN))
-
-    tasks = [(i, name) for i in range(len(masks_list)) for name in names]
-    largest_first = sorted(range(len(tasks)), key=lambda t: -on_cpu[tasks[t][1]].numel())
+    layers = [
+        Layer(masks[name].bool().cpu(), on_cpu[name], wirings.get(name, PLAIN))
+        for masks in masks_list
+        for name in names
+    ]
+    tasks = [part for start in range(0, len(layers), len(names)) for part in _parts(layers, start, start + len(names))]
     threads = torch.get_num_threads()
+    found = torch.empty(len(layers), 4, dtype=torch.float64)
     try:
-        # one layer a thread, and one thread for the linear algebra in it: pools within pools fight for the cores
+        # one task a thread, and one thread for the linear algebra in it: pools within pools fight for the cores
         with (
             threadpool_limits(1),
             ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
         ):
-            done = dict(zip(largest_first, pool.map(measure, [tasks[t] for t in largest_first]), strict=True))
+            results = pool.map(lambda task: measured([layers[i] for i in task], rules), tasks)
+            for task, values in zip(tasks, results, strict=True):
+                found[task] = torch.tensor(values, dtype=torch.float64)
     finally:
         torch.set_num_threads(threads)
-    found = [done[t] for t in range(len(tasks))]
-    return torch.tensor(found, dtype=torch.float64).view(len(masks_list), len(names), 4)
+    return found.view(len(masks_list), len(names), 4)
+
+
+def _parts(layers: list[Layer], start: int, stop: int) -> list[list[int]]:
+    """Indices of one network's layers in tasks of at least `TASK` kept weights, the largest layers first."""
+    parts, kept = [], TASK
+    for i in sorted(range(start, stop), key=lambda i: -layers[i].mask.numel()):
+        if kept >= TASK:
+            parts.append([])
+            kept = 0
+        parts[-1].append(i)
+        kept += int(layers[i].mask.sum())
+    return parts
 
 
 def spectrum_norm(coordinates: Mapping[str, Coordinate]) -> float:
@@ -210,7 +225,8 @@ def spectrum_norm(coordinates: Mapping[str, Coordinate]) -> float:
 def distance(a: Mapping[str, Coordinate], b: Mapping[str, Coordinate]) -> float:
     r"""Distance of two networks' coordinates, :math:`\frac1L \sum_\ell \lVert a_\ell - b_\ell \rVert_2`.
 
-    Undefined entries count as 0, as in the norm.
+    Undefined entries count as 0, as in the norm.  With :math:`b = 0` it is `spectrum_norm`; with the coordinate of mask 0
+    of a search it is the distance travelled (D5).
 
     Parameters
     ----------
@@ -229,6 +245,39 @@ def distance(a: Mapping[str, Coordinate], b: Mapping[str, Coordinate]) -> float:
     if a.keys() != b.keys():
         raise ValueError(f"coordinates of different layers: {sorted(a.keys() ^ b.keys())} are in one only")
     return mean([math.dist(_zeroed(a[name]), _zeroed(b[name])) for name in a])
+
+
+def anchor_distance(
+    masks: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor] | nn.Module,
+    anchor: Mapping[str, Tensor] | nn.Module,
+    *,
+    rules: str | Rules = "fsp2023",
+) -> float:
+    """Distance of a network from what its dense initial weights are under the same mask (D5).
+
+    Topology cancels: what is left is how far training has moved the weighted gaps.
+
+    Parameters
+    ----------
+    masks : dict of parameter name to mask
+    weights : dict of parameter name to weights, or the model itself
+        After training, or at the start of a ticket.
+    anchor : dict of parameter name to weights, or a copy of the model made before training
+        Dense initial weights.
+    rules : {"iclr2023", "fsp2023"} or Rules
+
+    Returns
+    -------
+    float
+        Unit: that of the weights.
+
+    Raises
+    ------
+    ValueError
+        As for `coordinates`.
+    """
+    return distance(coordinates(masks, weights, rules=rules), coordinates(masks, anchor, rules=rules))
 
 
 def layer_mean(coordinates: Mapping[str, Coordinate]) -> Coordinate:
