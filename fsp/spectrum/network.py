@@ -225,8 +225,8 @@ def spectrum_norm(coordinates: Mapping[str, Coordinate]) -> float:
 def distance(a: Mapping[str, Coordinate], b: Mapping[str, Coordinate]) -> float:
     r"""Distance of two networks' coordinates, :math:`\frac1L \sum_\ell \lVert a_\ell - b_\ell \rVert_2`.
 
-    Undefined entries count as 0, as in the norm.  With :math:`b = 0` it is `spectrum_norm`; with the coordinate of mask 0
-    of a search it is the distance travelled (D5).
+    Undefined entries count as 0, as in the norm.  With :math:`b = 0` it is `spectrum_norm`; with the coordinate of the
+    mask that a search started from it is the distance travelled (D5).
 
     Parameters
     ----------
