@@ -105,7 +105,8 @@ class History:
     Attributes
     ----------
     epochs : list of dict
-        One entry an epoch: epoch, lr (of its first step), train_loss, validation_accuracy, validation_loss.
+        One entry an epoch: epoch, lr (of its first step), train_loss, validation_accuracy, validation_loss.  An epoch
+        that is skipped has none, and the loss of one that is skipped in part is that of the rest.
     status : {"finished", "diverged"}
         Diverged: the training loss or a weight is not finite at the end of the last entry's epoch, and training
         stopped there.
@@ -118,7 +119,7 @@ class History:
     test_loss : float
         Mean cross entropy at the last epoch, in nats.
     steps : int
-        Optimiser steps asked for (RigL replaces some by topology updates).
+        Optimiser steps asked for (RigL replaces some by topology updates); skipped ones do not count.
     seconds : float
         Wall time of training and evaluation.
     """
@@ -155,6 +156,7 @@ def fit(
     *,
     masks: Masks | None = None,
     take_step: Callable[[int, torch.optim.Optimizer], None] | None = None,
+    start_step: int = 0,
 ) -> History:
     """Train a model, keep its masks, select on validation, read the test split once at the end.
 
@@ -170,6 +172,9 @@ def fit(
     take_step : callable, optional
         ``take_step(step, optimizer)`` is called instead of ``optimizer.step()`` with the gradients in place and the
         number of the step, from 1; see `fsp.dynamic.stepper`.
+    start_step : int, from 0 to ``steps(data, config) - 1``
+        Skip this many steps: the model has the weights that follow them, and meets from there on the batches, the
+        augmentation and the learning rates that a whole training meets.  See `fsp.lottery`.
 
     Returns
     -------
@@ -178,51 +183,68 @@ def fit(
     Raises
     ------
     ValueError
-        If a mask fits no parameter.
+        If a mask fits no parameter, or `start_step` leaves no step to train.
 
     Notes
     -----
     Bit-repeatable on the CPU for one seed and one number of threads.  Without a validation split the best epoch is
     the last one.
+
+    After `start_step` the optimiser is fresh.  Without momentum the weights end bit-equal to those of the whole
+    training; with momentum they do not, for its buffers at that step are unknown, nor in a model with dropout, which
+    draws from the global random state.
     """
+    last_step = steps(data, config)
+    if not is_count(start_step, 0) or start_step >= last_step:
+        raise ValueError(
+            f"start_step={start_step!r}: expected a whole number from 0 to {last_step - 1}, for this training has "
+            f"{last_step} steps"
+        )
     device = next(model.parameters()).device
     on_cuda = device.type == "cuda"
     layout = torch.channels_last if config.channels_last and on_cuda else torch.preserve_format
     model.to(memory_format=layout)
     nesterov = config.nesterov and config.momentum > 0
     optimizer = SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=nesterov)
-    last_step = steps(data, config)
     schedule = _schedule(optimizer, config, last_step)
     held = hold_(optimizer, model, masks) if masks is not None else None
     generator = torch.Generator().manual_seed(config.seed)
     augmented = data.augmented if config.augmented is None else config.augmented
-    history, best_accuracy, best_state = History(), -math.inf, None
+    history, best_accuracy, best_state, step = History(), -math.inf, None, 0
     start = time.perf_counter()
     progress = bar(total=config.epochs * len(data.train.labels), unit="img", unit_scale=True, delay=3, leave=False)
     with progress:
         for epoch in range(1, config.epochs + 1):
             model.train()
             lr = schedule.get_last_lr()[0]
-            total_loss = torch.zeros((), device=device)
+            total_loss, seen = torch.zeros((), device=device), 0
             for images, labels in batches(data.train, config.batch_size, generator=generator):
                 if augmented:
                     images = augment(images, generator=generator)
+                step += 1
+                progress.update(len(labels))
+                optimizer.zero_grad(set_to_none=True)
+                if step <= start_step:  # without gradients a step moves nothing; the schedule wants to see one
+                    optimizer.step()
+                    schedule.step()
+                    continue
                 inputs = data.normalise(images).to(memory_format=layout)
                 with torch.autocast("cuda", torch.bfloat16, enabled=config.bfloat16 and on_cuda):
                     loss = cross_entropy(model(inputs), labels, label_smoothing=config.label_smoothing)
-                optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 history.steps += 1
                 if take_step is None:
                     optimizer.step()
                 else:
-                    take_step(history.steps, optimizer)
-                if history.steps < last_step:
+                    take_step(step, optimizer)
+                if step < last_step:
                     schedule.step()
                 total_loss += loss.detach() * len(labels)
-                progress.update(len(labels))
+                seen += len(labels)
+            if step <= start_step:
+                continue
             # one look an epoch: reading the loss at every step would stall a GPU, and a nan stays a nan
-            train_loss = total_loss.item() / len(data.train.labels)
+            train_loss = total_loss.item() / seen
             validation = evaluate(model, data, "validation")
             history.epochs.append(
                 {"epoch": epoch, "lr": lr, "train_loss": train_loss}

@@ -312,6 +312,96 @@ def test_one_cycle_without_room_for_a_cycle_is_constant(steps):
     assert set(momentum) == {0.8}
 
 
+# ---- starting at a later step ------------------------------------------------------------------------------------
+
+
+def watched(net, data, config, **options):
+    """Number, learning rate, momentum and inputs of each step, the states after them, and the history."""
+    made, states, inputs = [], [], []
+    hook = net.register_forward_pre_hook(lambda net, x: inputs.append(x[0].clone()) if net.training else None)
+
+    def step(number, optimizer):
+        group = optimizer.param_groups[0]
+        made.append((number, group["lr"], group["momentum"], inputs[-1]))
+        optimizer.step()
+        states.append(state(net))
+
+    history = fit(net, data, config, take_step=step, **options)
+    hook.remove()
+    return made, states, history
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("start", [1, 5, 7, 14])  # in the first of three epochs of five steps, at its end, later, last
+@pytest.mark.parametrize("momentum", [0, 0.9])
+def test_a_training_that_starts_later_sees_the_batches_and_rates_of_a_whole_one(schedule, start, momentum):
+    config = TrainConfig(3, 16, 0.1, momentum, schedule=schedule, milestones=(0.2, 0.6), augmented=True, seed=3)
+    whole, states, _ = watched(small(0, nn.BatchNorm1d(8)), task(), config)
+    net = small(0, nn.BatchNorm1d(8))
+    net.load_state_dict(states[start - 1])
+    late, _, history = watched(net, task(), config, start_step=start)
+    assert [entry[:3] for entry in late] == [entry[:3] for entry in whole[start:]]
+    assert all(torch.equal(a[3], b[3]) for a, b in zip(late, whole[start:], strict=True))
+    assert history.steps == 15 - start
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize("start", [0, 1, 5, 7, 14])
+def test_without_momentum_a_training_that_starts_later_ends_bit_equal_to_the_whole_one(start, pruned):
+    config = TrainConfig(3, 16, 0.1, momentum=0, augmented=True, weight_decay=5e-3, seed=3)
+    net = small(0, nn.BatchNorm1d(8))
+    masks = prune(net, "random", 0.5) if pruned else None
+    states = [state(net)]
+    _, later, whole = watched(net, task(), config, masks=masks)
+    twin = small(1, nn.BatchNorm1d(8))
+    twin.load_state_dict([*states, *later][start])
+    late = fit(twin, task(), config, masks=masks, start_step=start)
+    assert same(state(twin), state(net))
+    skipped = start // 5
+    assert [entry["epoch"] for entry in late.epochs] == [1, 2, 3][skipped:]
+    assert [entry["lr"] for entry in late.epochs] == [entry["lr"] for entry in whole.epochs][skipped:]
+    for a, b in zip(late.epochs, whole.epochs[skipped:], strict=True):
+        assert a["validation_loss"] == b["validation_loss"]
+    whole_epochs = slice(math.ceil(start / 5) - skipped, None)
+    assert late.epochs[whole_epochs] == whole.epochs[skipped:][whole_epochs]
+    assert late.test_accuracy == whole.test_accuracy
+
+
+def test_the_loss_of_a_partly_skipped_epoch_is_the_mean_over_the_rest():
+    data, net = task(), small()
+    config = TrainConfig(epochs=1, batch_size=16, lr=1e-30, weight_decay=0)
+    history = fit(net, data, config, start_step=3)
+    order = torch.randperm(70, generator=seeded(config.seed))[48:]
+    with torch.no_grad():
+        logits = net(data.normalise(data.train.images[order]))
+    expected = nn.functional.cross_entropy(logits, data.train.labels[order]).item()
+    assert history.epochs[0]["train_loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_skipped_steps_move_nothing_although_gradients_are_left_from_before():
+    net, data = small(0, nn.BatchNorm1d(8)), task()
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before, seen = state(net), []
+    net.register_forward_pre_hook(lambda net, x: seen.append(state(net)) if not seen else None)
+    fit(net, data, TrainConfig(epochs=2, batch_size=16), start_step=6)
+    assert same(seen[0], before)
+
+
+@pytest.mark.filterwarnings("error")
+def test_skipping_steps_gives_no_warning():
+    fit(small(), task(), TrainConfig(epochs=2, batch_size=16), start_step=6)
+
+
+@pytest.mark.parametrize("start", [-1, 10, 1.0, "3", True, None])
+def test_a_first_step_that_leaves_nothing_to_train_is_refused_before_training(start):
+    net = small()
+    before = state(net)
+    with pytest.raises(ValueError, match=rf"start_step={start!r}: expected a whole number from 0 to 9"):
+        fit(net, task(), TrainConfig(epochs=2, batch_size=16), start_step=start)
+    assert same(state(net), before)
+
+
 # ---- loss and evaluation -----------------------------------------------------------------------------------------
 
 
