@@ -2,9 +2,11 @@
 
 ==============  ==================================================================================
 `masks`         mask algebra: prunable weights, exact counts, holding a model to its masks, files
-`allocate`      density per layer: uniform, ER, ERK
+`allocate`      density per layer: uniform, ER, ERK, IGQ, balanced, pyramidal, smart-ratio
 `scores`        what a weight is worth: magnitude, SNIP, GraSP, SynFlow
 `prune`         `METHODS` and ``prune(model, method, density)``: score, rounds, exact masks
+`lottery`       iterative magnitude pruning with rewinding
+`diagnose`      what masks leave of a network: empty layers, complete paths, multiply-adds
 `spectrum`      the papers' graph quantities: gaps, IMDB, IMSG, NaRC, the full-spectrum coordinate
 `dynamic`       dynamic sparse training: SET and RigL
 `train`         one visible training loop

@@ -3,7 +3,7 @@
 Every random choice is drawn on the CPU from a `torch.Generator`, so that it does not depend on the device.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -216,6 +216,84 @@ def scoring_batches(
     if augmented:
         images = augment(images, generator=generator)
     return list(batches((data.normalise(images), labels), batch_size))
+
+
+CORRUPTIONS = ("labels", "pixels", "half")
+
+
+def corrupted(
+    batches: Sequence[tuple[Tensor, Tensor]], kind: str, *, generator: torch.Generator
+) -> list[tuple[Tensor, Tensor]]:
+    """Scoring examples that tell less of the task, or nothing, to see whether a pruning method listens.
+
+    Parameters
+    ----------
+    batches : sequence of (images, labels)
+        Of images with shape (N, C, ...) that agree in all but N; see `scoring_batches`.
+    kind : {"labels", "pixels", "half"}
+        * "labels": every label is drawn anew, uniformly from the labels that occur.
+        * "pixels": the same, and the pixels of each image are put in a random order of its own; the channels of a
+          pixel stay together.
+        * "half": half of the examples, rounded down, drawn without replacement from all of them together; cut into
+          batches as large as the first one.
+    generator : torch.Generator
+        On the CPU; it is advanced.
+
+    Returns
+    -------
+    list of (images, labels)
+        New tensors on the devices of the old ones, which stay as they are.
+
+    Raises
+    ------
+    ValueError
+        Unknown `kind`; no batches; images without positions ("pixels"); fewer than two examples ("half");
+        `generator` is not a CPU generator.
+
+    Examples
+    --------
+    >>> images, labels = torch.rand(4, 1, 2, 2), torch.tensor([0, 1, 0, 1])
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> [(part.shape, len(marks)) for part, marks in corrupted([(images, labels)], "half", generator=rng)]
+    [(torch.Size([2, 1, 2, 2]), 2)]
+
+    References
+    ----------
+    Su et al., "Sanity-Checking Pruning Methods: Random Tickets can Win the Jackpot", NeurIPS 2020.
+    """
+    if kind not in CORRUPTIONS:
+        raise ValueError(f"kind={kind!r}: expected one of {', '.join(CORRUPTIONS)}")
+    _check_generator(generator)
+    if not batches:
+        raise ValueError("there are no batches to corrupt: fsp.batches.scoring_batches makes some")
+    if kind == "half":
+        images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        if len(labels) < 2:
+            raise ValueError("half of one example is none: pass at least two")
+        chosen = torch.randperm(len(labels), generator=generator)[: len(labels) // 2].to(images.device)
+        size = len(batches[0][1])
+        return list(zip(images[chosen].split(size), labels[chosen].split(size), strict=True))
+    if kind == "pixels":
+        flat = next((images for images, _ in batches if images.ndim < 3), None)
+        if flat is not None:
+            raise ValueError(f"images of shape {tuple(flat.shape)} have no pixels to permute: expected (N, C, ...)")
+    classes = torch.cat([labels.cpu() for _, labels in batches]).unique()
+    found = []
+    for images, labels in batches:
+        drawn = classes[torch.randint(len(classes), labels.shape, generator=generator)].to(labels.device)
+        if kind == "pixels":
+            images = _pixels_permuted(images, generator)
+        else:
+            images = images.clone()
+        found.append((images, drawn))
+    return found
+
+
+def _pixels_permuted(images: Tensor, generator: torch.Generator) -> Tensor:
+    """The pixels of each image in an order of its own."""
+    flat = images.flatten(2)  # (N, C, pixels)
+    order = torch.rand(len(flat), flat.shape[2], dtype=torch.float64, generator=generator).argsort(1)
+    return flat.gather(2, order.to(flat.device)[:, None].expand_as(flat)).view_as(images)
 
 
 def _check_generator(generator: torch.Generator) -> None:

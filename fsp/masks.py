@@ -5,9 +5,11 @@ fraction of prunable weights kept.  Counts are exact: a density d keeps N - floo
 the decimal it prints as.
 """
 
+import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from fractions import Fraction
 from numbers import Real
 from pathlib import Path
@@ -17,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils.hooks import RemovableHandle
 
 from fsp.paths import replacing
@@ -284,11 +287,48 @@ def scattered(
         If a mask fits no parameter of the model.
     """
     new = shuffle(masks, generator=generator)
+    return new, _reordered(masks, new, model, generator)
+
+
+def shuffle_weights(masks: Mapping[str, Tensor], model: nn.Module, *, generator: torch.Generator) -> dict[str, Tensor]:
+    """The kept weights of every layer in random order on the same masks.
+
+    The control for the weights a method has chosen: neither topology nor the distribution of weights change, only
+    which weight lies where.
+
+    Parameters
+    ----------
+    masks : Masks
+    model : nn.Module
+        Gives the weights; it is not changed.
+    generator : torch.Generator on the CPU
+
+    Returns
+    -------
+    dict of name to Tensor
+        Zero off the masks; ``model.load_state_dict(weights, strict=False)`` puts them in.
+
+    Raises
+    ------
+    ValueError
+        If a mask fits no parameter of the model.
+
+    References
+    ----------
+    Su et al., Sanity-checking pruning methods: random tickets can win the jackpot. NeurIPS 2020.
+    """
+    return _reordered(masks, masks, model, generator)
+
+
+def _reordered(
+    old: Mapping[str, Tensor], new: Mapping[str, Tensor], model: nn.Module, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Weights that `old` keeps, in random order at the places that `new` keeps."""
     weights = {}
-    for name, parameter in check_masks(model, masks).items():
-        kept = _permuted(parameter.detach()[masks[name]], generator)
+    for name, parameter in check_masks(model, old).items():
+        kept = _permuted(parameter.detach()[old[name]], generator)
         weights[name] = torch.zeros_like(parameter.detach()).masked_scatter_(new[name], kept)
-    return new, weights
+    return weights
 
 
 def _permuted(flat: Tensor, generator: torch.Generator) -> Tensor:
@@ -311,6 +351,16 @@ def check_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, nn.P
                 f"its parameter needs bool {tuple(parameters[name].shape)}"
             )
     return {name: parameters[name] for name in masks}
+
+
+def check_plain(masks: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError naming a masked parameter that torch has pruned or parametrised."""
+    for name in masks:
+        if name.endswith("_orig") or "parametrizations." in name:
+            raise ValueError(
+                f"{name!r} is not the weight itself but what it is computed from: make it plain first, with "
+                "torch.nn.utils.prune.remove or torch.nn.utils.parametrize.remove_parametrizations"
+            )
 
 
 @torch.no_grad()
@@ -370,7 +420,86 @@ def hold_(optimizer: torch.optim.Optimizer, model: nn.Module, masks: Masks) -> R
     return optimizer.register_step_post_hook(zero_pruned)
 
 
+# ---- masks of torch.nn.utils.prune -------------------------------------------------------------------------------
+
+
+def to_torch_(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Prune the model with ``torch.nn.utils.prune``, in place, for tools that know its masks.
+
+    Every masked ``weight`` becomes a parameter ``weight_orig`` and a buffer ``weight_mask``, multiplied before each
+    forward pass.  ``torch.nn.utils.prune.remove`` makes it a plain weight again, with zeros.
+
+    Parameters
+    ----------
+    model : nn.Module
+    masks : Masks
+        On any device.  A weight that several modules share is pruned in each of them.
+
+    Raises
+    ------
+    ValueError
+        If a mask is not bool or fits no parameter, or its parameter is parametrised or pruned by torch already.
+        Nothing has been changed then.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Linear(2, 1))
+    >>> to_torch_(model, {"0.weight": torch.tensor([[True, False]])})
+    >>> [name for name, _ in model[0].named_parameters()], from_torch(model)
+    (['bias', 'weight_orig'], {'0.weight': tensor([[ True, False]])})
+    """
+    parameters = check_masks(model, masks)
+    check_plain(masks)
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    owners = [
+        (module, key, masks[names[id(parameter)]].to(parameter.device))
+        for module in model.modules()
+        for key, parameter in module.named_parameters(recurse=False)
+        if id(parameter) in names
+    ]
+    for module, key, mask in owners:
+        prune.custom_from_mask(module, key, mask)
+
+
+def from_torch(model: nn.Module) -> Masks:
+    """Masks of a model that was pruned with ``torch.nn.utils.prune``.
+
+    Parameters
+    ----------
+    model : nn.Module
+        It is not changed.
+
+    Returns
+    -------
+    Masks
+        Of every parameter that is pruned there, biases too if some are.  Names are those that the parameters have
+        again after ``torch.nn.utils.prune.remove``; one that several modules share appears once.
+
+    Raises
+    ------
+    ValueError
+        If nothing is pruned there, or modules that share a parameter prune it differently.
+    """
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    masks, first = {}, {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        mask = buffers.get(f"{name.removesuffix('_orig')}_mask")
+        if not name.endswith("_orig") or mask is None:
+            continue
+        plain = name.removesuffix("_orig")
+        shared = first.setdefault(id(parameter), plain)
+        if shared == plain:
+            masks[plain] = mask != 0
+        elif not torch.equal(masks[shared], mask != 0):
+            raise ValueError(f"{shared!r} and {plain!r} are one parameter with two different masks")
+    if not masks:
+        raise ValueError("the model holds no masks of torch.nn.utils.prune; fsp.masks.to_torch_ puts some there")
+    return masks
+
+
 # ---- files -------------------------------------------------------------------------------------------------------
+
+OWN_KEYS = ("shapes", "achieved_density", "achieved_layer_densities", "checksum")  # of `metadata`
 
 
 def save(path: str | Path, masks: Mapping[str, Tensor], /, **metadata: object) -> None:
@@ -381,18 +510,27 @@ def save(path: str | Path, masks: Mapping[str, Tensor], /, **metadata: object) -
     path : str or path
     masks : Masks
     **metadata
-        Anything JSON can hold (method, seed, options ...); kept in the header beside shapes and achieved densities.
+        Anything JSON can hold (method, seed, options ...); kept in the header beside shapes, achieved densities and
+        the SHA-256 of the masks.
 
     Raises
     ------
     TypeError
         If metadata cannot be written as JSON.
+    ValueError
+        If metadata has a name that `metadata` itself gives: shapes, achieved_density, achieved_layer_densities,
+        checksum.
     """
+    taken = [key for key in OWN_KEYS if key in metadata]
+    if taken:
+        raise ValueError(f"metadata may not be called {', '.join(taken)}: fsp.masks.metadata tells these by itself")
     packed = {name: torch.from_numpy(np.packbits(m.cpu().numpy().reshape(-1))) for name, m in masks.items()}
+    shapes = {name: list(m.shape) for name, m in masks.items()}
     header = {
-        "shapes": {name: list(m.shape) for name, m in masks.items()},
+        "shapes": shapes,
         "layer_densities": layer_densities(masks),
         "density": density(masks),
+        "checksum": _checksum(shapes, packed),
         "metadata": metadata,
     }
     with replacing(path) as temporary:
@@ -414,17 +552,70 @@ def load(path: str | Path) -> Masks:
     Raises
     ------
     ValueError
-        If the file holds no masks of this package, or not the densities its header tells of.
+        If the file holds no masks of this package, or not those of the densities and SHA-256 in its header (files
+        written before there was a checksum have densities alone).
     """
+    with _opened(path) as (file, header):
+        shapes = header["shapes"]
+        packed = {name: file.get_tensor(name) for name in shapes}
+        masks = {}
+        for name, shape in shapes.items():
+            bits = np.unpackbits(packed[name].numpy(), count=math.prod(shape))
+            masks[name] = torch.from_numpy(bits.astype(bool)).view(shape)
+        achieved = header["layer_densities"]
+    checksum = _checksum(shapes, packed)
+    if layer_densities(masks) != achieved or header.get("checksum", checksum) != checksum:
+        raise ValueError(f"{path} is damaged: its masks do not have the densities and the SHA-256 in its header")
+    return masks
+
+
+def metadata(path: str | Path) -> dict[str, object]:
+    """What a file of masks tells of itself; no mask is read.
+
+    Parameters
+    ----------
+    path : str or path
+        Written by `save`.
+
+    Returns
+    -------
+    dict
+        The metadata given to `save` (method, seed, options ...) under their own names, and shapes, achieved_density,
+        achieved_layer_densities and checksum: the SHA-256, in hexadecimal, of names, shapes and bits, the same for
+        equal masks in equal order.  It is ``None`` for a file written before there was one.
+
+    Raises
+    ------
+    ValueError
+        If the file holds no masks of this package.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "masks.safetensors"
+    >>> save(path, {"w": torch.tensor([True, False])}, method="snip", seed=3)
+    >>> told = metadata(path)
+    >>> told["method"], told["seed"], told["achieved_density"], len(told["checksum"])
+    ('snip', 3, 0.5, 64)
+    """
+    with _opened(path) as (_, header):
+        own = (header["shapes"], header["density"], header["layer_densities"], header.get("checksum"))
+        return {**header["metadata"], **dict(zip(OWN_KEYS, own, strict=True))}
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[tuple[safe_open, dict]]:
+    """An open file of masks and its header; whatever fails while reading is a ValueError naming the file."""
     try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads(file.metadata()["fsp_masks"])
-            masks = {}
-            for name, shape in header["shapes"].items():
-                bits = np.unpackbits(file.get_tensor(name).numpy(), count=math.prod(shape))
-                masks[name] = torch.from_numpy(bits.astype(bool)).view(shape)
+            yield file, json.loads(file.metadata()["fsp_masks"])
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path} holds no whole masks ({error}): fsp.masks.save writes them") from error
-    if layer_densities(masks) != header["layer_densities"]:
-        raise ValueError(f"{path} is damaged: its masks do not have the densities in its header")
-    return masks
+
+
+def _checksum(shapes: Mapping[str, list[int]], packed: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, shapes and packed bits."""
+    digest = hashlib.sha256(json.dumps(shapes).encode())
+    for name in shapes:
+        digest.update(packed[name].numpy())
+    return digest.hexdigest()

@@ -16,7 +16,7 @@ import torch
 from torchvision import datasets
 
 from fsp import paths
-from fsp.batches import augment, batches, scoring_batches
+from fsp.batches import augment, batches, corrupted, scoring_batches
 from fsp.data import DATASETS, STATISTICS, Data, Split, load
 
 
@@ -494,6 +494,83 @@ def test_augmented_scoring_examples_are_cropped_from_black_before_normalising():
     assert moved.unique().tolist() == [-2.0, 2.0]  # white and black: the padding was there before normalising
 
 
+# Corrupted scoring examples
+
+
+def coloured(sizes=(40, 40, 25)):
+    """Batches of labelled images, each value of which occurs once; the labels are 0, 3 and 7."""
+    images = torch.arange(sum(sizes) * 3 * 4 * 5, dtype=torch.float32).view(-1, 3, 4, 5)
+    labels = tensor_of_labels(sum(sizes))
+    return list(zip(images.split(sizes), labels.split(sizes), strict=True))
+
+
+def tensor_of_labels(n):
+    return torch.tensor([0, 3, 7])[torch.arange(n) % 3]
+
+
+def pairs_equal(a, b):
+    return len(a) == len(b) and all(same(Split(*x), *y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["labels", "pixels", "half"])
+def test_corrupted_examples_follow_the_generator_and_leave_the_originals(kind):
+    original = coloured()
+    first = corrupted(original, kind, generator=seeded(1))
+    assert pairs_equal(original, coloured())
+    assert pairs_equal(first, corrupted(original, kind, generator=seeded(1)))
+    assert not pairs_equal(first, corrupted(original, kind, generator=seeded(2)))
+    for images, labels in first:
+        assert images.dtype == torch.float32
+        assert labels.dtype == torch.int64
+        images.zero_()
+        labels.zero_()
+    assert pairs_equal(original, coloured())  # new tensors, not views
+
+
+def test_random_labels_are_uniform_over_those_that_occur_and_the_images_stay():
+    new = corrupted(coloured(sizes=(3000, 600)), "labels", generator=seeded())
+    assert [len(labels) for _, labels in new] == [3000, 600]
+    for (images, _), (old, _) in zip(new, coloured(sizes=(3000, 600)), strict=True):
+        assert torch.equal(images, old)
+    labels = torch.cat([labels for _, labels in new])
+    values, counts = labels.unique(return_counts=True)
+    assert values.tolist() == [0, 3, 7]
+    assert ((counts - 1200.0) ** 2 / 1200).sum() < 24  # chi-squared with 2 degrees of freedom
+    agreeing = (labels == tensor_of_labels(3600)).double().mean()
+    assert agreeing == pytest.approx(1 / 3, abs=0.05)  # six standard errors
+
+
+def test_shuffled_pixels_stay_in_their_image_with_their_channels_in_an_order_of_its_own():
+    new = corrupted(coloured(), "pixels", generator=seeded())
+    orders = []
+    for (images, labels), (old, old_labels) in zip(new, coloured(), strict=True):
+        assert images.shape == old.shape
+        assert not torch.equal(labels, old_labels)
+        for image, before in zip(images.flatten(2), old.flatten(2), strict=True):
+            order = image[0] - before[0, 0]  # the values count upwards
+            assert sorted(order.tolist()) == list(range(20))
+            assert torch.equal(image, before[:, order.long()])
+            orders.append(tuple(order.tolist()))
+    assert len(set(orders)) == len(orders) == 105
+
+
+def test_every_pixel_goes_everywhere_equally_often():
+    image = torch.arange(4.0).view(1, 1, 2, 2).repeat(2400, 1, 1, 1)
+    ((images, _),) = corrupted([(image, tensor_of_labels(2400))], "pixels", generator=seeded(3))
+    counts = torch.stack([(images.flatten(1) == value).sum(0) for value in range(4)])
+    assert ((counts - 600.0) ** 2 / 600).sum() < 35  # chi-squared with 9 degrees of freedom
+
+
+def test_half_of_the_examples_keep_their_labels_and_none_is_drawn_twice():
+    original = coloured()
+    half = corrupted(original, "half", generator=seeded())
+    assert [len(labels) for _, labels in half] == [40, 12]  # of 105, in batches of the first one's size
+    old, new = ([row for pair in pairs for row in rows(Split(*pair))] for pairs in (original, half))
+    labels = {bytes(row): label for row, label in zip(old, torch.cat([y for _, y in original]), strict=True)}
+    assert len(set(new)) == 52
+    assert [labels[bytes(row)] for row in new] == torch.cat([y for _, y in half]).tolist()
+
+
 # Bad input
 
 four = torch.zeros(4, 1, 5, 5)
@@ -556,6 +633,27 @@ BAD = {
         lambda: scoring_batches(tiny(four, augmented=False), per_class=1, augmented=True, generator=seeded()),
         ValueError,
         "augmented=False",
+    ),
+    "unknown corruption": (
+        lambda: corrupted(coloured(), "noise", generator=seeded()),
+        ValueError,
+        "kind='noise': expected one of labels, pixels, half",
+    ),
+    "nothing to corrupt": (lambda: corrupted([], "labels", generator=seeded()), ValueError, "no batches"),
+    "corruption without generator": (
+        lambda: corrupted(coloured(), "labels", generator=None),
+        ValueError,
+        "CPU torch.Generator",
+    ),
+    "no pixels": (
+        lambda: corrupted([(torch.zeros(4, 5), torch.zeros(4))], "pixels", generator=seeded()),
+        ValueError,
+        r"\(4, 5\) have no pixels",
+    ),
+    "half of one": (
+        lambda: corrupted([(four[:1], torch.zeros(1))], "half", generator=seeded()),
+        ValueError,
+        "half of one example",
     ),
     "channels": (lambda: tiny(four).normalise(torch.zeros(1, 3, 5, 5)), ValueError, r"\(1, 3, 5, 5\)"),
     "integer images": (lambda: tiny(four).normalise(four.int()), ValueError, "torch.int32"),

@@ -1,5 +1,6 @@
 """`fsp.masks`: exact counts, honest ties, weights that stay pruned, files that come back."""
 
+import hashlib
 import json
 import math
 from fractions import Fraction
@@ -13,9 +14,25 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import inf, nan, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.utils import parametrizations, prune
 
 from fsp import masks
-from fsp.masks import apply_, hold_, keep_counts, keep_top, kept_count, load, prunable, save, scattered, shuffle
+from fsp.masks import (
+    apply_,
+    from_torch,
+    hold_,
+    keep_counts,
+    keep_top,
+    kept_count,
+    load,
+    metadata,
+    prunable,
+    save,
+    scattered,
+    shuffle,
+    shuffle_weights,
+    to_torch_,
+)
 
 examples = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
@@ -489,6 +506,7 @@ def test_a_layer_shuffle_keeps_every_count_and_does_change_the_mask(lopsided):
 
 def test_a_global_shuffle_keeps_the_total_and_levels_the_densities(lopsided):
     new = shuffle(lopsided, scope="global", generator=generator())
+    assert not same(new, lopsided)
     assert total(new) == total(lopsided)
     assert [mask.shape for mask in new.values()] == [mask.shape for mask in lopsided.values()]
     overall = masks.density(lopsided)
@@ -533,6 +551,36 @@ def test_scattering_keeps_counts_and_the_multiset_of_kept_weights_but_not_their_
     assert same(before, dict(model.named_parameters()))
 
 
+def test_shuffled_weights_stay_on_the_mask_in_another_order():
+    model, kept = network(), half_masks(network())
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    weights = shuffle_weights(kept, model, generator=generator(7))
+    assert list(weights) == list(kept)
+    for name, mask in kept.items():
+        assert not weights[name][~mask].any()
+        moved, original = weights[name][mask], before[name][mask].detach()
+        assert torch.equal(moved.sort().values, original.sort().values)
+        assert not torch.equal(moved, original)
+        assert not weights[name].requires_grad
+    assert same(before, dict(model.named_parameters()))
+    assert same(weights, shuffle_weights(kept, model, generator=generator(7)))
+    assert not same(weights, shuffle_weights(kept, model, generator=generator(8)))
+
+
+def test_kept_weights_reach_every_kept_position_equally_often():
+    layer, kept, rng, counts = nn.Linear(4, 1), {"weight": bools([True, True, False, True])}, generator(5), 0
+    layer.weight.data = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    for _ in range(1200):
+        counts += shuffle_weights(kept, layer, generator=rng)["weight"] == 4
+    assert counts[0, 2] == 0
+    assert ((counts[kept["weight"]] - 400.0) ** 2).sum() / 400 < 24  # chi-squared with 2 degrees of freedom
+
+
+def test_weights_are_not_shuffled_over_masks_that_fit_no_parameter():
+    with pytest.raises(ValueError, match="'w' belongs to no parameter"):
+        shuffle_weights({"w": bools(True)}, nn.Linear(1, 1), generator=generator())
+
+
 # ---- densities ---------------------------------------------------------------------------------------------------
 
 
@@ -541,6 +589,102 @@ def test_densities_weigh_tensors_by_size_and_layers_alone():
     assert masks.density(kept) == 3 / 8
     assert masks.layer_densities(kept) == {"a": 0.25, "b": 1.0, "c": 0.0}
     assert type(masks.density(kept)) is float
+
+
+# ---- masks of torch.nn.utils.prune -------------------------------------------------------------------------------
+
+
+def pruned_by_torch(model):
+    return [module for module in model.modules() if hasattr(module, "weight_mask")]
+
+
+def test_a_model_pruned_by_torch_computes_and_learns_what_one_pruned_here_does():
+    ours, theirs, kept = network(), network(), half_masks(network())
+    theirs.load_state_dict(ours.state_dict())
+    apply_(ours, kept)
+    to_torch_(theirs, kept)
+    x = torch.randn(6, 1, 6, 6, generator=generator(1))
+    assert torch.equal(ours(x), theirs(x))
+    first, second = (OPTIMIZERS["momentum"](model.parameters()) for model in (ours, theirs))
+    hold_(first, ours, kept)
+    train(ours, first)
+    train(theirs, second)
+    assert torch.equal(ours(x), theirs(x))
+    assert same(from_torch(theirs), kept)
+    for module in pruned_by_torch(theirs):
+        prune.remove(module, "weight")
+    assert list(dict(prunable(theirs))) == list(kept)
+    theirs = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        assert torch.equal(parameter, theirs[name]), name
+    for name, mask in kept.items():
+        assert not theirs[name][~mask].any()
+
+
+def test_masks_of_torch_come_back_by_the_names_of_the_plain_weights():
+    model = network()
+    prune.random_unstructured(next(m for m in model.modules() if isinstance(m, nn.Linear)), "weight", amount=3)
+    (name, mask), *rest = from_torch(model).items()
+    assert not rest
+    assert name in prunable(network())
+    assert mask.dtype == torch.bool
+    assert int((~mask).sum()) == 3
+    biased = prune.random_unstructured(nn.Linear(2, 4), "bias", amount=1)
+    assert list(from_torch(biased)) == ["bias"]
+
+
+def tied():
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3, bias=False))
+    model[2].weight = model[0].weight
+    return model
+
+
+def test_a_shared_weight_is_pruned_by_torch_in_each_of_its_modules():
+    model, kept = tied(), {"0.weight": torch.eye(3, dtype=torch.bool)}
+    here, x = tied(), torch.randn(4, 3, generator=generator())
+    here.load_state_dict(model.state_dict())
+    apply_(here, kept)
+    to_torch_(model, kept)
+    assert torch.equal(model(x), here(x))
+    assert same(from_torch(model), kept)
+    for layer in (model[0], model[2]):
+        prune.remove(layer, "weight")
+    assert model[0].weight is model[2].weight
+    assert torch.equal(model[0].weight, here[0].weight)
+
+
+def test_a_shared_weight_with_two_masks_of_torch_is_refused():
+    model = tied()
+    prune.custom_from_mask(model[0], "weight", torch.eye(3))
+    prune.custom_from_mask(model[2], "weight", torch.ones(3, 3))
+    with pytest.raises(ValueError, match=r"'0\.weight' and '2\.weight' are one parameter with two different masks"):
+        from_torch(model)
+
+
+def test_a_model_that_torch_has_not_pruned_has_no_masks_to_read():
+    with pytest.raises(ValueError, match="holds no masks of torch"):
+        from_torch(network())
+
+
+@pytest.mark.parametrize(
+    ("second", "name", "message"),
+    [
+        (nn.Linear(2, 2), "1.wait", r"'1\.wait' belongs to no parameter"),
+        (nn.Linear(2, 3), "1.weight", r"needs bool \(3, 2\)"),
+        (prune.identity(nn.Linear(2, 2), "weight"), "1.weight_orig", "prune.remove"),
+        (
+            parametrizations.orthogonal(nn.Linear(2, 2)),
+            "1.parametrizations.weight.original",
+            "remove_parametrizations",
+        ),
+    ],
+)
+def test_what_torch_cannot_prune_is_refused_before_any_change(second, name, message):
+    model = nn.Sequential(nn.Linear(2, 2), second)
+    ones = torch.ones(2, 2, dtype=torch.bool)
+    with pytest.raises(ValueError, match=message):
+        to_torch_(model, {"0.weight": ones, name: ones})
+    assert not prune.is_pruned(model[0])
 
 
 # ---- files -------------------------------------------------------------------------------------------------------
@@ -595,19 +739,95 @@ def test_a_damaged_mask_is_refused(tmp_path):
         load(path)
 
 
+def rewritten(path, change):
+    """The file with its header passed through `change`, tensors as they are."""
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["fsp_masks"])
+        tensors = {name: file.get_tensor(name) for name in header["shapes"]}
+    change(header)
+    save_file(tensors, path, metadata={"fsp_masks": json.dumps(header)})
+
+
+def test_a_mask_with_as_many_weights_elsewhere_is_damaged(tmp_path):
+    path = tmp_path / "m.safetensors"
+    save(path, {"w": bools([True, False], [False, False]), "v": torch.zeros(9, dtype=torch.bool)})
+    content = path.read_bytes()
+    assert content[-3:] == b"\x00\x00\x80"
+    path.write_bytes(content[:-1] + b"\x40")  # the same density, which alone would not tell
+    with pytest.raises(ValueError, match=r"damaged.*SHA-256"):
+        load(path)
+    path.write_bytes(content)
+    rewritten(path, lambda header: header["shapes"].update(w=[1, 4]))
+    with pytest.raises(ValueError, match="damaged"):
+        load(path)
+
+
+def test_a_file_without_checksum_is_read_and_its_densities_are_checked(tmp_path):
+    path, kept = tmp_path / "m.safetensors", {"w": torch.rand(5, 7, generator=generator()) < 0.5}
+    save(path, kept, seed=1)
+    rewritten(path, lambda header: header.pop("checksum"))
+    assert same(load(path), kept)
+    assert metadata(path)["checksum"] is None
+    rewritten(path, lambda header: header["layer_densities"].update(w=0.25))
+    with pytest.raises(ValueError, match="damaged"):
+        load(path)
+
+
+def test_metadata_tells_what_was_given_and_what_was_reached_without_reading_a_mask(tmp_path):
+    path = tmp_path / "m.safetensors"
+    kept = {"w": bools([True, False], [False, False]), "v": bools(True, True)}
+    save(path, kept, method="snip", seed=3, options={"rounds": 5}, density=0.45)
+    told = metadata(path)
+    checksum = told.pop("checksum")
+    assert told == {
+        "method": "snip",
+        "seed": 3,
+        "options": {"rounds": 5},
+        "density": 0.45,  # what was asked for
+        "shapes": {"w": [2, 2], "v": [2]},
+        "achieved_density": 0.5,
+        "achieved_layer_densities": {"w": 0.25, "v": 1.0},
+    }
+    text = json.dumps({"w": [2, 2], "v": [2]}).encode()
+    assert checksum == hashlib.sha256(text + b"\x80\xc0").hexdigest()
+    content = path.read_bytes()
+    path.write_bytes(content[:-2] + b"\xff\xff")
+    assert metadata(path)["checksum"] == checksum  # `load` would refuse this file
+
+
+def test_equal_masks_have_equal_checksums_and_others_do_not(tmp_path):
+    def checksum(kept, **options):
+        save(tmp_path / "m.safetensors", kept, **options)
+        return metadata(tmp_path / "m.safetensors")["checksum"]
+
+    first = checksum({"w": bools([True, False])}, seed=1)
+    assert first == checksum({"w": bools([True, False])}, seed=2)
+    others = [{"w": bools([False, True])}, {"w": bools(True, False)}, {"v": bools([True, False])}]
+    assert len({first, *map(checksum, others)}) == 4
+
+
+@pytest.mark.parametrize("name", ["shapes", "achieved_density", "achieved_layer_densities", "checksum"])
+def test_metadata_may_not_take_a_name_of_the_files_own(tmp_path, name):
+    with pytest.raises(ValueError, match=f"may not be called {name}"):
+        save(tmp_path / "m.safetensors", {"w": bools(True)}, **{name: 1})
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_of_something_else_is_refused_with_the_way_to_make_one(tmp_path):
     path = tmp_path / "weights.safetensors"
     save_file({"w": torch.ones(2)}, path)
-    with pytest.raises(ValueError, match=r"weights\.safetensors holds no whole masks.*fsp\.masks\.save"):
-        load(path)
+    for read in (load, metadata):
+        with pytest.raises(ValueError, match=r"weights\.safetensors holds no whole masks.*fsp\.masks\.save"):
+            read(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a safetensors file, but long enough to look at"])
 def test_a_file_that_is_no_safetensors_file_is_refused_as_a_value_error(tmp_path, content):
     path = tmp_path / "m.safetensors"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="holds no whole masks"):
-        load(path)
+    for read in (load, metadata):
+        with pytest.raises(ValueError, match="holds no whole masks"):
+            read(path)
 
 
 def test_a_save_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path):

@@ -1,3 +1,5 @@
+import copy
+import itertools
 import math
 from functools import partial
 
@@ -8,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torchvision.models.vgg import cfgs, make_layers
 
-from fsp.models import INITS, MODELS, build, initialise_
+from fsp.models import INITS, MODELS, build, initialise_, reinitialised
 from fsp.models.resnet import PadShortcut
 
 COLOUR = (3, 32, 32)
@@ -476,6 +478,99 @@ def test_a_bare_parameter_of_the_model_itself_is_refused():
         initialise_(Scaled(), generator=seeded(0))
 
 
+# Fresh weights for any model
+
+
+def varied():
+    """Layers of every sort that has a ``reset_parameters``, drawn from PyTorch's global generator."""
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.PReLU(),
+        nn.Sequential(nn.ConvTranspose2d(4, 4, 2, groups=2), nn.GroupNorm(2, 4)),
+        nn.BatchNorm2d(4, affine=False),
+        nn.Flatten(),
+        nn.Linear(36, 5),
+        nn.Embedding(7, 2, padding_idx=3),
+    )
+
+
+def test_reinitialised_weights_are_those_of_a_model_made_anew_under_a_seed_from_the_generator():
+    model = varied()
+    model[0].weight.data.mul_(0)
+    model[1].running_mean.fill_(3)
+    model[4].num_batches_tracked.fill_(9)
+    before = bits(model)
+    state = torch.get_rng_state()
+    new = reinitialised(model, generator=seeded(5))
+    assert torch.equal(torch.get_rng_state(), state)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(2**62, (), generator=seeded(5))))
+        expected = varied()
+    assert equal(bits(new), bits(expected))
+    assert equal(bits(model), before)
+    assert not {p.data_ptr() for p in model.parameters()} & {p.data_ptr() for p in new.parameters()}
+
+
+def test_reinitialised_models_follow_the_generator_and_keep_modes_and_frozen_and_shared_parameters():
+    model = build("mlp", DIGITS, 10, hidden=(10, 10)).double().eval()
+    model.linear1.weight.requires_grad_(False)
+    model.classifier.weight = model.linear2.weight
+    generator = seeded(1)
+    first, second = (reinitialised(model, generator=generator) for _ in range(2))
+    assert equal(bits(first), bits(reinitialised(model, generator=seeded(1))))
+    for name in ("linear1", "linear2"):
+        drawn = [getattr(m, name).weight for m in (model, first, second)]
+        assert not any(torch.equal(a, b) for a, b in itertools.combinations(drawn, 2))
+        assert drawn[1].dtype == torch.float64
+    assert first.classifier.weight is first.linear2.weight
+    assert not first.linear1.weight.requires_grad
+    assert first.linear2.weight.requires_grad
+    assert not any(module.training for module in first.modules())
+
+
+class Quiet(nn.Sequential):
+    """A block whose last layer starts at 0, as residual branches often do."""
+
+    def reset_parameters(self):
+        nn.init.zeros_(self[-1].weight)
+
+
+def test_a_module_may_overrule_what_its_children_draw():
+    new = reinitialised(Quiet(nn.Linear(2, 2), nn.Linear(2, 2)), generator=seeded(0))
+    assert new[0].weight.all()
+    assert not new[1].weight.any()
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (Scaled, TypeError, r"no reset_parameters draws 1\.scale"),
+        (lambda: nn.MultiheadAttention(2, 1), TypeError, r"draws 1\.in_proj_weight, 1\.in_proj_bias"),
+        (lambda: prune.identity(nn.Linear(2, 2), "weight"), TypeError, "prune.remove"),
+        (lambda: parametrizations.weight_norm(nn.Linear(2, 2)), TypeError, "remove_parametrizations"),
+        (lambda: nn.Linear(2, 2, device="meta"), ValueError, r"'1\.weight' has no data"),
+        (lambda: nn.LazyLinear(2), ValueError, r"'1\.weight' has no data"),
+    ],
+)
+def test_a_model_that_cannot_be_drawn_anew_in_full_is_refused_by_parameter(make, error, message):
+    model = nn.Sequential(nn.Linear(2, 2), make())
+    before, state = bits(model[0]), torch.get_rng_state()
+    with pytest.raises(error, match=message):
+        reinitialised(model, generator=seeded(0))
+    assert equal(bits(model[0]), before)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_reinitialised_weights_do_not_depend_on_the_device():
+    model = varied()
+    there = reinitialised(copy.deepcopy(model).cuda(), generator=seeded(2))
+    assert all(p.is_cuda for p in there.parameters())
+    assert equal(bits(there.cpu()), bits(reinitialised(model, generator=seeded(2))))
+
+
 make_mlp = partial(build, "mlp", DIGITS, 10)
 
 
@@ -491,6 +586,7 @@ make_mlp = partial(build, "mlp", DIGITS, 10)
         (lambda: make_mlp(bn_gamma=0.5), ValueError, "bn_gamma must be one of default, uniform, got 0.5"),
         (lambda: make_mlp(generator=3), TypeError, "generator must be a torch.Generator on the CPU, got 3"),
         (lambda: initialise_(nn.Linear(1, 1), generator=None), TypeError, "got None"),
+        (lambda: reinitialised(nn.Linear(1, 1), generator=7), TypeError, "on the CPU, got 7"),
         (lambda: build("mlp", (8, 8), 10), ValueError, r"shape must be .*got \(8, 8\)"),
         (lambda: build("mlp", 64, 10), ValueError, "shape must be .*got 64"),
         (lambda: build("mlp", (1, 0, 8), 10), ValueError, "shape must be"),

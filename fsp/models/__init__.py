@@ -13,12 +13,23 @@ from functools import partial
 import torch
 from torch import nn
 
-from fsp.models.init import INITS, initialise_
+from fsp.models.init import INITS, initialise_, reinitialised
 from fsp.models.mlp import lenet300, mlp
 from fsp.models.resnet import cifar_resnet, resnet
 from fsp.models.vgg import vgg
 
-__all__ = ["INITS", "MODELS", "build", "cifar_resnet", "initialise_", "lenet300", "mlp", "resnet", "vgg"]
+__all__ = [
+    "INITS",
+    "MODELS",
+    "build",
+    "cifar_resnet",
+    "initialise_",
+    "lenet300",
+    "mlp",
+    "reinitialised",
+    "resnet",
+    "vgg",
+]
 
 # builder(shape, classes, **options) -> nn.Module, with PyTorch's own, unseeded, initial weights
 MODELS: dict[str, Callable[..., nn.Module]] = {

@@ -5,12 +5,15 @@ name that goes into the run record. Values are drawn in float32 on the CPU, modu
 registration, weight before bias, then copied to where the parameter lives.
 """
 
+import copy
 import math
 from collections.abc import Callable
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 from torch.nn import init
+from torch.nn.utils import parametrize, prune
 
 AFFINE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -147,11 +150,7 @@ def initialise_(
         raise ValueError(f"unknown initialiser {name!r}; expected one of {', '.join(INITS)}")
     if bn_gamma not in BN_GAMMAS:
         raise ValueError(f"bn_gamma must be one of {', '.join(BN_GAMMAS)}, got {bn_gamma!r}")
-    if not isinstance(generator, torch.Generator) or generator.device.type != "cpu":
-        raise TypeError(
-            f"generator must be a torch.Generator on the CPU, got {generator!r}; "
-            "make one with torch.Generator().manual_seed(seed)"
-        )
+    _check_generator(generator)
     for path, module in model.named_modules():
         _check(path, module)
     for module in model.modules():
@@ -160,6 +159,90 @@ def initialise_(
         elif isinstance(module, BATCH_NORMS + OTHER_NORMS):
             _fill_norm(module, name, bn_gamma, generator)
     return model
+
+
+@torch.no_grad()
+def reinitialised(model: nn.Module, *, generator: torch.Generator) -> nn.Module:
+    """A copy of any model with fresh weights, drawn as its modules draw them when they are made.
+
+    The control that keeps a mask and forgets the weights it was found on.  The law of the weights is that of each
+    module's ``reset_parameters``, so a model whose weights were drawn otherwise gets another law: make a network of
+    `fsp.models` anew with `fsp.models.build`, by the name of its initialiser, and use `initialise_` for a network
+    whose weights came from there.
+
+    Parameters
+    ----------
+    model : nn.Module
+        It is not changed.
+    generator : torch.Generator
+        On the CPU; it is advanced by one draw.  The global random state is neither read nor changed.
+
+    Returns
+    -------
+    nn.Module
+        On the model's devices, pruned nowhere: put masks on with `fsp.masks.apply_`.  The numbers do not depend on
+        the devices.
+
+    Raises
+    ------
+    TypeError
+        `generator` is not a CPU generator; a parameter that no ``reset_parameters`` draws anew (all are named): a
+        bare ``nn.Parameter``, an ``nn.MultiheadAttention``, a weight that is pruned by torch or parametrised.
+    ValueError
+        A parameter without data (meta device, lazy layer).
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    >>> other = reinitialised(model, generator=torch.Generator().manual_seed(0))
+    >>> torch.equal(model[0].weight, other[0].weight)
+    False
+
+    References
+    ----------
+    Frankle et al., Pruning neural networks at initialization: why are we missing the mark? ICLR 2021, section 5.
+    """
+    _check_generator(generator)
+    for name, parameter in model.named_parameters():
+        if nn.parameter.is_lazy(parameter) or parameter.is_meta:
+            raise ValueError(f"the parameter {name!r} has no data; give it some first")
+    if prune.is_pruned(model) or any(parametrize.is_parametrized(module) for module in model.modules()):
+        raise TypeError(
+            "the model holds weights that are computed from others, so no reset_parameters draws them: make them plain "
+            "first, with torch.nn.utils.prune.remove or torch.nn.utils.parametrize.remove_parametrizations"
+        )
+    new = copy.deepcopy(model)
+    drawn = copy.deepcopy(model).cpu()
+    for parameter in drawn.parameters():
+        parameter.fill_(torch.nan)  # what is still nan afterwards was not drawn
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        drawn.apply(_reset)  # a module after its children, which it may overrule
+    left = [name for name, parameter in drawn.named_parameters() if parameter.isnan().any()]
+    if left:
+        raise TypeError(
+            f"no reset_parameters draws {', '.join(left)}: give the modules that own them one, or make the model anew"
+        )
+    for target, source in zip(
+        chain(new.parameters(), new.buffers()), chain(drawn.parameters(), drawn.buffers()), strict=True
+    ):
+        target.copy_(source)
+    return new
+
+
+def _reset(module: nn.Module) -> None:
+    """Draw what a module owns, if it can."""
+    if callable(getattr(module, "reset_parameters", None)):
+        module.reset_parameters()
+
+
+def _check_generator(generator: torch.Generator) -> None:
+    """Raise for anything but a CPU generator: results must not depend on the device."""
+    if not isinstance(generator, torch.Generator) or generator.device.type != "cpu":
+        raise TypeError(
+            f"generator must be a torch.Generator on the CPU, got {generator!r}; "
+            "make one with torch.Generator().manual_seed(seed)"
+        )
 
 
 def _check(path: str, module: nn.Module) -> None:
