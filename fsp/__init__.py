@@ -3,7 +3,9 @@
 ==============  ==================================================================================
 `masks`         mask algebra: prunable weights, exact counts, holding a model to its masks, files
 `allocate`      density per layer: uniform, ER, ERK, IGQ, balanced, pyramidal, smart-ratio
-`scores`        what a weight is worth: magnitude, SNIP, GraSP, SynFlow
+`scores`        what a weight is worth: magnitude, SNIP, FORCE, GraSP, SynFlow, Taylor
+`phew`          masks from biased random walks; `walkgraph`: the graph they walk on
+`gradients`     how scoring runs a model and leaves it as it was
 `prune`         `METHODS` and ``prune(model, method, density)``: score, rounds, exact masks
 `lottery`       iterative magnitude pruning with rewinding
 `diagnose`      what masks leave of a network: empty layers, complete paths, multiply-adds

@@ -1,23 +1,34 @@
 """What a weight is worth at initialisation: one function a method, higher = kept.
 
-Every function takes the model, the masks so far and ``batches`` and returns a dict of scores; weights that are pruned
-already get ``-inf``, so that a later round cannot bring them back.  Scoring runs on detached copies of the
-parameters and buffers: the model, its train/eval flags, its running statistics and the global random state are left
-bit-identical.
+Every function takes the model, the masks so far and ``batches`` and returns a dict of scores.  Weights that are pruned
+already get ``-inf``, so that a later round cannot bring them back; `force` alone scores them too.  The model, its
+train/eval flags, its running statistics and the global random state are left bit-identical, see `fsp.gradients`.
+
+The methods that run the model share these options.
+
+training : bool
+    Whether norm and dropout layers are in train mode.
+dtype : torch.dtype, optional
+    Precision of the computation; default that of the model, float64 for synaptic flow.
+generator : torch.Generator on the CPU, optional
+    Seeds dropout.
+forward : callable
+    (model, inputs) -> outputs, a tensor; default ``model(inputs)``.  For a model with several outputs, for instance
+    ``lambda model, inputs: model(inputs)["out"]``.  Inputs other than floating-point tensors are passed on as they are.
+loss : callable
+    (outputs, labels) -> scalar, the *mean* over the examples of a batch; default cross entropy.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
+from fsp.gradients import Batches, Forward, Loss, call, flow_gradients, hessian_times, loss_gradients, seed_of
 from fsp.masks import Masks
 
 Scores = dict[str, Tensor]
-Batches = Sequence[tuple[Tensor, Tensor]]
 
 
 def random(model: nn.Module, masks: Masks, *, generator: torch.Generator) -> Scores:
@@ -61,12 +72,14 @@ def snip(
     training: bool = True,
     dtype: torch.dtype | None = None,
     generator: torch.Generator | None = None,
+    forward: Forward = call,
+    loss: Loss = cross_entropy,
 ) -> Scores:
     r"""SNIP: how strongly the loss reacts to the removal of a weight.
 
     .. math:: s = \bigl| \theta \odot \partial L / \partial \theta \bigr|
 
-    with L the mean cross entropy over all examples of `batches` together, at the masked weights.
+    with L the mean loss over all examples of `batches` together, at the masked weights.
 
     Parameters
     ----------
@@ -75,12 +88,52 @@ def snip(
     masks : Masks
     batches : sequence of (inputs, labels)
         On the model's device; see `fsp.batches.scoring_batches`.
-    training : bool
-        Whether norm and dropout layers are in train mode; the Synaptic-Flow repository scores in eval mode.
-    dtype : torch.dtype, optional
-        Precision of the computation; default that of the model.
-    generator : torch.Generator on the CPU, optional
-        Seeds dropout.
+    training, dtype, generator, forward, loss
+        See the head of this module.  The Synaptic-Flow repository scores in eval mode.
+
+    Returns
+    -------
+    dict of name to Tensor, >= 0
+
+    Raises
+    ------
+    ValueError
+        Without batches, or if the loss is no scalar.
+    TypeError
+        If a batch is no pair, or the outputs are no tensor.
+
+    References
+    ----------
+    Lee, Ajanthan, Torr: SNIP: single-shot network pruning based on connection sensitivity. ICLR 2019, equations 4-6.
+    """
+    run = {"training": training, "dtype": dtype, "seed": seed_of(generator), "forward": forward, "loss": loss}
+    weights, gradients = loss_gradients(model, masks, list(batches or []), **run)
+    return _alive({name: (weights[name] * g).abs() for name, g in gradients.items()}, masks)
+
+
+def taylor(
+    model: nn.Module,
+    masks: Masks,
+    *,
+    batches: Batches,
+    training: bool = True,
+    dtype: torch.dtype | None = None,
+    generator: torch.Generator | None = None,
+    forward: Forward = call,
+    loss: Loss = cross_entropy,
+) -> Scores:
+    r"""First-order Taylor score of the ICLR'23 benchmark (Taylor1ScorerAbs).
+
+    .. math:: s = \Bigl| \sum_b \theta \odot \partial L_b / \partial \theta \Bigr|
+
+    with :math:`L_b` the mean loss of batch b alone.  It is `snip` but for the weight of a batch: SNIP counts every
+    example alike, this every batch.  With B batches of one size it is B times SNIP, so the masks are the same; with a
+    smaller last batch they differ.
+
+    Parameters
+    ----------
+    model, masks, batches, training, dtype, generator, forward, loss
+        As for `snip`, and so are the errors.
 
     Returns
     -------
@@ -88,12 +141,53 @@ def snip(
 
     References
     ----------
-    Lee, Ajanthan, Torr: SNIP: single-shot network pruning based on connection sensitivity. ICLR 2019, equations 4-6.
+    Hoang, Liu, Marculescu, Wang: Revisiting pruning at initialization through the lens of Ramanujan graph. ICLR 2023,
+    code.
     """
-    batches = list(batches or [])
-    weights, state = _copies(model, masks, dtype)
-    gradients = _gradients(model, weights, state, batches, training, 1.0, _seed(generator))
-    return _alive({name: (weights[name] * g).detach().abs() for name, g in gradients.items()}, masks)
+    run = {"training": training, "dtype": dtype, "seed": seed_of(generator), "forward": forward, "loss": loss}
+    weights, gradients = loss_gradients(model, masks, list(batches or []), average=False, **run)
+    return _alive({name: (weights[name] * g).abs() for name, g in gradients.items()}, masks)
+
+
+def force(
+    model: nn.Module,
+    masks: Masks,
+    *,
+    batches: Batches,
+    training: bool = True,
+    dtype: torch.dtype | None = None,
+    generator: torch.Generator | None = None,
+    forward: Forward = call,
+    loss: Loss = cross_entropy,
+) -> Scores:
+    r"""FORCE: what a weight would be worth in the pruned network, if it were there.
+
+    .. math:: s = \left| \theta_0 \odot \frac{\partial L(\theta)}{\partial \theta}
+              \right|_{\theta = \theta_0 \odot c}
+
+    with c the masks: the forward pass uses the pruned network, the gradient is not masked and :math:`\theta_0` is
+    dense.  Scores of pruned weights are not ``-inf``, so that a later round may bring a weight back.  Where nothing is
+    pruned this is SNIP.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Maps inputs to logits.  Its own weights are :math:`\theta_0`: dense, not masked.
+    masks, batches, training, dtype, generator, forward, loss
+        As for `snip`, and so are the errors.
+
+    Returns
+    -------
+    dict of name to Tensor, >= 0
+
+    References
+    ----------
+    de Jorge et al.: Progressive skeletonization: trimming more fat from a network at initialization. ICLR 2021.
+    """
+    run = {"training": training, "dtype": dtype, "seed": seed_of(generator), "forward": forward, "loss": loss}
+    _, gradients = loss_gradients(model, masks, list(batches or []), **run)
+    parameters = dict(model.named_parameters())
+    return {name: (parameters[name].detach().to(g.dtype) * g).abs() for name, g in gradients.items()}
 
 
 def grasp(
@@ -105,32 +199,32 @@ def grasp(
     training: bool = True,
     dtype: torch.dtype | None = None,
     generator: torch.Generator | None = None,
+    forward: Forward = call,
+    loss: Loss = cross_entropy,
 ) -> Scores:
     r"""GraSP: keep the weights whose removal would reduce the gradient flow most.
 
     .. math:: s = \theta \odot H g, \qquad g = \partial L / \partial \theta,
 
-    signed, with H the Hessian of L at the masked weights and L the mean cross entropy of the logits divided by
-    the temperature.  Removing weight i changes :math:`g^\top g / 2` by :math:`-\theta_i (Hg)_i` to first order.
+    signed, with H the Hessian of L at the masked weights and L the mean loss of the outputs divided by the temperature.
+    Removing weight i changes :math:`g^\top g / 2` by :math:`-\theta_i (Hg)_i` to first order.
 
     Parameters
     ----------
-    model : nn.Module
-        Maps inputs to logits.
-    masks : Masks
+    model, masks, training, dtype, generator, forward, loss
+        As for `snip`, and so are the errors.
     batches : sequence of (inputs, labels)
         Used twice, in the same order, with the same dropout.
     temperature : float, > 0
-    training : bool
-        Whether norm and dropout layers are in train mode.
-    dtype : torch.dtype, optional
-        Precision of the computation; default that of the model.
-    generator : torch.Generator on the CPU, optional
-        Seeds dropout.
 
     Returns
     -------
     dict of name to Tensor
+
+    Raises
+    ------
+    ValueError
+        If the temperature is not positive.
 
     Notes
     -----
@@ -144,17 +238,11 @@ def grasp(
     if not temperature > 0:
         raise ValueError(f"temperature {temperature} is not positive")
     batches = list(batches or [])
-    weights, state = _copies(model, masks, dtype)
-    seed = _seed(generator)
-    flow = _gradients(model, weights, state, batches, training, temperature, seed)
-    state = _copies(model, masks, dtype)[1]  # running statistics as they were before the first pass
-    product = {name: torch.zeros_like(w) for name, w in weights.items()}
-    for gradients in _batch_gradients(model, weights, state, batches, training, temperature, seed, graph=True):
-        dot = sum((flow[name] * g).sum() for name, g in zip(weights, gradients, strict=True))
-        parts = torch.autograd.grad(dot, list(weights.values()), materialize_grads=True)
-        for name, part in zip(weights, parts, strict=True):
-            product[name] += part
-    return _alive({name: (weights[name] * hg).detach() for name, hg in product.items()}, masks)
+    run = {"training": training, "dtype": dtype, "seed": seed_of(generator), "forward": forward}
+    run["loss"] = lambda outputs, labels: loss(outputs / temperature, labels)
+    weights, flow = loss_gradients(model, masks, batches, **run)
+    product = hessian_times(flow, model, masks, batches, **run)
+    return _alive({name: weights[name] * hg for name, hg in product.items()}, masks)
 
 
 def synflow(
@@ -163,7 +251,10 @@ def synflow(
     *,
     batches: Batches | None = None,
     shape: Sequence[int] | None = None,
+    training: bool = False,
     dtype: torch.dtype = torch.float64,
+    generator: torch.Generator | None = None,
+    forward: Forward = call,
 ) -> Scores:
     r"""SynFlow: the flow of synaptic strength through a weight, without data.
 
@@ -181,8 +272,9 @@ def synflow(
         Only the shape of the first input is used.
     shape : sequence of int, optional
         Shape of one input, (channels, height, width); instead of `batches`.
-    dtype : torch.dtype
-        float64: float32 overflows on a ResNet-34.
+    training, dtype, generator, forward
+        See the head of this module.  In train mode batch norm normalises the one input, as in an example of the
+        ICLR'23 authors; that takes maps larger than 1 x 1.  float32 overflows on a ResNet-34.
 
     Returns
     -------
@@ -192,103 +284,84 @@ def synflow(
     ------
     ValueError
         If neither `batches` nor `shape` tells the input shape.
+    TypeError
+        If the outputs are no tensor.
+
+    Warns
+    -----
+    UserWarning
+        In the first round, naming modules that are not positively homogeneous (GELU, SiLU, sigmoid, softmax, layer
+        norm, attention and their like).  Flow is conserved, and layers saved from collapse, only where scaling the
+        input of every activation scales its output; functions called in a ``forward`` are not seen.
 
     Notes
     -----
-    Raw outputs, not the log-softmax of the ICLR'23 benchmark (D11).
+    Raw outputs, not the log-softmax of the ICLR'23 benchmark (D11), which is
+    ``forward=lambda model, inputs: model(inputs).log_softmax(1)``.
 
     References
     ----------
     Tanaka, Kunin, Yamins, Ganguli: Pruning neural networks without any data by iteratively conserving synaptic flow.
     NeurIPS 2020, equation 3 and algorithm 1.
     """
-    if shape is None:
-        if not batches:
-            raise ValueError("SynFlow needs the shape of an input: pass shape=(channels, height, width) or batches")
-        shape = batches[0][0].shape[1:]
-    weights, state = _copies(model, masks, dtype)
-    state = {name: value.abs() for name, value in state.items()}
-    weights = {name: w.detach().abs().requires_grad_() for name, w in weights.items()}
-    ones = torch.ones((1, *shape), dtype=dtype, device=next(iter(weights.values())).device)
-    with _undisturbed(model, training=False, seed=0):
-        flow = functional_call(model, state | weights, (ones,)).sum()
-        gradients = torch.autograd.grad(flow, list(weights.values()), materialize_grads=True)
-    return _alive(
-        {name: (w * g).detach().abs() for (name, w), g in zip(weights.items(), gradients, strict=True)}, masks
-    )
+    run = {"training": training, "dtype": dtype, "seed": seed_of(generator), "forward": forward}
+    weights, gradients = flow_gradients(model, masks, _shape(shape, batches), of=torch.abs, **run)
+    return _alive({name: (weights[name] * g).abs() for name, g in gradients.items()}, masks)
+
+
+def synflow_l2(
+    model: nn.Module,
+    masks: Masks,
+    *,
+    batches: Batches | None = None,
+    shape: Sequence[int] | None = None,
+    training: bool = False,
+    dtype: torch.dtype = torch.float64,
+    generator: torch.Generator | None = None,
+    forward: Forward = call,
+) -> Scores:
+    r"""SynFlow-L2: synaptic flow of the squared weights.
+
+    .. math:: s = \left| \frac{\partial R}{\partial \theta^2} \right| \odot |\theta|, \qquad
+              R = \mathbf 1^\top f_{\theta^2}(\mathbf 1)
+
+    Parameters and buffers of the network are replaced by :math:`\theta^2` and by absolute values.
+
+    Parameters
+    ----------
+    model, masks, batches, shape, training, dtype, generator, forward
+        As for `synflow`, and so are errors and warnings.
+
+    Returns
+    -------
+    dict of name to Tensor, >= 0
+
+    Notes
+    -----
+    The factor is :math:`|\theta|`, not :math:`\theta^2`: these scores are not a flow and do not add up to R.
+
+    References
+    ----------
+    Gebhart, Saxena, Schrater: A unified paths perspective for pruning at initialization. 2021.
+    Patil, Dovrolis: PHEW: constructing sparse networks that learn fast and generalize well without training data.
+    ICML 2021.
+    """
+    run = {"training": training, "dtype": dtype, "seed": seed_of(generator), "forward": forward}
+    _, gradients = flow_gradients(model, masks, _shape(shape, batches), of=torch.square, **run)
+    parameters = dict(model.named_parameters())
+    return _alive({name: parameters[name].detach().to(dtype).abs() * g.abs() for name, g in gradients.items()}, masks)
 
 
 SCORES: dict[str, Callable[..., Scores]] = {
     "random": random,
     "magnitude": magnitude,
     "snip": snip,
+    "taylor": taylor,
+    "force": force,
     "grasp": grasp,
     "synflow": synflow,
+    "synflow_l2": synflow_l2,
 }
-
-
-# ---- how scoring leaves the model alone --------------------------------------------------------------------------
-
-
-def _copies(model: nn.Module, masks: Masks, dtype: torch.dtype | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Masked weights as new leaves, and copies of everything else the model holds."""
-    state = {
-        name: t.detach().to(dtype if t.is_floating_point() else None, copy=True)
-        for name, t in (*model.named_parameters(), *model.named_buffers())
-    }
-    weights = {name: (state.pop(name) * mask).requires_grad_() for name, mask in masks.items()}
-    return weights, state
-
-
-@contextmanager
-def _undisturbed(model: nn.Module, *, training: bool, seed: int) -> Iterator[None]:
-    """Put the model in train or eval mode with random numbers from `seed`; flags and random state come back."""
-    flags = [(module, module.training) for module in model.modules()]
-    devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
-    with torch.random.fork_rng(devices), torch.enable_grad():
-        torch.default_generator.manual_seed(seed)
-        for index in devices:
-            with torch.cuda.device(index):
-                torch.cuda.manual_seed(seed)
-        try:
-            model.train(training)
-            yield
-        finally:
-            for module, flag in flags:
-                module.training = flag
-
-
-def _batch_gradients(
-    model: nn.Module,
-    weights: Mapping[str, Tensor],
-    state: Mapping[str, Tensor],
-    batches: Batches,
-    training: bool,
-    temperature: float,
-    seed: int,
-    *,
-    graph: bool = False,
-) -> Iterator[tuple[Tensor, ...]]:
-    """Each batch's share of the gradient of the mean cross entropy over all examples."""
-    if not batches:
-        raise ValueError("this method scores on data: pass batches, see fsp.batches.scoring_batches")
-    examples = sum(len(labels) for _, labels in batches)
-    dtype = next(iter(weights.values())).dtype
-    with _undisturbed(model, training=training, seed=seed):
-        for inputs, labels in batches:
-            inputs = inputs.to(dtype) if inputs.is_floating_point() else inputs  # tokens stay whole numbers
-            logits = functional_call(model, {**state, **weights}, (inputs,))
-            loss = cross_entropy(logits / temperature, labels, reduction="sum") / examples
-            yield torch.autograd.grad(loss, list(weights.values()), create_graph=graph, materialize_grads=True)
-
-
-def _gradients(model, weights, state, batches, training, temperature, seed) -> dict[str, Tensor]:
-    """Gradient of the mean cross entropy over all examples of all batches."""
-    total = {name: torch.zeros_like(w) for name, w in weights.items()}
-    for gradients in _batch_gradients(model, weights, state, batches, training, temperature, seed):
-        for name, g in zip(weights, gradients, strict=True):
-            total[name] += g
-    return total
 
 
 def _alive(scores: Scores, masks: Masks) -> Scores:
@@ -296,6 +369,10 @@ def _alive(scores: Scores, masks: Masks) -> Scores:
     return {name: s.masked_fill(~masks[name], -torch.inf) for name, s in scores.items()}
 
 
-def _seed(generator: torch.Generator | None) -> int:
-    """A seed drawn from the generator, 0 without one."""
-    return 0 if generator is None else int(torch.randint(2**62, (), generator=generator))
+def _shape(shape: Sequence[int] | None, batches: Batches | None) -> Sequence[int]:
+    """Shape of one input, given or read from the first batch."""
+    if shape is not None:
+        return shape
+    if not batches:
+        raise ValueError("SynFlow needs the shape of an input: pass shape=(channels, height, width) or batches")
+    return batches[0][0].shape[1:]
