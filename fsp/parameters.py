@@ -39,8 +39,9 @@ def check(**given: object) -> dict:
     ----------
     **given
         All parameters of the notebook, by name: of ``dataset``, ``model``, ``networks``, ``methods``, ``dynamics``,
-        ``densities``, ``density``, ``seeds``, ``epochs``, ``batch_size``, ``update_every``, ``lr``, ``device``, ``threads``,
-        ``shuffles``, ``repeats``, ``population``, ``recompute``, ``out_dir``, ``scheduler``, ``model_options``, ``train_options``.
+        ``densities``, ``density``, ``seeds``, ``epochs``, ``batch_size``, ``update_every``, ``lr``, ``device``,
+        ``threads``, ``shuffles``, ``repeats``, ``population``, ``rewind``, ``imp_rate``, ``recompute``, ``out_dir``,
+        ``scheduler``, ``model_options``, ``train_options``.
 
     Returns
     -------
@@ -165,6 +166,10 @@ _RULES: dict[str, Callable[[object], str | None]] = {
     "shuffles": _count,
     "repeats": _count,
     "population": _count,
+    "rewind": lambda v: None if is_count(v, 0) else "a whole number of steps from 0 on",
+    "imp_rate": lambda v: (
+        None if isinstance(v, Real) and not isinstance(v, bool) and 0 <= v < 1 else "a number in [0, 1), such as 0.2"
+    ),
     "lr": lambda v: (
         None if isinstance(v, Real) and not isinstance(v, bool) and 0 < v < math.inf else "a number above 0"
     ),

@@ -8,6 +8,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.path import Path as Outline
 
 from fsp import stats
 from fsp.paths import replacing
@@ -20,25 +21,49 @@ class Look(NamedTuple):
 
     label: str
     colour: str
-    marker: str
+    marker: str | tuple[int, int, float] | Outline  # the tuple: corners, 1 for a star, angle in degrees
     dash: tuple = ()
 
 
-# Colours of Okabe and Ito, for colour-blind readers; solid lines for methods that look at weights or data.
+# Matplotlib has fewer filled markers that stay apart when small than there are methods.
+UPPER_HALF, LEFT_HALF, LOWER_HALF = (Outline.wedge(angle, angle + 180) for angle in (0, 90, 180))  # of a disc
+BEAM = Outline([(-1, -0.4), (1, -0.4), (1, 0.4), (-1, 0.4), (-1, -0.4)], closed=True)
+POST = Outline([(-0.4, -1), (0.4, -1), (0.4, 1), (-0.4, 1), (-0.4, -1)], closed=True)
+RHOMBUS = Outline([(-1, 0), (0, -0.6), (1, 0), (0, 0.6), (-1, 0)], closed=True)  # SynFlow's diamond, lying
+HOURGLASS = Outline([(-1, -1), (1, -1), (0.35, 0), (1, 1), (-1, 1), (-0.35, 0), (-1, -1)], closed=True)
+TEE = Outline(
+    [(-1, 1), (1, 1), (1, 0.3), (0.4, 0.3), (0.4, -1), (-0.4, -1), (-0.4, 0.3), (-1, 0.3), (-1, 1)], closed=True
+)
+
+# Colours of Okabe and Ito, for colour-blind readers, and darker or lighter ones for a method's relatives; solid lines
+# for methods that look at weights or data.
 METHODS = {
     "dense": Look("Dense", "#000000", "D"),
     "random": Look("Random", "#999999", "X", (1, 1)),
     "uniform": Look("Uniform", "#6e6e6e", "P", (1, 1)),
     "er": Look("ER", "#b98a4a", "<", (3, 1)),
     "erk": Look("ERK", "#e69f00", "^", (3, 1)),
+    "uniform_plus": Look("Uniform+", "#333333", TEE, (1, 1)),
+    "igq": Look("IGQ", "#7a5200", "p", (3, 1)),
+    "balanced": Look("Balanced", "#009e73", BEAM, (5, 1, 1, 1)),
+    "pyramidal": Look("Pyramidal", "#7a8a00", ">", (5, 1, 1, 1)),
+    "smart_ratio": Look("Smart-ratio", "#00664a", "*", (5, 1, 1, 1)),
+    "ratio_of": Look("Ratio of another mask", "#a58fd0", POST, (2, 2)),
     "magnitude": Look("Magnitude", "#56b4e9", "v"),
     "snip": Look("SNIP", "#0072b2", "o"),
+    "taylor": Look("Taylor", "#4a6fe3", UPPER_HALF),
+    "iterative_snip": Look("Iterative SNIP", "#00304d", LEFT_HALF),
+    "force": Look("FORCE", "#3f9fbf", LOWER_HALF),
     "grasp": Look("GraSP", "#cc79a7", "s"),
     "synflow": Look("SynFlow", "#d55e00", "d"),
+    "synflow_l2": Look("SynFlow-L2", "#8a2f00", RHOMBUS),
+    "phew": Look("PHEW", "#7b2d8e", (6, 1, 0)),
+    "imp": Look("IMP", "#b0003a", HOURGLASS),
     "set": Look("SET", "#56b4e9", "v", (1, 1)),
     "rigl": Look("RigL", "#cc79a7", "d", (6, 1, 1, 1)),
     "set_itop": Look("SET-ITOP", "#0072b2", "o"),
     "rigl_itop": Look("RigL-ITOP", "#d55e00", "s", (5, 1.5)),
+    "set_itop_guided": Look("SET-ITOP, guided", "#009e73", "P", (2, 1)),
     "static": Look("Static ERK", "#e69f00", "^", (3, 1)),
     "shuffled": Look("Same density, random", "#999999", "X", (1, 1)),
 }

@@ -2,6 +2,7 @@
 
 import math
 import time
+from itertools import combinations
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -11,15 +12,16 @@ import pytest
 import seaborn as sns
 from matplotlib.colors import same_color, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.markers import MarkerStyle
 
 from fsp import dynamic, plot, prune, spectrum, stats
 from fsp.stats import Estimate
 
 NAN = math.nan
 FAMILIES = {
-    "at initialisation": ["dense", *prune.METHODS],
+    "at initialisation": ["dense", *prune.METHODS, "imp"],
     "dynamic": ["dense", "set", "rigl", "static", "shuffled"],
-    "in-time": ["dense", "set_itop", "rigl_itop", "static", "shuffled"],
+    "in-time": ["dense", "set_itop", "set_itop_guided", "rigl_itop", "static", "shuffled"],
 }
 
 
@@ -36,7 +38,7 @@ def _style():
 
 
 def test_every_method_and_every_dynamic_has_a_look():
-    assert plot.METHODS.keys() >= {"dense", "shuffled", *prune.METHODS, *dynamic.PRESETS}
+    assert plot.METHODS.keys() >= {"dense", "shuffled", "imp", *prune.METHODS, *dynamic.PRESETS}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -44,6 +46,50 @@ def test_methods_that_share_a_figure_differ_in_colour_and_in_marker(family):
     looks = [plot.METHODS[name] for name in FAMILIES[family]]
     assert len({to_rgb(look.colour) for look in looks}) == len(looks)
     assert len({look.marker for look in looks}) == len(looks)
+
+
+def area(marker):
+    """Points of a grid that a marker covers, as large as matplotlib draws it."""
+    style = MarkerStyle(marker)
+    assert style.is_filled()  # seaborn mixes no markers of lines with filled ones
+    grid = np.stack(np.meshgrid(*[np.linspace(-0.8, 0.8, 81)] * 2), axis=-1).reshape(-1, 2)
+    return style.get_path().transformed(style.get_transform()).contains_points(grid)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_two_markers_in_a_figure_cover_nearly_the_same_area(family):
+    areas = {name: area(plot.METHODS[name].marker) for name in FAMILIES[family]}
+    alike = [
+        (a, b) for a, b in combinations(areas, 2) if (areas[a] & areas[b]).sum() > 0.8 * (areas[a] | areas[b]).sum()
+    ]
+    assert alike == []
+
+
+def test_an_octagon_would_be_taken_for_a_circle():
+    assert (area("8") & area("o")).sum() > 0.8 * (area("8") | area("o")).sum()
+
+
+def luminance(colour):
+    """Relative luminance of the web content accessibility guidelines: 0 is black, 1 white."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]
+    return np.dot([0.2126, 0.7152, 0.0722], linear)
+
+
+@pytest.mark.parametrize("method", plot.METHODS)
+def test_every_colour_stands_out_from_white_paper(method):
+    assert 1.05 / (luminance(plot.METHODS[method].colour) + 0.05) > 2
+
+
+def test_seaborn_draws_all_methods_in_one_figure():
+    methods = FAMILIES["at initialisation"]
+    rows = pd.DataFrame({"Method": [plot.METHODS[m].label for m in methods] * 2, "x": 0, "y": 0})
+    rows.loc[len(methods) :, "x"] = 1
+    figure, axes = plt.subplots()
+    sns.lineplot(rows, x="x", y="y", hue="Method", style="Method", errorbar=None, ax=axes, **plot.looks(methods))
+    figure.canvas.draw()
+    assert [line.get_marker() for line in axes.lines if len(line.get_xdata())] == [
+        plot.METHODS[m].marker for m in methods
+    ]
 
 
 def test_labels_are_all_different():
@@ -72,8 +118,8 @@ def test_looks_are_keyed_by_label_in_the_order_asked_for():
 
 
 def test_a_method_without_a_look_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"no look for sinp, force: add it to fsp\.plot\.METHODS"):
-        plot.looks(["snip", "sinp", "force"])
+    with pytest.raises(ValueError, match=r"no look for sinp, farce: add it to fsp\.plot\.METHODS"):
+        plot.looks(["snip", "sinp", "farce"])
 
 
 def table():
