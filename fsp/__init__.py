@@ -10,7 +10,8 @@
 `lottery`       iterative magnitude pruning with rewinding
 `diagnose`      what masks leave of a network: empty layers, complete paths, multiply-adds
 `spectrum`      the papers' graph quantities: gaps, IMDB, IMSG, NaRC, the full-spectrum coordinate
-`dynamic`       dynamic sparse training: SET and RigL
+`dynamic`       dynamic sparse training: SET, RigL, ITOP, and growth guided by a criterion
+`tickets`       the masks that dynamic training passes through, with their weights
 `train`         one visible training loop
 `data`          data sets as tensors on the device
 `batches`       crop and flip, epochs, examples to score on

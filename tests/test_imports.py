@@ -18,6 +18,8 @@ def imported(source: str, *, at_import_only: bool = False) -> set[str]:
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
                 node.body = []
+            if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+                node.body = []
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -49,7 +51,8 @@ def _imported_by(module: str, **options) -> set[str]:
 
 def test_the_reader_of_imports_sees_every_form():
     source = "import a.b\nfrom c import d, e\nfrom fsp.models import MODELS\ndef f():\n    import g\n"
-    assert imported(source) == {"a.b", "c.d", "c.e", "fsp.models.MODELS", "g"}
+    source += "if TYPE_CHECKING:\n    import h\n"
+    assert imported(source) == {"a.b", "c.d", "c.e", "fsp.models.MODELS", "g", "h"}
     assert imported(source, at_import_only=True) == {"a.b", "c.d", "c.e", "fsp.models.MODELS"}
 
 
@@ -61,12 +64,22 @@ def test_the_reader_of_imports_sees_every_form():
         ("stats", set()),
         ("spectrum", set()),
         ("masks", {"paths"}),
+        ("gradients", {"masks"}),
+        ("scores", {"gradients", "masks"}),
         ("diagnose", {"masks"}),
+        ("dynamic", {"masks"}),
+        ("tickets", {"masks", "paths"}),
         ("plot", {"paths", "stats"}),
         ("tables", {"paths"}),
         ("provenance", {"paths"}),
-        ("runs", {"paths", "progress", "provenance", "tables"}),
-        ("parameters", {"data", "models", "prune", "dynamic", "train"}),
+        ("claims", set()),
+        ("deadline", set()),
+        ("cluster", set()),
+        ("records", {"paths", "tables"}),
+        ("attempt", {"claims", "cluster", "deadline", "provenance", "records"}),
+        ("housekeeping", {"claims", "paths", "provenance", "records"}),
+        ("runs", {"attempt", "claims", "cluster", "housekeeping", "progress", "provenance", "records", "tables"}),
+        ("parameters", {"cluster", "data", "models", "prune", "dynamic", "train"}),
     ],
 )
 def test_a_low_module_imports_only_what_lies_below_it(module, allowed):
@@ -87,6 +100,7 @@ def test_spectrum_needs_the_numerical_libraries_alone():
     [
         ({"matplotlib", "seaborn"}, {"plot"}),
         ({"papermill", "nbconvert"}, {"reproduce"}),
+        ({"dask", "distributed", "cloudpickle"}, {"cluster", "runs"}),
         ({"nbformat"}, {"reproduce", "committed"}),
     ],
 )
