@@ -65,6 +65,7 @@ METHODS = {
     "rigl_itop": Look("RigL-ITOP", "#d55e00", "s", (5, 1.5)),
     "set_itop_guided": Look("SET-ITOP, guided", "#009e73", "P", (2, 1)),
     "static": Look("Static ERK", "#e69f00", "^", (3, 1)),
+    "static_uniform": Look("Static uniform", "#7b2d8e", "D", (4, 1, 1, 1)),
     "shuffled": Look("Same density, random", "#999999", "X", (1, 1)),
 }
 

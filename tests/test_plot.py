@@ -21,7 +21,7 @@ NAN = math.nan
 FAMILIES = {
     "at initialisation": ["dense", *prune.METHODS, "imp"],
     "dynamic": ["dense", "set", "rigl", "static", "shuffled"],
-    "in-time": ["dense", "set_itop", "set_itop_guided", "rigl_itop", "static", "shuffled"],
+    "in-time": ["set_itop", "set_itop_guided", "rigl_itop", "static", "static_uniform", "shuffled"],
 }
 
 
