@@ -14,6 +14,7 @@ from numbers import Real
 import torch
 import yaml
 
+from fsp.cluster import SCHEDULERS, is_scheduler
 from fsp.data import DATASETS, is_count
 from fsp.dynamic import PRESETS
 from fsp.models import MODELS
@@ -29,7 +30,8 @@ CHOICES = {
 }
 
 
-STRUCTURED = {"networks", "methods", "dynamics", "densities", "seeds", "model_options", "train_options"}
+LISTS = {"networks", "methods", "dynamics", "densities", "published_densities", "seeds"}
+STRUCTURED = LISTS | {"model_options", "train_options"}
 
 
 def check(**given: object) -> dict:
@@ -39,9 +41,9 @@ def check(**given: object) -> dict:
     ----------
     **given
         All parameters of the notebook, by name: of ``dataset``, ``model``, ``networks``, ``methods``, ``dynamics``,
-        ``densities``, ``density``, ``seeds``, ``epochs``, ``batch_size``, ``update_every``, ``lr``, ``device``,
-        ``threads``, ``shuffles``, ``repeats``, ``population``, ``rewind``, ``imp_rate``, ``recompute``, ``out_dir``,
-        ``scheduler``, ``model_options``, ``train_options``.
+        ``densities``, ``published_densities``, ``density``, ``seeds``, ``epochs``, ``batch_size``, ``update_every``,
+        ``lr``, ``device``, ``threads``, ``shuffles``, ``repeats``, ``population``, ``rewind``, ``imp_rate``,
+        ``recompute``, ``out_dir``, ``scheduler``, ``model_options``, ``train_options``.
 
     Returns
     -------
@@ -127,6 +129,12 @@ def _is_density(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and 0 < value <= 1
 
 
+def _densities(value: object) -> str | None:
+    """Rule: a list of different densities."""
+    fits = _distinct(value) and all(map(_is_density, value))
+    return None if fits else "a list of different fractions in (0, 1], such as [0.05]"
+
+
 def _count(value: object) -> str | None:
     """Rule: a whole number of at least 1."""
     return None if is_count(value, 1) else "a whole number of at least 1"
@@ -151,9 +159,8 @@ _RULES: dict[str, Callable[[object], str | None]] = {
     "methods": _some_of(CHOICES["methods"]),
     "dynamics": _some_of(CHOICES["dynamics"]),
     "density": lambda v: None if _is_density(v) else "a fraction in (0, 1], such as 0.05",
-    "densities": lambda v: (
-        None if _distinct(v) and all(map(_is_density, v)) else "a list of different fractions in (0, 1], such as [0.05]"
-    ),
+    "densities": _densities,
+    "published_densities": _densities,
     "seeds": lambda v: (
         None
         if _distinct(v) and all(is_count(s, 0) and s < 2**63 for s in v)
@@ -165,6 +172,8 @@ _RULES: dict[str, Callable[[object], str | None]] = {
     "threads": _count,
     "shuffles": _count,
     "repeats": _count,
+    "ticket_count": _count,
+    "ticket_epochs": _count,
     "population": _count,
     "rewind": lambda v: None if is_count(v, 0) else "a whole number of steps from 0 on",
     "imp_rate": lambda v: (
@@ -182,7 +191,7 @@ _RULES: dict[str, Callable[[object], str | None]] = {
     ),
     "recompute": lambda v: None if isinstance(v, bool) else "True or False",
     "out_dir": lambda v: None if isinstance(v, str) else 'a folder, or "" for the repository',
-    "scheduler": lambda v: None if v is None else "None (runs in this process)",
+    "scheduler": lambda v: None if (v is None or isinstance(v, str)) and is_scheduler(v) else SCHEDULERS,
     "model_options": lambda v: None if isinstance(v, dict) else "a dict of options of the model, such as {}",
     "train_options": _train_options,
 }
