@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PROFILE ?= quick
 ARGS ?=
 
-.PHONY: reproduce test lint units notebooks lab lock refresh clean
+.PHONY: reproduce test lint units notebooks faults lab lock refresh clean
 
 reproduce: $(VENV)/installed          ## run every notebook from nothing and print the report
 	$(BIN)/python -m fsp.reproduce --profile $(PROFILE) $(ARGS)
@@ -21,6 +21,9 @@ units: $(VENV)/installed              ## unit tests, doctests, and each notebook
 
 notebooks: $(VENV)/installed          ## the committed notebooks still give the outputs they were committed with
 	$(BIN)/python -m fsp.reproduce --check
+
+faults: $(VENV)/installed             ## kill a long sweep some fifty times (ten minutes) and write what happened
+	FSP_PROGRESS=0 FSP_FAULTS=data/results/faults.md $(BIN)/python -m pytest -q -m slow -k fifty_kills tests/test_cluster.py
 
 lab: $(VENV)/installed                ## open the notebooks
 	$(BIN)/jupyter lab --notebook-dir=notebooks

@@ -1,79 +1,43 @@
-"""Runs, their records and their tables.
+"""Runs: one function over many configs, each done once.
 
 A run is one call of a function with one config, a plain dict. When it finishes it writes one JSON record named
 by the config's `key`; a sweep skips what already has one, and that is all resuming means. The tidy table of a
-sweep is made from the records alone, so an interrupted and an uninterrupted sweep give the same bytes.
+sweep is made from the records alone, so an interrupted and an uninterrupted sweep give the same bytes, in this
+process or on a cluster. ``python -m fsp.runs --help`` lists records and clears up.
 """
 
-import copy
-import hashlib
-import json
-import math
+import functools
 import os
-import re
 import sys
 import tempfile
 import time
-import traceback
+import uuid
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
-from datetime import UTC, datetime
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from math import isfinite
+from numbers import Real
 from pathlib import Path
+from socket import gethostname
+from typing import TYPE_CHECKING
 
 import pandas as pd
-import torch
 
-from fsp.paths import replacing
+from fsp import cluster
+from fsp.attempt import Outcome, attempt, failure
+from fsp.claims import claim, has_locks
 from fsp.progress import bar
 from fsp.provenance import provenance
-from fsp.tables import OWN_COLUMNS, rows_by_key, value_of
+from fsp.records import EXCLUDED, check_rows, frame, key, load, read_record, whole_record
+from fsp.tables import OWN_COLUMNS, rows_by_key
 
-try:
-    import resource
-except ImportError:  # Windows has no such module: records there hold a null peak_memory_bytes
-    resource = None
+if TYPE_CHECKING:
+    from distributed import Client
 
-EXCLUDED = frozenset({"device", "threads", "workers", "verbose", "out_dir", "root", "download"})
-SCHEMA = 1  # of the records; a change of EXCLUDED or of `key` is a change of schema
-FIELDS = {"schema", "key", "config", "status", "rows", "error", "provenance", "started", "wall_s"}
-FIELDS |= {"peak_memory_bytes", "peak_cuda_bytes"}
-
-
-def key(config: dict) -> str:
-    """Name of a run: SHA-256 of the canonical JSON of its config.
-
-    Entries are sorted, `EXCLUDED` ones dropped (they say where and how a run is done, not what it is), ``1.0``
-    counts as ``1`` and a tuple as a list. The seed is an entry like any other.
-
-    Parameters
-    ----------
-    config : dict
-        Names to None, bool, int, finite float, str, or lists, tuples and dicts of these.
-
-    Returns
-    -------
-    str
-        64 hexadecimal digits.
-
-    Raises
-    ------
-    TypeError
-        If `config` is no dict, a name is no string, or a value is of another type (named in the message).
-    ValueError
-        If a number is nan or infinite.
-
-    Examples
-    --------
-    >>> key({"density": 1.0, "widths": (8, 8)}) == key({"widths": [8, 8], "density": 1, "device": "cuda"})
-    True
-    """
-    if not isinstance(config, dict):
-        raise TypeError(f"config is {config!r}: expected a dict of names and values")
-    plain = {name: _plain(value, name) for name, value in config.items() if name not in EXCLUDED}
-    identity = json.loads(json.dumps(plain), parse_float=_number)
-    text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+__all__ = ["EXCLUDED", "key", "load", "read_record", "sweep"]
+BUSY_S = 0.2  # between looks at runs that another process is doing
+VISIBLE_S = 90.0  # in which a record written on another machine must show here
 
 
 def sweep(
@@ -83,7 +47,12 @@ def sweep(
     store: str | Path,
     table: str | Path | None = None,
     recompute: bool = False,
-    scheduler: None = None,
+    retry_failed: bool = True,
+    timeout: float | None = None,
+    scheduler: "str | Client | None" = None,
+    workers: int | None = None,
+    per_gpu: int = 1,
+    retries: int = 2,
 ) -> pd.DataFrame:
     """Tidy table of `function` over `configs`, computing only the runs not done before.
 
@@ -97,14 +66,26 @@ def sweep(
         One run each; see `key`. All runs of one store must be told apart by their configs: where two functions
         share a store, give each its own entry, such as ``"experiment"``.
     store : path
-        Folder of the records ``<key>.json``.
+        Folder of the records ``<key>.json``. All workers must see it under this path.
     table : path, optional
         A table written by `fsp.tables.update`, which need not exist. Its finished rows stand in for missing records.
     recompute : bool
         Compute every run. A record is replaced only when its replacement is finished; a run that fails leaves
         the finished record of before.
-    scheduler : None
-        Runs go one after another in this process.
+    retry_failed : bool
+        Try again the runs whose record says that they failed; else they stay as they are.
+    timeout : float, optional
+        Seconds of wall time that a run may take before it fails.
+    scheduler : None, "local", str or distributed.Client
+        None: runs go one after another in this process. "local": in worker processes on this machine. Else the
+        address of a Dask scheduler, such as ``"tcp://10.0.0.1:8786"``, or a client.
+    workers : int, optional
+        "local": number of processes; default `per_gpu` for each GPU, without one the number of cores.
+    per_gpu : int
+        "local": processes that share a GPU.
+    retries : int
+        How often a run is done again whose worker died before it counts as failed. With an address or a client
+        the cluster decides (``distributed.scheduler.allowed-failures``, 3 by default).
 
     Returns
     -------
@@ -118,24 +99,40 @@ def sweep(
     Raises
     ------
     TypeError
-        If `function` is not callable, `configs` is no list of dicts, a config value is not JSON, or what
-        `function` returned is not made of the types above.
+        If `function` is not callable or cannot be sent to workers, `configs` is no list of dicts, a config value
+        is not JSON, or what `function` returned is not made of the types above.
     ValueError
         If `configs` is empty or holds one run twice, a number in a config is nan or infinite, an entry is called
-        ``status`` or ``key``, `scheduler` is not None, `table` is no such table, a metric is infinite, reads
-        back from a CSV file as something else, or has the name of a config entry.
+        ``status`` or ``key``, another argument is out of its range, `table` is no such table, a metric is infinite,
+        reads back from a CSV file as something else, or has the name of a config entry.
     OSError
-        If a run is missing and `store` cannot be written to; checked before the first run.
+        If a run is missing and `store` cannot be written to, checked before the first run; if a record cannot be
+        written later, as on a full disk; if a worker does not see `store`. Records written before are kept.
+    ConnectionError
+        If no scheduler answers at the address, or it goes away. Records written before are kept.
+    RuntimeError
+        If workers cannot load `function`.
 
     Warns
     -----
     UserWarning
         For a damaged record (set aside as ``<key>.json.corrupt`` and computed again), failed runs (the sweep goes
-        on; they are tried again next time) and records made by another version of this package.
+        on), a store without file locks, and records made by another version of this package.
 
     Notes
     -----
-    Rows from `table` carry all its metric columns, those of other functions (all missing) included.
+    A run fails by an exception (kind "exception"; "non-finite" for a `FloatingPointError`, "out of memory" for
+    `MemoryError` and torch's errors of that sort), by its `timeout`, or because every worker died that took it
+    ("worker died"). Its record keeps kind and traceback. `timeout` cannot end a call into compiled code (see
+    `fsp.deadline.deadline`); a local worker that is stuck in one for another 30 s is started anew.
+
+    Sweeps may run at the same time on one store: each run is done by one of them (see `fsp.claims.claim`).
+
+    On workers a run has one thread of torch and of the numerical libraries, unless `function` asks for more. Results
+    are the same bits as in this process if that has one thread too (``torch.set_num_threads(1)``).
+
+    With "local" a script, unlike a notebook, needs the usual ``if __name__ == "__main__":``, for worker processes
+    import it. Rows from `table` carry all its metric columns, those of other functions (all missing) included.
 
     Examples
     --------
@@ -143,109 +140,157 @@ def sweep(
     >>> frame[["x", "square"]].values.tolist()
     [[2, 4], [3, 9]]
     """
-    keys = _check_sweep(function, configs, scheduler)
+    keys = _check_sweep(function, configs)
+    _check_options(scheduler, workers, per_gpu, timeout, retries)
     entries = {name for config in configs for name in config}
-    store = Path(store)
+    store = Path(store).absolute()
     rows_in_table = {} if recompute or table is None else rows_by_key(Path(table), entries)
-    records = {} if recompute else {name: _finished(store / f"{name}.json") for name in keys}
-    if not all(records.get(name) or name in rows_in_table for name in keys):
+    before = {name: record for name in keys if (record := whole_record(store / f"{name}.json"))}
+    failed_before = {name: record["started"] for name, record in before.items() if record["status"] == "failed"}
+    known = {} if recompute else {n: r for n, r in before.items() if n not in failed_before or not retry_failed}
+    for name in rows_in_table.keys() & keys - known.keys():
+        known[name] = {"status": "finished", "rows": rows_in_table[name]}
+    for config, name in zip(configs, keys, strict=True):
+        if name in known and known[name]["rows"]:
+            check_rows(known[name]["rows"], config, entries)
+    calls = {
+        name: (config, name, store, entries, recompute, timeout, failed_before.get(name))
+        for config, name in zip(configs, keys, strict=True)
+        if name not in known
+    }
+    outcomes = {n: Outcome("reused") if r["rows"] else failure(r) for n, r in known.items()}
+    if calls:
         _check_writable(store)
-
-    runs, counts = [], {"computed": 0, "reused": 0, "failed": 0}
-    other_code, errors = 0, []
-    label = getattr(function, "__name__", type(function).__name__)
-    with bar(total=len(configs), desc=label, unit="run") as progress:
-        for config, name in zip(configs, keys, strict=True):
-            path = store / f"{name}.json"
-            # Look again: another process may have finished this run since the sweep began.
-            run = None if recompute else records[name] or _finished(path)
-            if run is not None:
-                _check_rows(run["rows"], config, entries)
-                other_code += run["provenance"].get("code") != provenance()["code"]
-                outcome = "reused"
-            elif name in rows_in_table:
-                run = {"status": "finished", "rows": rows_in_table[name]}
-                outcome = "reused"
+        with ExitStack() as stack:
+            if scheduler is None:
+                engine = _in_process
             else:
-                run = _compute(function, config, path, entries, recompute)
-                outcome = "computed" if run["status"] == "finished" else "failed"
-                errors += [run["error"]] if run["error"] else []
-            runs.append(run)
-            counts[outcome] += 1
-            progress.set_postfix(counts, refresh=False)
-            progress.update()
+                engine = _on_cluster(stack, store, scheduler, workers, per_gpu, retries)
+            show = stack.enter_context(_progress(function, outcomes, len(configs)))
+            _finish(functools.partial(engine, function, show), calls, outcomes, show)
 
+    runs = known | _read(store, {n: outcomes[n] for n in calls}, 0.0 if scheduler is None else VISIBLE_S)
+    errors = [outcome for name in keys if (outcome := outcomes[name]).word == "failed"]
     if errors:
-        first = errors[0].strip().splitlines()[-1]
+        kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(error.kind for error in errors).items())
         warnings.warn(
-            f"{len(errors)} of {len(configs)} runs failed, the first with {first}; tracebacks are in {store}",
+            f"{len(errors)} of {len(configs)} runs failed, the first with {errors[0].error} ({kinds}); tracebacks: "
+            f"python -m fsp.runs list --status failed --store {store}",
             stacklevel=2,
         )
+    reused = [runs[name] for name in keys if outcomes[name].word == "reused" and "provenance" in runs[name]]
+    other_code = sum(run["provenance"].get("code") != provenance()["code"] for run in reused)
     if other_code:
         warnings.warn(
             f"{other_code} reused runs were made by another version of fsp; recompute=True redoes them",
             stacklevel=2,
         )
-    frame = _frame(configs, keys, runs)
-    frame.attrs = {**counts, "other_code": other_code}
-    return frame
+    made = frame(configs, keys, [runs[name] for name in keys])
+    counts = Counter(outcomes[name].word for name in keys)
+    made.attrs = {word: counts[word] for word in ("computed", "reused", "failed")} | {"other_code": other_code}
+    return made
 
 
-def read_record(path: str | Path) -> dict:
-    """Record of one run.
+@contextmanager
+def _progress(function: Callable, outcomes: dict[str, Outcome], total: int) -> Iterator[Callable]:
+    """Bar over the runs; what it yields brings it up to date, and may be told the number of runs in work."""
+    label = getattr(function, "__name__", type(function).__name__)
+    # The runs known at the start are no work: they count for neither rate nor time left.
+    with bar(total=total, initial=len(outcomes), desc=label, unit="run", smoothing=0) as progress:
+        running = 0
 
-    Parameters
-    ----------
-    path : path
-        ``<key>.json`` in a store.
+        def show(now: int | None = None) -> None:
+            nonlocal running
+            running = min(running if now is None else now, total - len(outcomes))
+            words = Counter(outcome.word for outcome in outcomes.values())
+            counts = {"finished": words["computed"] + words["reused"], "running": running, "failed": words["failed"]}
+            progress.set_postfix(counts, refresh=False)
+            if len(outcomes) > progress.n:
+                progress.update(len(outcomes) - progress.n)
+            else:
+                progress.refresh()
 
-    Returns
-    -------
-    dict
-        ``schema``, ``key``, ``config``, ``status``, ``rows`` (missing metrics are nan), ``error`` (traceback or
-        None), ``provenance``, ``started`` (UTC, ISO 8601), ``wall_s`` (seconds), ``peak_memory_bytes`` (of the
-        process so far: a bound for the run) and ``peak_cuda_bytes`` (of the run, on its fullest GPU; None
-        without).
-
-    Raises
-    ------
-    ValueError
-        If the file is damaged, belongs to another config than its name says, or has another schema.
-    """
-    path = Path(path)
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(record, dict) or record.get("schema") != SCHEMA:
-            raise ValueError(f"expected a record of schema {SCHEMA}")
-        if set(record) != FIELDS or key(record["config"]) != path.stem or record["key"] != path.stem:
-            raise ValueError("its entries or its config do not fit its name")
-        rows = [{name: _known(value) for name, value in row.items()} for row in record["rows"]]
-        if record["status"] != ("finished" if rows else "failed"):
-            raise ValueError(f"status {record['status']!r} with {len(rows)} rows")
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a whole run record: {error}") from error
-    return {**record, "rows": rows}
+        show()
+        yield show
 
 
-def load(store: str | Path) -> pd.DataFrame:
-    """Table of all records in a store, oldest first, with the columns of `sweep`.
+def _finish(engine: Callable, calls: dict[str, tuple], outcomes: dict[str, Outcome], show: Callable) -> None:
+    """Bring every call to its outcome; those that another process is doing are asked for again."""
+    pause = BUSY_S
+    while calls:
+        busy = {}
+        with closing(engine(calls)) as ended:
+            for name, outcome in ended:
+                if isinstance(outcome, cluster.WorkerDied):
+                    outcome = attempt(functools.partial(_throw, outcome), *calls[name])
+                if isinstance(outcome, BaseException):
+                    raise outcome
+                if outcome.word == "busy":
+                    busy[name] = calls[name]
+                else:
+                    outcomes[name] = outcome
+                    show()
+        pause = BUSY_S if len(busy) < len(calls) else min(1.5 * pause, 10.0)
+        calls = busy
+        if busy:
+            time.sleep(pause)
 
-    Raises
-    ------
-    ValueError
-        If a record is damaged or of another schema; a sweep that meets it sets it aside.
-    """
-    named = [path for path in Path(store).glob("*.json") if re.fullmatch("[0-9a-f]{64}", path.stem)]
-    records = sorted(map(read_record, named), key=lambda record: (record["started"], record["key"]))
-    return _frame([r["config"] for r in records], [r["key"] for r in records], records)
+
+def _in_process(function: Callable, show: Callable, calls: dict[str, tuple]) -> Iterator[tuple[str, Outcome]]:
+    """Runs one after another in this process."""
+    for name, call in calls.items():
+        show(1)
+        yield name, attempt(function, *call)
 
 
-def _check_sweep(function: Callable, configs: list[dict], scheduler: None) -> list[str]:
+def _on_cluster(
+    stack: ExitStack, store: Path, scheduler: "str | Client", workers: int | None, per_gpu: int, retries: int
+) -> Callable:
+    """Runs on a cluster, which `stack` closes, with a file in the store by which workers know that it is this one."""
+    client = stack.enter_context(cluster.connect(scheduler, workers=workers, per_gpu=per_gpu, retries=retries))
+    sign = store / f".sweep-{uuid.uuid4().hex}.lock"
+    sign.touch()
+    stack.callback(sign.unlink, missing_ok=True)
+    stack.enter_context(claim(sign))
+    task = functools.partial(_task_in_store, sign)
+    return lambda function, show, calls: cluster.distribute(client, task, function, calls, retries=retries, show=show)
+
+
+def _task_in_store(sign: Path, function: Callable, *call, die: Callable | None) -> Outcome:
+    """An attempt, if this machine sees the store of the sweep."""
+    if not sign.exists():
+        raise FileNotFoundError(
+            f"worker {gethostname()} does not see the store {sign.parent} of this sweep: expected a folder that this "
+            "machine and all workers share under one path"
+        )
+    return attempt(function, *call, die=die)
+
+
+def _throw(error: Exception, config: dict) -> None:
+    """A run that ends as its workers did."""
+    raise error
+
+
+def _read(store: Path, outcomes: dict[str, Outcome], wait: float) -> dict[str, dict]:
+    """What the table needs of the runs; a record from another machine may take `wait` seconds to show here."""
+    found, end = {}, time.monotonic() + wait
+    for name, outcome in outcomes.items():
+        found[name] = {"status": "failed", "rows": []}
+        while outcome.word != "failed":
+            record = whole_record(store / f"{name}.json")
+            if record is not None:
+                found[name] = record
+                break
+            if time.monotonic() > end:
+                raise FileNotFoundError(f"record {name}.json was written to {store}, and is not there: sweep again")
+            time.sleep(0.5)
+    return found
+
+
+def _check_sweep(function: Callable, configs: list[dict]) -> list[str]:
     """Keys of the configs; raises on anything that a sweep could stumble over later."""
     if not callable(function):
         raise TypeError(f"function is {function!r}: expected a callable that takes a config")
-    if scheduler is not None:
-        raise ValueError(f"scheduler is {scheduler!r}: only None (runs in this process) is available")
     if not isinstance(configs, list | tuple):
         raise TypeError(f"configs is a {type(configs).__name__}: expected a list of dicts")
     if not configs:
@@ -264,6 +309,27 @@ def _check_sweep(function: Callable, configs: list[dict], scheduler: None) -> li
     return list(seen)
 
 
+def _check_options(scheduler: object, workers: object, per_gpu: object, timeout: object, retries: object) -> None:
+    """Raises on an option that is out of its range or belongs to another scheduler."""
+
+    def count(value: object, least: int) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+    if not cluster.is_scheduler(scheduler):
+        raise ValueError(f"scheduler is {scheduler!r}: expected {cluster.SCHEDULERS}, or a distributed.Client")
+    if workers is not None and not count(workers, 1):
+        raise ValueError(f"workers is {workers!r}: expected a whole number of at least 1, or None for all there is")
+    if not count(per_gpu, 1):
+        raise ValueError(f"per_gpu is {per_gpu!r}: expected a whole number of at least 1")
+    if (workers, per_gpu) != (None, 1) and scheduler != "local":
+        raise ValueError('workers and per_gpu belong to scheduler="local": other clusters have the workers they have')
+    if not count(retries, 0):
+        raise ValueError(f"retries is {retries!r}: expected a whole number of at least 0")
+    number = isinstance(timeout, Real) and not isinstance(timeout, bool)
+    if timeout is not None and not (number and isfinite(timeout) and timeout > 0):
+        raise ValueError(f"timeout is {timeout!r}: expected seconds above 0, or None for no limit")
+
+
 def _check_writable(store: Path) -> None:
     """Write a little into the folder, made if missing, before hours of work depend on it."""
     try:
@@ -272,171 +338,15 @@ def _check_writable(store: Path) -> None:
             file.write(bytes(65536))
             file.flush()
             os.fsync(file.fileno())
+            locks = has_locks(file)
     except OSError as error:
         message = f"no run was started, for records cannot be written here ({error.strerror}); choose a store"
         raise OSError(error.errno, f"{message} that is writable and has space", str(store)) from error
+    if not locks:
+        warnings.warn(f"{store} has no file locks: sweeps at the same time may do a run twice", stacklevel=3)
 
 
-def _compute(function: Callable, config: dict, path: Path, entries: set[str], recompute: bool) -> dict:
-    """Do one run and write its record. All a run needs is in here, so that it can be done in any process."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    for device in devices:
-        torch.cuda.reset_peak_memory_stats(device)
-    started, clock = datetime.now(UTC), time.perf_counter()
-    result = error = None
-    try:
-        result = function(copy.deepcopy(config))
-    except Exception:
-        error = traceback.format_exc()
-    wall_s = time.perf_counter() - clock
-    record = {
-        "schema": SCHEMA,
-        "key": path.stem,
-        "config": {name: _stored(value, name) for name, value in config.items()},
-        "status": "failed" if error else "finished",
-        "rows": [] if error else _check_rows(result, config, entries),
-        "error": error,
-        "provenance": provenance(),
-        "started": started.isoformat(),
-        "wall_s": wall_s,
-        "peak_memory_bytes": _peak_memory_bytes(),
-        "peak_cuda_bytes": _peak_cuda_bytes(),
-    }
-    # Without `recompute` the first of two processes to finish a run wins; a failure never replaces a result.
-    earlier = _finished(path) if error or not recompute else None
-    if earlier is not None:
-        return record if recompute else earlier
-    text = json.dumps(record, indent=1, allow_nan=False)
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    return record if error else read_record(path)
+if __name__ == "__main__":
+    from fsp.housekeeping import main
 
-
-def _finished(path: Path) -> dict | None:
-    """Record of a finished run, if there is one; a damaged file is set aside."""
-    try:
-        record = read_record(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except ValueError as error:
-        warnings.warn(f"{error}; set aside as {path.name}.corrupt, the run is done again", stacklevel=3)
-        with suppress(FileNotFoundError):  # another process may have set it aside first
-            os.replace(path, f"{path}.corrupt")
-        return None
-    return record if record["status"] == "finished" else None
-
-
-def _peak_memory_bytes() -> int | None:
-    """Most memory this process ever held."""
-    if resource is None:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak  # kibibytes everywhere else
-
-
-def _peak_cuda_bytes() -> int | None:
-    """Most memory the run held on one GPU, or None if it used none."""
-    if not torch.cuda.is_initialized():
-        return None
-    return max(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count())) or None
-
-
-def _number(text: str) -> int | float:
-    """A JSON float, as an int where it is whole."""
-    value = float(text)
-    return int(value) if value.is_integer() else value
-
-
-def _plain(value: object, name: str) -> object:
-    """JSON twin of a config value, tuples as lists; raises on what JSON cannot hold exactly."""
-    if not isinstance(name, str):
-        raise TypeError(f"config entry {name!r}: expected a name of type str")
-    if value is None or isinstance(value, bool | str):
-        return value
-    if isinstance(value, int):
-        return int(value)
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise ValueError(f"config entry {name!r} is {value}: expected a finite number, or None if not set")
-        return float(value)
-    if isinstance(value, list | tuple):
-        return [_plain(item, f"{name}[{index}]") for index, item in enumerate(value)]
-    if isinstance(value, dict):
-        if strange := [entry for entry in value if not isinstance(entry, str)]:
-            raise TypeError(f"config entry {name!r} holds a name {strange[0]!r}: expected str")
-        return {entry: _plain(item, f"{name}.{entry}") for entry, item in value.items()}
-    raise TypeError(
-        f"config entry {name!r} is {value!r} of type {type(value).__name__}: expected None, bool, int, float, str, "
-        "or a list, tuple or dict of these"
-    )
-
-
-def _stored(value: object, name: str) -> object:
-    """JSON twin of a config value for the record; `EXCLUDED` ones may be anything and are kept as text."""
-    try:
-        return _plain(value, name)
-    except (TypeError, ValueError):
-        return str(value)
-
-
-def _check_rows(result: object, config: dict, entries: set[str]) -> list[dict]:
-    """Rows that `function` returned, nan as None; raises on what a record or a table cannot hold."""
-    rows = result if isinstance(result, list) else [result]
-    if not rows or not all(isinstance(row, dict) for row in rows):
-        raise TypeError(f"run {config!r} returned {result!r}: expected a dict or a list of at least one dict")
-    return [{name: _check_metric(name, row[name], config, entries) for name in row} for row in rows]
-
-
-def _check_metric(name: object, value: object, config: dict, entries: set[str]) -> object:
-    """JSON twin of a metric; raises on what a record or a table cannot hold."""
-    where = f"run {config!r} returned {name!r}: {value!r}"
-    if not isinstance(name, str) or not isinstance(value, None | bool | int | float | str):
-        raise TypeError(f"{where}, a {type(value).__name__}: expected str: int, float, bool, str or None")
-    if name in entries or name in OWN_COLUMNS:
-        raise ValueError(f"{where}, but a config entry or a column of the table has that name: rename it")
-    if isinstance(value, str) and not (value.isprintable() and isinstance(value_of(value), str)):
-        raise ValueError(f"{where}: expected printable text that a CSV file does not turn into a number")
-    if isinstance(value, float) and math.isinf(value):
-        raise ValueError(f"{where}: expected a finite number, or nan where it is undefined")
-    if isinstance(value, float):
-        return None if math.isnan(value) else float(value)
-    return value
-
-
-def _known(value: object) -> object:
-    """A metric from a record: null is nan, and nothing is nested."""
-    if isinstance(value, list | dict):
-        raise ValueError(f"metric {value!r} is no scalar")
-    return math.nan if value is None else value
-
-
-def _frame(configs: list[dict], keys: list[str], runs: list[dict]) -> pd.DataFrame:
-    """Tidy table: config entries, metrics, status and key, each column with the type its values give it."""
-    entries = [name for config in configs for name in config if name not in EXCLUDED]
-    metrics = [name for run in runs for row in run["rows"] for name in row]
-    lines = []
-    for config, name, run in zip(configs, keys, runs, strict=True):
-        own = {entry: _cell(config[entry], entry) for entry in config if entry not in EXCLUDED}
-        lines += [{**own, **row, "status": run["status"], "key": name} for row in run["rows"] or [{}]]
-    columns = dict.fromkeys([*entries, *metrics, *OWN_COLUMNS])  # unique, in order of first appearance
-    return pd.DataFrame({column: _column([line.get(column) for line in lines]) for column in columns})
-
-
-def _cell(value: object, name: str) -> object:
-    """A config value as a scalar; what is nested or breaks lines becomes compact JSON."""
-    plain = _plain(value, name)
-    scalar = plain.isprintable() if isinstance(plain, str) else not isinstance(plain, list | dict)
-    return plain if scalar else json.dumps(plain, separators=(",", ":"))
-
-
-def _column(values: list) -> pd.Series:
-    """Series whose type depends on the values alone, not on the order or the source of the rows."""
-    values = [math.nan if value is None else value for value in values]
-    kinds = {type(value) for value in values}
-    if kinds <= {bool}:
-        return pd.Series(values, dtype=bool)
-    if kinds <= {bool, int}:
-        return pd.Series([int(value) for value in values])
-    if kinds <= {bool, int, float}:
-        return pd.Series(values, dtype="float64")
-    return pd.Series(values)
+    sys.exit(main())

@@ -1,3 +1,4 @@
+import errno
 import functools
 import json
 import math
@@ -8,8 +9,11 @@ import re
 import resource
 import signal
 import subprocess
+import sys
 import time
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -17,8 +21,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fsp import attempt, claims, paths, records, runs, tables
 from fsp import provenance as provenance_module
-from fsp import runs, tables
+from fsp.claims import claim, is_claimed, owner
 from fsp.provenance import provenance
 from fsp.runs import key, load, read_record, sweep
 
@@ -156,7 +161,8 @@ def test_a_record_tells_all_about_its_run(tmp_path):
     assert path.name == f"{key(config)}.json"
     assert raw["config"] == {"x": 0.5, "widths": [1, 2], "device": "cpu", "out_dir": str(tmp_path)}
     assert raw["rows"] == [{"y": None, "z": None}]
-    assert (raw["schema"], raw["key"], raw["status"], raw["error"]) == (1, key(config), "finished", None)
+    assert (raw["schema"], raw["key"], raw["status"]) == (2, key(config), "finished")
+    assert (raw["kind"], raw["error"]) == (None, None)
     assert raw["provenance"] == provenance()
     assert pd.Timestamp(raw["started"]).utcoffset().total_seconds() == 0
     assert 0.02 <= raw["wall_s"] < 10
@@ -240,13 +246,14 @@ def test_a_failure_never_replaces_a_result(tmp_path):
         lambda path: path.write_bytes(b""),
         lambda path: path.write_bytes(b"\xff\x00" * 40),
         lambda path: path.write_text("[]"),
-        lambda path: path.write_text(path.read_text().replace('"schema": 1', '"schema": 0')),
+        lambda path: path.write_text(path.read_text().replace('"schema": 2', '"schema": 3')),
         lambda path: path.write_text(path.read_text().replace('"x": 2', '"x": 4')),
         lambda path: path.write_text(path.read_text().replace('"wall_s"', '"wall"')),
         lambda path: path.write_text(path.read_text().replace('"square": 4', '"square": [4]')),
         lambda path: path.write_text(path.read_text().replace('"finished"', '"done"')),
+        lambda path: path.write_text(path.read_text().replace('"kind": null', '"kind": "timeout"')),
     ],
-    ids=["truncated", "empty", "binary", "list", "schema", "config", "field", "metric", "status"],
+    ids=["truncated", "empty", "binary", "list", "schema", "config", "field", "metric", "status", "kind"],
 )
 def test_a_damaged_record_is_set_aside_and_computed_again(tmp_path, damage):
     whole = sweep(square, XS, store=tmp_path)
@@ -379,12 +386,12 @@ def test_unprintable_text_in_a_config_is_kept_apart_in_the_table(tmp_path):
 def test_the_progress_bar_counts_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FSP_PROGRESS", "1")
     sweep(square, XS[:1], store=tmp_path)
-    capsys.readouterr()
+    assert "running=1" in capsys.readouterr().err
     with pytest.warns(UserWarning, match="failed"):
         sweep(fails_at_2, XS, store=tmp_path)
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert re.search(r"fails_at_2: 100%.* 3/3 .*run.*computed=1, reused=1, failed=1", captured.err)
+    assert re.search(r"fails_at_2: 100%.* 3/3 .*run.*finished=2, running=0, failed=1", captured.err)
 
 
 def test_load_gives_all_records_and_nothing_else(tmp_path):
@@ -406,7 +413,17 @@ def test_load_gives_all_records_and_nothing_else(tmp_path):
         (never, [{"x": 1}, {"y": 1}, {"x": 1.0, "device": "cuda"}], {}, ValueError, r"\[2\] is the same .*0\].*: 1.0,"),
         (never, [{"x": 1, "status": 1}], {}, ValueError, r"configs\[0\] has an entry 'status'"),
         (never, [{"key": 1}], {}, ValueError, r"configs\[0\] has an entry 'key'"),
-        (never, XS, {"scheduler": "tcp://a:1"}, ValueError, "scheduler is 'tcp://a:1': only None"),
+        (never, XS, {"scheduler": "here"}, ValueError, 'scheduler is .here.: expected None .*"local" or the address'),
+        (never, XS, {"scheduler": "10.0.0.1:8786"}, ValueError, "scheduler is '10.0.0.1:8786': expected None"),
+        (never, XS, {"scheduler": 4}, ValueError, "scheduler is 4: expected None"),
+        (never, XS, {"workers": 2}, ValueError, 'workers and per_gpu belong to scheduler="local"'),
+        (never, XS, {"scheduler": "tcp://a:1", "per_gpu": 2}, ValueError, "workers and per_gpu belong"),
+        (never, XS, {"scheduler": "local", "workers": 0}, ValueError, "workers is 0: expected a whole number of at"),
+        (never, XS, {"scheduler": "local", "workers": True}, ValueError, "workers is True: expected"),
+        (never, XS, {"scheduler": "local", "per_gpu": 0}, ValueError, "per_gpu is 0: expected"),
+        (never, XS, {"timeout": 0}, ValueError, "timeout is 0: expected seconds above 0"),
+        (never, XS, {"timeout": math.inf}, ValueError, "timeout is inf: expected"),
+        (never, XS, {"retries": -1}, ValueError, "retries is -1: expected"),
     ],
 )  # fmt: skip
 def test_bad_input_is_named_before_any_run(tmp_path, function, configs, options, error, named):
@@ -599,28 +616,20 @@ def test_a_sweep_that_is_killed_and_restarted_repeats_nothing_and_loses_nothing(
     assert (folder / "table.csv").read_bytes() == table
 
 
-def test_two_processes_on_one_store_end_with_the_same_table(tmp_path):
+def test_two_processes_on_one_store_do_each_run_once_and_end_with_the_same_table(tmp_path):
     folder = tmp_path / "shared"
     folder.mkdir()
     processes = [CHILDREN.Process(target=child, args=(folder, name)) for name in ("one", "two")]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(30)
+        process.join(60)
     assert [process.exitcode for process in processes] == [0, 0]
     frame, table = undisturbed(tmp_path / "whole")
     assert [(folder / f"{name}.csv").read_bytes() for name in ("one", "two")] == [table, table]
     assert sweep(never, MANY, store=folder / "runs").equals(frame)
-    assert not list((folder / "runs").glob("*.corrupt"))
-
-
-def test_of_two_processes_the_first_to_finish_a_run_decides_its_result(tmp_path):
-    def overtaken(config):
-        sweep(lambda c: {"by": "other"}, [config], store=tmp_path)
-        return {"by": "me"}
-
-    assert sweep(overtaken, XS[:1], store=tmp_path)["by"].tolist() == ["other"]
-    assert load(tmp_path)["by"].tolist() == ["other"]
+    assert sorted(log_of(folder)) == sorted(f"{config['seed']} False" for config in MANY)
+    assert sorted(path.name for path in (folder / "runs").iterdir()) == sorted(f"{key(c)}.json" for c in MANY)
 
 
 def test_a_run_that_another_process_finished_meanwhile_is_reused(tmp_path):
@@ -631,3 +640,258 @@ def test_a_run_that_another_process_finished_meanwhile_is_reused(tmp_path):
     frame = sweep(ahead, XS[:2], store=tmp_path)
     assert frame["square"].tolist() == [1, 4]
     assert frame.attrs == {"computed": 1, "reused": 1, "failed": 0, "other_code": 0}
+
+
+def test_a_run_in_which_another_process_failed_meanwhile_is_not_tried_again(tmp_path):
+    def ahead(config):
+        with pytest.warns(UserWarning, match="failed"):
+            sweep(fails_at_2, [{"x": 2}], store=tmp_path)
+        return square(config)
+
+    with pytest.warns(UserWarning, match="1 of 2 runs failed, the first with ArithmeticError: two is too many"):
+        frame = sweep(ahead, [{"x": 1}, {"x": 2}], store=tmp_path)
+    assert frame["status"].tolist() == ["finished", "failed"]
+
+
+# ---- claims ------------------------------------------------------------------------------------------------------
+
+
+def holder(path, connection):
+    with claim(path) as mine:
+        connection.send(mine)
+        connection.recv()
+
+
+def until(happened):
+    """Wait for an event, and fail rather than wait for ever."""
+    end = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+@contextmanager
+def held_elsewhere(path):
+    """A process that holds a claim until the with block says "release" or kills it."""
+    ours, theirs = CHILDREN.Pipe()
+    process = CHILDREN.Process(target=holder, args=(path, theirs), daemon=True)
+    process.start()
+
+    def release():
+        ours.send(None)
+        process.join(60)
+
+    try:
+        assert ours.recv()
+        yield process, release
+    finally:
+        process.kill()
+        process.join(60)
+
+
+def test_a_claim_is_granted_once_and_again_when_it_is_given_back(tmp_path):
+    path = tmp_path / "store" / "run.json"
+    with claim(path) as mine:
+        assert mine
+        assert is_claimed(path)
+        assert f"process {os.getpid()}" in owner(path)
+        with claim(path) as other:
+            assert not other
+        with claim(tmp_path / "store" / "other.json") as free:
+            assert free
+        assert is_claimed(path)
+    assert not is_claimed(path)
+    assert list(path.parent.iterdir()) == []
+    with claim(path) as mine:
+        assert mine
+
+
+def test_a_claim_is_given_back_by_an_exception(tmp_path):
+    with pytest.raises(KeyboardInterrupt), claim(tmp_path / "run.json"):
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_claim_of_a_killed_process_is_void_at_once(tmp_path):
+    path = tmp_path / f"{key(XS[0])}.json"
+    with held_elsewhere(path) as (process, _):
+        assert is_claimed(path)
+        process.kill()
+        process.join(60)
+    assert path.with_suffix(".lock").exists()
+    assert not is_claimed(path)
+    assert sweep(square, XS, store=tmp_path).attrs["computed"] == 3
+    assert list(tmp_path.glob("*.lock")) == []
+
+
+def test_a_claim_on_a_lock_file_that_its_owner_has_just_removed_is_no_claim(tmp_path, monkeypatch):
+    path, flock, calls = tmp_path / "run.json", claims.fcntl.flock, []
+
+    def late(file, how):  # between our open and our lock the owner removes the file
+        if not calls:
+            path.with_suffix(".lock").unlink()
+        calls.append(how)
+        return flock(file, how)
+
+    monkeypatch.setattr(claims.fcntl, "flock", late)
+    with claim(path) as mine:
+        assert mine
+        assert len(calls) == 2
+        assert path.with_suffix(".lock").exists()
+
+
+def test_a_run_that_another_process_has_claimed_is_left_to_it_and_the_others_are_done_meanwhile(tmp_path):
+    path = tmp_path / f"{key(XS[0])}.json"
+    with held_elsewhere(path) as (_, release), ThreadPoolExecutor() as pool:
+        sweeping = pool.submit(sweep, square, XS, store=tmp_path)
+        until(lambda: len(list(tmp_path.glob("[0-9a-f]*.json"))) == 2)
+        assert sorted(load(tmp_path)["x"]) == [2, 3]
+        sweep(square, XS[:1], store=tmp_path / "other")
+        os.replace(tmp_path / "other" / path.name, path)  # the other process finishes
+        release()
+        frame = sweeping.result(60)
+    assert frame["square"].tolist() == [1, 4, 9]
+    assert frame.attrs == {"computed": 2, "reused": 1, "failed": 0, "other_code": 0}
+
+
+@pytest.mark.parametrize("lack", [OSError(errno.ENOLCK, "no locks"), OSError(errno.ENOTSUP, "none"), None])
+def test_without_file_locks_sweeps_go_on_with_a_warning_and_the_first_to_finish_decides(tmp_path, monkeypatch, lack):
+    def refuse(file, how):
+        raise lack
+
+    monkeypatch.setattr(claims, "fcntl", lack and SimpleNamespace(flock=refuse, LOCK_EX=2, LOCK_NB=4, LOCK_SH=1))
+
+    def overtaken(config):
+        with pytest.warns(UserWarning, match="no file locks"):
+            sweep(lambda c: {"by": "other"}, [config], store=tmp_path)
+        return {"by": "me"}
+
+    with pytest.warns(UserWarning, match="no file locks: sweeps at the same time may do a run twice"):
+        assert sweep(overtaken, XS[:1], store=tmp_path)["by"].tolist() == ["other"]
+    assert load(tmp_path)["by"].tolist() == ["other"]
+    assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
+
+
+# ---- failure is data ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fail", "kind", "named"),
+    [
+        (lambda: 1 / 0, "exception", "ZeroDivisionError"),
+        (lambda: (_ for _ in ()).throw(FloatingPointError("loss is nan")), "non-finite", "loss is nan"),
+        (lambda: torch.empty(1 << 60), "out of memory", "DefaultCPUAllocator"),
+        (lambda: bytearray(1 << 62), "out of memory", "MemoryError"),
+        (lambda: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError("CUDA out of memory")), "out of memory", "CUDA"),
+        (lambda: time.sleep(600), "timeout", "not finished after 0.3 s"),
+        (lambda: (_ for _ in ()).throw(TimeoutError("a server")), "exception", "a server"),
+    ],
+)
+def test_a_failure_is_recorded_by_its_kind_and_the_sweep_goes_on(tmp_path, fail, kind, named):
+    def run(config):
+        return {"y": 1} if config["x"] != 2 else fail()
+
+    with pytest.warns(UserWarning, match=rf"1 of 3 runs failed, .*\(1 {kind}\); tracebacks: python -m fsp.runs list"):
+        frame = sweep(run, XS, store=tmp_path, timeout=0.3)
+    assert frame["status"].tolist() == ["finished", "failed", "finished"]
+    record = read_record(tmp_path / f"{key({'x': 2})}.json")
+    assert (record["status"], record["kind"], record["rows"]) == ("failed", kind, [])
+    assert record["config"] == {"x": 2}
+    assert named in record["error"]
+    assert "in run" in record["error"]
+
+
+@pytest.mark.parametrize("retry", [True, False])
+def test_failed_runs_are_tried_again_unless_told_otherwise(tmp_path, retry):
+    with pytest.warns(UserWarning, match="1 of 3 runs failed"):
+        sweep(fails_at_2, XS, store=tmp_path)
+    if retry:
+        frame = sweep(square, XS, store=tmp_path, retry_failed=True)
+    else:
+        with pytest.warns(UserWarning, match="1 of 3 runs failed, the first with ArithmeticError: two is too many"):
+            frame = sweep(never, XS, store=tmp_path, retry_failed=False)
+        assert frame.equals(load(tmp_path))
+    assert frame["status"].tolist() == ["finished", "finished" if retry else "failed", "finished"]
+    assert frame.attrs == {"computed": int(retry), "reused": 2, "failed": int(not retry), "other_code": 0}
+
+
+def test_a_gpu_error_that_spoils_the_process_ends_it_after_the_record_is_written(tmp_path):
+    def spoil(config):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    class Ended(Exception):
+        pass
+
+    def die():
+        raise Ended
+
+    name = key(XS[0])
+    with pytest.raises(Ended):
+        attempt.attempt(spoil, XS[0], name, tmp_path, {"x"}, False, None, None, die=die)
+    record = read_record(tmp_path / f"{name}.json")
+    assert (record["status"], record["kind"]) == ("failed", "exception")
+    again = attempt.attempt(spoil, XS[0], name, tmp_path, {"x"}, False, None, None, die=die)
+    assert (again.word, again.kind) == ("failed", "exception")
+
+
+def test_a_disk_that_fills_up_in_the_middle_stops_with_a_clear_message_and_loses_no_record(tmp_path):
+    def run(config):
+        return [{"n": n, "text": "x" * 100} for n in range(1000 if config["x"] == 2 else 1)]
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # what a file may hold, as on a full disk
+    try:
+        with pytest.raises(OSError, match=r"record cannot be written .*those before it are kept: make space") as error:
+            sweep(run, XS, store=tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(tmp_path) in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == [f"{key(XS[0])}.json"]
+    assert sweep(run, XS, store=tmp_path).attrs["computed"] == 2
+
+
+def as_schema_1(path):
+    raw = json.loads(path.read_text())
+    del raw["kind"]
+    path.write_text(json.dumps({**raw, "schema": 1}, indent=1))
+
+
+def test_records_of_schema_1_are_read_reused_and_retried_as_ever(tmp_path):
+    with pytest.warns(UserWarning, match="1 of 3 runs failed"):
+        before = sweep(fails_at_2, XS, store=tmp_path)
+    for path in tmp_path.iterdir():
+        as_schema_1(path)
+    assert load(tmp_path).equals(before)
+    assert [read_record(tmp_path / f"{key(c)}.json")["kind"] for c in XS] == [None, "exception", None]
+    frame = sweep(square, XS, store=tmp_path)
+    assert frame.attrs == {"computed": 1, "reused": 2, "failed": 0, "other_code": 0}
+    assert frame.equals(sweep(square, XS, store=tmp_path / "undisturbed"))
+    assert list(tmp_path.glob("*.corrupt")) == []
+
+
+def test_a_record_of_schema_1_with_a_field_of_schema_2_is_damaged(tmp_path):
+    sweep(square, XS[:1], store=tmp_path)
+    (path,) = tmp_path.iterdir()
+    path.write_text(path.read_text().replace('"schema": 2', '"schema": 1'))
+    with pytest.raises(ValueError, match="entries are not those of its schema"):
+        read_record(path)
+
+
+def test_load_reads_the_repository_s_own_store_unless_told_another(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "DATA", tmp_path)
+    monkeypatch.setattr(records, "outputs", paths.outputs)
+    assert load().empty
+    frame = sweep(square, XS, store=tmp_path / "runs")
+    assert load().equals(frame)
+
+
+def test_a_sweep_in_this_process_does_not_import_dask(tmp_path):
+    code = (
+        "import sys, tempfile\n"
+        "from fsp import parameters, runs\n"
+        "parameters.check(scheduler='tcp://10.0.0.1:8786')\n"
+        "runs.sweep(lambda c: {'y': c['x']}, [{'x': 1}], store=tempfile.mkdtemp(), timeout=60)\n"
+        "print(sorted({m.split('.')[0] for m in sys.modules} & {'dask', 'distributed'}))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

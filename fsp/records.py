@@ -1,0 +1,267 @@
+"""Records of runs: their names, their files, and the table made of them.
+
+A record is one JSON file named by the `key` of its run's config. It is written whole or not at all, by the process
+that did the run.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import warnings
+from contextlib import suppress
+from pathlib import Path
+
+import pandas as pd
+
+from fsp.paths import outputs, replacing
+from fsp.tables import OWN_COLUMNS, value_of
+
+EXCLUDED = frozenset({"device", "threads", "workers", "verbose", "out_dir", "root", "download"})
+SCHEMA = 2  # of the records; a change of EXCLUDED or of `key` is a change of schema
+KINDS = ("exception", "timeout", "non-finite", "out of memory", "worker died")
+FIELDS = {"schema", "key", "config", "status", "rows", "kind", "error", "provenance", "started", "wall_s"}
+FIELDS |= {"peak_memory_bytes", "peak_cuda_bytes"}
+ADDED = {1: {"kind"}}  # fields that records of an older schema do not have yet
+
+
+def key(config: dict) -> str:
+    """Name of a run: SHA-256 of the canonical JSON of its config.
+
+    Entries are sorted, `EXCLUDED` ones dropped (they say where and how a run is done, not what it is), ``1.0``
+    counts as ``1`` and a tuple as a list. The seed is an entry like any other.
+
+    Parameters
+    ----------
+    config : dict
+        Names to None, bool, int, finite float, str, or lists, tuples and dicts of these.
+
+    Returns
+    -------
+    str
+        64 hexadecimal digits.
+
+    Raises
+    ------
+    TypeError
+        If `config` is no dict, a name is no string, or a value is of another type (named in the message).
+    ValueError
+        If a number is nan or infinite.
+
+    Examples
+    --------
+    >>> key({"density": 1.0, "widths": (8, 8)}) == key({"widths": [8, 8], "density": 1, "device": "cuda"})
+    True
+    """
+    if not isinstance(config, dict):
+        raise TypeError(f"config is {config!r}: expected a dict of names and values")
+    named = {name: plain(value, name) for name, value in config.items() if name not in EXCLUDED}
+    identity = json.loads(json.dumps(named), parse_float=_number)
+    text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_record(path: str | Path) -> dict:
+    """Record of one run.
+
+    Parameters
+    ----------
+    path : path
+        ``<key>.json`` in a store.
+
+    Returns
+    -------
+    dict
+        ``schema``, ``key``, ``config``, ``status`` ("finished" or "failed"), ``rows`` (missing metrics are nan),
+        ``kind`` (of failure, one of `KINDS`, or None), ``error`` (traceback or None), ``provenance``, ``started``
+        (UTC, ISO 8601), ``wall_s`` (seconds), ``peak_memory_bytes`` (of the process so far: a bound for the run) and
+        ``peak_cuda_bytes`` (of the run, on its fullest GPU; None without).
+
+    Raises
+    ------
+    ValueError
+        If the file is damaged, belongs to another config than its name says, or has a schema not known here.
+
+    Notes
+    -----
+    Records of schema 1, which had no ``kind``, are read as if their failures were of kind "exception".
+    """
+    path = Path(path)
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(record, dict) or record.get("schema") not in (SCHEMA, *ADDED):
+            raise ValueError(f"expected a record of schema {', '.join(map(str, (*ADDED, SCHEMA)))}")
+        if set(record) != FIELDS - ADDED.get(record["schema"], set()):
+            raise ValueError("its entries are not those of its schema")
+        if key(record["config"]) != path.stem or record["key"] != path.stem:
+            raise ValueError("its config does not fit its name")
+        rows = [{name: _known(value) for name, value in row.items()} for row in record["rows"]]
+        if record["status"] != ("finished" if rows else "failed"):
+            raise ValueError(f"status {record['status']!r} with {len(rows)} rows")
+        kind = record.get("kind", None if rows else "exception")
+        if kind not in (KINDS if not rows else (None,)):
+            raise ValueError(f"status {record['status']!r} of kind {kind!r}")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a whole run record: {error}") from error
+    return {**record, "kind": kind, "rows": rows}
+
+
+def write_record(path: Path, record: dict, *, replace: bool) -> dict:
+    """Write a record atomically, unless a result is there that it may not replace; the record that counts.
+
+    A failure never replaces a result. Without `replace` nothing does: the first process to finish a run wins.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be written, as on a full disk; what was there stays.
+    """
+    earlier = whole_record(path) if record["status"] == "failed" or not replace else None
+    if earlier is not None and earlier["status"] == "finished":
+        return record if replace else earlier
+    text = json.dumps(record, indent=1, allow_nan=False)
+    try:
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except OSError as error:
+        message = f"this record cannot be written ({error.strerror}); those before it are kept: make space, then sweep"
+        raise OSError(error.errno, f"{message} again", str(path)) from error
+    return read_record(path)
+
+
+def whole_record(path: Path) -> dict | None:
+    """Record of a run, finished or failed, if there is one; a damaged file is set aside with a warning."""
+    try:
+        return read_record(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        warnings.warn(f"{error}; set aside as {path.name}.corrupt, the run is done again", stacklevel=3)
+        with suppress(FileNotFoundError):  # another process may have set it aside first
+            os.replace(path, f"{path}.corrupt")
+        return None
+
+
+def record_paths(store: str | Path) -> list[Path]:
+    """Files of a store that are named as records are."""
+    return [path for path in Path(store).glob("*.json") if re.fullmatch("[0-9a-f]{64}", path.stem)]
+
+
+def load(store: str | Path | None = None) -> pd.DataFrame:
+    """Table of all records in a store, oldest first, with the columns of `fsp.runs.sweep`.
+
+    Parameters
+    ----------
+    store : path, optional
+        Folder of the records; default the repository's own, ``data/runs``. A folder that does not exist is empty.
+
+    Raises
+    ------
+    ValueError
+        If a record is damaged or of an unknown schema; a sweep that meets it sets it aside.
+    """
+    records = [read_record(path) for path in record_paths(outputs().runs if store is None else store)]
+    records.sort(key=lambda record: (record["started"], record["key"]))
+    return frame([r["config"] for r in records], [r["key"] for r in records], records)
+
+
+def frame(configs: list[dict], keys: list[str], runs: list[dict]) -> pd.DataFrame:
+    """Tidy table: config entries, metrics, status and key, each column with the type its values give it."""
+    entries = [name for config in configs for name in config if name not in EXCLUDED]
+    metrics = [name for run in runs for row in run["rows"] for name in row]
+    lines = []
+    for config, name, run in zip(configs, keys, runs, strict=True):
+        own = {entry: _cell(config[entry], entry) for entry in config if entry not in EXCLUDED}
+        lines += [{**own, **row, "status": run["status"], "key": name} for row in run["rows"] or [{}]]
+    columns = dict.fromkeys([*entries, *metrics, *OWN_COLUMNS])  # unique, in order of first appearance
+    return pd.DataFrame({column: _column([line.get(column) for line in lines]) for column in columns})
+
+
+def plain(value: object, name: str) -> object:
+    """JSON twin of a config value, tuples as lists; raises on what JSON cannot hold exactly."""
+    if not isinstance(name, str):
+        raise TypeError(f"config entry {name!r}: expected a name of type str")
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"config entry {name!r} is {value}: expected a finite number, or None if not set")
+        return float(value)
+    if isinstance(value, list | tuple):
+        return [plain(item, f"{name}[{index}]") for index, item in enumerate(value)]
+    if isinstance(value, dict):
+        if strange := [entry for entry in value if not isinstance(entry, str)]:
+            raise TypeError(f"config entry {name!r} holds a name {strange[0]!r}: expected str")
+        return {entry: plain(item, f"{name}.{entry}") for entry, item in value.items()}
+    raise TypeError(
+        f"config entry {name!r} is {value!r} of type {type(value).__name__}: expected None, bool, int, float, str, "
+        "or a list, tuple or dict of these"
+    )
+
+
+def stored(value: object, name: str) -> object:
+    """JSON twin of a config value for the record; `EXCLUDED` ones may be anything and are kept as text."""
+    try:
+        return plain(value, name)
+    except (TypeError, ValueError):
+        return str(value)
+
+
+def check_rows(result: object, config: dict, entries: set[str]) -> list[dict]:
+    """Rows that `function` returned, nan as None; raises on what a record or a table cannot hold."""
+    rows = result if isinstance(result, list) else [result]
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise TypeError(f"run {config!r} returned {result!r}: expected a dict or a list of at least one dict")
+    return [{name: _check_metric(name, row[name], config, entries) for name in row} for row in rows]
+
+
+def _check_metric(name: object, value: object, config: dict, entries: set[str]) -> object:
+    """JSON twin of a metric; raises on what a record or a table cannot hold."""
+    where = f"run {config!r} returned {name!r}: {value!r}"
+    if not isinstance(name, str) or not isinstance(value, None | bool | int | float | str):
+        raise TypeError(f"{where}, a {type(value).__name__}: expected str: int, float, bool, str or None")
+    if name in entries or name in OWN_COLUMNS:
+        raise ValueError(f"{where}, but a config entry or a column of the table has that name: rename it")
+    if isinstance(value, str) and not (value.isprintable() and isinstance(value_of(value), str)):
+        raise ValueError(f"{where}: expected printable text that a CSV file does not turn into a number")
+    if isinstance(value, float) and math.isinf(value):
+        raise ValueError(f"{where}: expected a finite number, or nan where it is undefined")
+    if isinstance(value, float):
+        return None if math.isnan(value) else float(value)
+    return value
+
+
+def _known(value: object) -> object:
+    """A metric from a record: null is nan, and nothing is nested."""
+    if isinstance(value, list | dict):
+        raise ValueError(f"metric {value!r} is no scalar")
+    return math.nan if value is None else value
+
+
+def _number(text: str) -> int | float:
+    """A JSON float, as an int where it is whole."""
+    value = float(text)
+    return int(value) if value.is_integer() else value
+
+
+def _cell(value: object, name: str) -> object:
+    """A config value as a scalar; what is nested or breaks lines becomes compact JSON."""
+    value = plain(value, name)
+    scalar = value.isprintable() if isinstance(value, str) else not isinstance(value, list | dict)
+    return value if scalar else json.dumps(value, separators=(",", ":"))
+
+
+def _column(values: list) -> pd.Series:
+    """Series whose type depends on the values alone, not on the order or the source of the rows."""
+    values = [math.nan if value is None else value for value in values]
+    kinds = {type(value) for value in values}
+    if kinds <= {bool}:
+        return pd.Series(values, dtype=bool)
+    if kinds <= {bool, int}:
+        return pd.Series([int(value) for value in values])
+    if kinds <= {bool, int, float}:
+        return pd.Series(values, dtype="float64")
+    return pd.Series(values)
