@@ -17,16 +17,17 @@ RTOL = 1e-6  # numbers closer than this, relative to the larger one, count as th
 
 
 class Outcome(NamedTuple):
-    """How one notebook ended: `error` is empty if it finished."""
+    """How one notebook ended: `error` is empty if it finished, `earlier` says that it did so before this call."""
 
     stem: str
     seconds: float
     error: str
+    earlier: bool = False
 
     @property
     def status(self) -> str:
-        """``finished`` or ``failed``."""
-        return "failed" if self.error else "finished"
+        """``finished``, ``finished earlier`` or ``failed``."""
+        return "failed" if self.error else "finished earlier" if self.earlier else "finished"
 
 
 def broken_promise(out: Path, stem: str) -> str:
@@ -225,7 +226,7 @@ def write(out: Path, outcomes: list[Outcome], *, profile: str, given: dict, reco
         In the order they ran.
     profile : {"quick", "smoke", "paper"}
     given : dict
-        Parameters set on the command line.
+        Parameters set on the command line; not the scheduler, which changes no result.
     records_before : int
         Run records that lay in `out` at the start, reused where they fit.
 
@@ -253,7 +254,8 @@ def write(out: Path, outcomes: list[Outcome], *, profile: str, given: dict, reco
     lines += ["## Notebooks", "", _markdown(["Notebook", "Status", "Seconds", "Executed"], rows), ""]
     for outcome in outcomes:
         if outcome.error:
-            partial = f"As far as it came: `{out / 'notebooks' / outcome.stem}.ipynb`"
+            executed = out / "notebooks" / f"{outcome.stem}.ipynb"
+            partial = f"As far as it came: `{executed}`" if executed.exists() else "It ended before its first cell."
             lines += [f"### {outcome.stem} failed", "", "```text", outcome.error, "```", "", partial, ""]
     lines += ["## Claims", "", claims_table(claims) if len(claims) else "None.", ""]
     lines += ["## Differences to the committed results", ""]
@@ -265,7 +267,7 @@ def write(out: Path, outcomes: list[Outcome], *, profile: str, given: dict, reco
     with paths.replacing(out / "report.md") as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-    short = [f"{o.stem}: {o.status} after {o.seconds:.0f} s" + f"\n{o.error}\n" * bool(o.error) for o in outcomes]
+    short = [f"{o.stem}: {o.status}, {o.seconds:.0f} s" + f"\n{o.error}\n" * bool(o.error) for o in outcomes]
     short += ["", "claims:"] * bool(len(claims))
     short += [
         f"  {row['holds']:<12} {measured(row)}, n = {row['n']}, published {row['published'] or '-'}: {row['claim']}"

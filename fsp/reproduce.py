@@ -9,29 +9,22 @@ import argparse
 import ast
 import hashlib
 import json
-import multiprocessing
-import os
 import re
 import signal
 import sys
 import tempfile
-import time
-from multiprocessing.connection import Connection
 from pathlib import Path
 
-import nbformat
 import papermill
 import yaml
-from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
 from nbconvert.filters import markdown2html
 from papermill.iorw import NoDatesSafeLoader
 
-from fsp import committed
+from fsp import committed, execute
 from fsp.paths import NOTEBOOKS, PROFILES, ROOT, replacing
 
-KERNEL = "python3"
 VERSIONS = ("code", "python", "torch", "torchvision", "numpy", "scipy", "pandas")
-ERROR_LINES = 15
+STYLE = "body { font: 16px sans-serif; margin: 2em } td, th { padding: 0 1em 0.3em 0; text-align: left }"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,19 +42,21 @@ def main(argv: list[str] | None = None) -> int:
     """
     parser = _parser()
     args = parser.parse_args(argv)
-    if (args.check or args.refresh) and (args.parameters or args.out or args.timeout or args.profile != "quick"):
+    asked = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
+    if (args.check or args.refresh) and asked.keys() - {"check", "refresh", "only", "recompute"}:
         parser.error("--check and --refresh take the notebooks as they are: of the options only --only goes with them")
     if args.recompute and not args.refresh:
         parser.error("--recompute belongs to --refresh: into an output folder everything is computed anyway")
     try:
         selected = notebooks(args.only)
-        _check_kernel()
+        execute.check_kernel()
         if args.refresh:
             committed.check_readme()
         elif not args.check:
             given = dict(_assignment(words) for words in args.parameters)
             out = Path(args.out).expanduser().resolve() if args.out else default_out(args.profile)
-            jobs = {path: plan(path, args.profile, given, out) for path in selected}
+            jobs = {path: plan(path, args.profile, given, out, scheduler=args.scheduler) for path in selected}
+            _check_scheduler(args.scheduler, given, jobs)
             _check_out(out)
     except (ValueError, OSError) as error:
         parser.error(str(error))
@@ -70,7 +65,8 @@ def main(argv: list[str] | None = None) -> int:
             return committed.check(selected)
         if args.refresh:
             return committed.refresh(selected, recompute=args.recompute)
-        return reproduce(jobs, out, profile=args.profile, given=given, timeout=args.timeout)
+        options = {"timeout": args.timeout, "workers": args.workers, "resume": args.resume}
+        return reproduce(jobs, out, profile=args.profile, given=given, **options)
     except KeyboardInterrupt:
         kept = f": finished runs are kept in {out / 'runs'}, and the same command continues there"
         print("\nstopped" + ("" if args.check or args.refresh else kept), file=sys.stderr)
@@ -95,7 +91,7 @@ def notebooks(only: list[str] | None = None) -> list[Path]:
     return sorted({names[name] for name in wanted})
 
 
-def plan(path: Path, profile: str, given: dict, out: Path) -> dict:
+def plan(path: Path, profile: str, given: dict, out: Path, *, scheduler: str | None = None) -> dict:
     """Parameters of one notebook, every name and type checked against its parameters cell.
 
     Parameters
@@ -108,6 +104,8 @@ def plan(path: Path, profile: str, given: dict, out: Path) -> dict:
         Parameters from the command line; they come after the profile's.
     out : path
         Becomes the parameter ``out_dir``.
+    scheduler : str, optional
+        Becomes the parameter ``scheduler`` where the notebook has one, whatever its profile says.
 
     Returns
     -------
@@ -116,7 +114,8 @@ def plan(path: Path, profile: str, given: dict, out: Path) -> dict:
     Raises
     ------
     ValueError
-        If a name is no parameter of the notebook, or a value has another type than its default.
+        If a name is no parameter of the notebook, or a value (or an element of a list) has another type than its
+        default or its annotation says.
     FileNotFoundError
         If the profile's file is missing.
     """
@@ -133,8 +132,8 @@ def plan(path: Path, profile: str, given: dict, out: Path) -> dict:
     for name, value in parameters.items():
         if name not in known:
             raise ValueError(f"{path.stem} has no parameter {name!r}: it has {', '.join(known)}")
-        _check_type(value, known[name]["default"], f"{path.stem}: {name}")
-    return parameters
+        _check_type(value, known[name], f"{path.stem}: {name}")
+    return parameters | ({"scheduler": scheduler} if scheduler is not None and "scheduler" in known else {})
 
 
 def default_out(profile: str) -> Path:
@@ -143,27 +142,37 @@ def default_out(profile: str) -> Path:
     The name holds a hash over the package, the versions of Python and the numerical libraries, and the code cells
     of all notebooks.
     """
-    from fsp.provenance import provenance
-
-    made_by = {name: provenance()[name] for name in VERSIONS}
-    cells = {path.stem: [c.source for c in _read(path).cells if c.cell_type == "code"] for path in notebooks()}
-    digest = hashlib.sha256(json.dumps([made_by, cells], sort_keys=True).encode()).hexdigest()
-    return ROOT / "reproduced" / f"{profile}-{digest[:8]}"
+    return ROOT / "reproduced" / f"{profile}-{_code(notebooks())[:8]}"
 
 
-def reproduce(jobs: dict[Path, dict], out: Path, *, profile: str, given: dict, timeout: float | None = None) -> int:
-    """Run notebooks one after another into a folder, then write and print the report.
+def reproduce(
+    jobs: dict[Path, dict],
+    out: Path,
+    *,
+    profile: str,
+    given: dict,
+    timeout: float | None = None,
+    workers: int = 1,
+    resume: bool = False,
+) -> int:
+    """Run notebooks into a folder, then write and print the report.
 
     Parameters
     ----------
     jobs : dict
         Notebook to its parameters, from `plan`.
     out : path
-        Gets ``notebooks/``, ``runs/``, ``results/``, ``figures/``, ``report.md`` and ``report.html``.
+        Gets ``notebooks/``, ``runs/``, ``results/``, ``figures/``, ``report.md`` and ``report.html``; and
+        ``finished/<stem>.json`` for each notebook that kept its promise: its parameters, code and wall time.
     profile, given
         For the report; see `fsp.report.write`.
     timeout : float, optional
         Seconds for each notebook.
+    workers : int
+        Notebooks at once.
+    resume : bool
+        Leave out the notebooks that finished here with these parameters and this code, and report what they found.
+        Without it they run again, on the run records that are there: that repeats no run.
 
     Returns
     -------
@@ -172,93 +181,41 @@ def reproduce(jobs: dict[Path, dict], out: Path, *, profile: str, given: dict, t
     """
     from fsp import report  # here, because it loads torch, which the process of a notebook has no use for
 
-    outcomes = []
     records = len(list((out / "runs").glob("*.json")))
+    outcomes, waiting, marks = {}, [], {}
     for source, parameters in jobs.items():
+        stem, mark = source.stem, out / "finished" / f"{source.stem}.json"
+        marks[source] = {"parameters": json.loads(json.dumps(parameters, default=str)), "code": _code([source])}
+        earlier = _json(mark) if resume else {}
+        seconds = earlier.pop("seconds", None)
+        executed = out / "notebooks" / source.name
+        if (
+            seconds is not None
+            and earlier == marks[source]
+            and executed.exists()
+            and not report.broken_promise(out, stem)
+        ):
+            outcomes[stem] = report.Outcome(stem, seconds, "", earlier=True)
+            continue
         # What an earlier attempt claimed must not pass for what this one found.
-        (out / "results" / f"{source.stem}.claims.csv").unlink(missing_ok=True)
-        begin = time.monotonic()
-        error = run_notebook(source, out / "notebooks" / source.name, parameters, timeout)
-        error = error or report.broken_promise(out, source.stem)
-        outcomes.append(report.Outcome(source.stem, time.monotonic() - begin, error))
-    short = report.write(out, outcomes, profile=profile, given=given, records_before=records)
+        for stale in (mark, out / "results" / f"{stem}.claims.csv"):
+            stale.unlink(missing_ok=True)
+        waiting.append(execute.Job(source, executed, parameters))
+    for job, seconds, error in execute.run(waiting, workers=workers, timeout=timeout):
+        stem = job.source.stem
+        outcomes[stem] = report.Outcome(stem, seconds, error or report.broken_promise(out, stem))
+        if not outcomes[stem].error:
+            with replacing(out / "finished" / f"{stem}.json") as temporary:
+                temporary.write_text(json.dumps(marks[job.source] | {"seconds": seconds}, indent=1), encoding="utf-8")
+        print(f"{stem}  {outcomes[stem].status} after {seconds:.0f} s", flush=True)
+    ordered = [outcomes[source.stem] for source in jobs]
+    short = report.write(out, ordered, profile=profile, given=given, records_before=records)
     page = markdown2html((out / "report.md").read_text(encoding="utf-8"))
-    style = "body { font: 16px sans-serif; margin: 2em } td, th { padding: 0 1em 0.3em 0; text-align: left }"
     with replacing(out / "report.html") as temporary:
-        head = f"<!doctype html><meta charset='utf-8'><title>Reproduction</title><style>{style}</style>"
+        head = f"<!doctype html><meta charset='utf-8'><title>Reproduction</title><style>{STYLE}</style>"
         temporary.write_text(f"{head}\n{page}\n", encoding="utf-8")
     print(f"\n{short}\n\nnotebooks  {out / 'notebooks'}\nfigures    {out / 'figures'}\nreport     {out / 'report.md'}")
-    return 1 if any(outcome.error for outcome in outcomes) else 0
-
-
-def run_notebook(source: Path, target: Path, parameters: dict, timeout: float | None = None) -> str:
-    """Run one notebook with papermill in a process of its own; what its kernel prints is shown as it comes.
-
-    Parameters
-    ----------
-    source, target : path
-        The notebook, and where to write the executed one, kept up to date after every cell.
-    parameters : dict
-    timeout : float, optional
-        Seconds.
-
-    Returns
-    -------
-    str
-        "", or the end of the error message.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_papermill, args=(source, target, parameters, sender))
-    process.start()
-    sender.close()  # the notebook's process holds the other copy: its end, however it comes, ends the wait
-    try:
-        if not receiver.poll(timeout):
-            return f"stopped after {timeout:g} seconds (--timeout)"
-        error = receiver.recv()
-        process.join()
-        return error
-    except EOFError:
-        process.join()
-        return f"its process ended with exit code {process.exitcode}"
-    finally:
-        if process.is_alive():
-            process.terminate()
-            process.join(10)
-            process.kill()  # its kernel notices within a second and ends too
-            process.join()
-
-
-def _papermill(source: Path, target: Path, parameters: dict, results: Connection) -> None:
-    """Body of a notebook's process: sends "" or the error, and takes its kernel down when terminated."""
-    # Ctrl-C reaches the whole process group; the parent answers it by terminating this process, once.
-    signal.signal(signal.SIGINT, lambda *_: None)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    os.environ.pop("MPLBACKEND", None)  # with another backend than Jupyter's no figure would be in the notebook
-    total = len(_read(source).cells) + 1  # papermill adds a cell with the parameters
-
-    def announce(cell, cell_index):
-        print(f"{source.stem}  cell {cell_index + 1}/{total}", flush=True)
-
-    try:
-        papermill.execute_notebook(
-            source,
-            target,
-            parameters,
-            kernel_name=KERNEL,
-            progress_bar=False,
-            stdout_file=sys.stdout,
-            stderr_file=sys.stderr,
-            on_cell_execute=announce,
-            extra_arguments=["--log-level=CRITICAL"],  # of the kernel's own machinery; cells report all the same
-        )
-        results.send("")
-    except KeyboardInterrupt:
-        pass
-    except Exception as error:
-        plain = re.sub(r"\x1b\[[0-9;]*m", "", f"{type(error).__name__}: {error}").rstrip()
-        results.send("\n".join(plain.splitlines()[-ERROR_LINES:]))
+    return 1 if any(outcome.error for outcome in ordered) else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -282,6 +239,14 @@ def _parser() -> argparse.ArgumentParser:
         help="set a parameter of the notebooks, value in YAML: -p seeds '[0, 1]' or -p epochs=5; may be repeated",
     )
     add("--timeout", type=_seconds, metavar="SECONDS", help="stop a notebook that takes longer (default: never)")
+    add("--workers", type=_count, default=1, metavar="N", help="notebooks at once, each in its process (default: 1)")
+    add(
+        "--scheduler",
+        metavar="WHERE",
+        help='where the notebooks do their runs: "local" for processes on this machine, or the address of a Dask '
+        "scheduler (default: in the notebook's own process)",
+    )
+    add("--resume", action="store_true", help="leave out notebooks that finished in the output folder as they are now")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--check", action="store_true", help="test the committed notebooks' outputs with nbval instead")
     mode.add_argument("--refresh", action="store_true", help="renew the committed notebooks, tables, figures, README")
@@ -295,6 +260,13 @@ def _seconds(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is no positive number of seconds")
     return value
+
+
+def _count(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number of at least 1")
+    return int(text)
 
 
 def _assignment(words: list[str]) -> tuple[str, object]:
@@ -313,27 +285,49 @@ def _yaml(text: str, where: str) -> object:
         raise ValueError(f"{where} is not YAML: {error}") from error
 
 
-def _check_type(value: object, default: str, where: str) -> None:
-    """Raise if a value has another type than a parameter's default, given as source text."""
+def _check_type(value: object, parameter: dict, where: str) -> None:
+    """Raise if a value has another type than a parameter's annotation and default, as papermill inspects them, say."""
     try:
-        expected = type(ast.literal_eval(default))
+        default = ast.literal_eval(parameter["default"])
     except (ValueError, SyntaxError):
         return  # an expression: only the notebook knows
-    expected = {tuple: list}.get(expected, expected)
-    if expected is type(None) or type(value) is expected or (expected is float and type(value) is int):
-        return
-    hint = "; YAML reads 1e-3 as text, write 0.001 or 1.0e-3" if expected is float and type(value) is str else ""
-    raise ValueError(f"{where} is {value!r}: expected {expected.__name__}, as its default {default}{hint}")
+    default = list(default) if isinstance(default, tuple) else default
+    outer, inner = re.fullmatch(r"(Optional|Union|)\[?(.*?)\]?", parameter["inferred_type_name"]).groups()
+    words = {word.strip() for word in re.sub(r"\[.*\]?", "", inner).split(",")}  # list[int] is a list
+    annotated = {kind for kind in (bool, int, float, str, list, dict) if kind.__name__ in words}
+    optional = outer == "Optional" or (annotated and "None" in words)
+    types = annotated | {type(default)} | ({type(None)} if optional else set())
+    if types == {type(None)}:
+        return  # without an annotation papermill says "None"
+    if not _is_one_of(types, value):
+        names = " or ".join(sorted("None" if kind is type(None) else kind.__name__ for kind in types))
+        number = float in types and type(value) is str
+        hint = "; YAML reads 1e-3 as text, write 0.001 or 1.0e-3" if number else ""
+        raise ValueError(f"{where} is {value!r}: expected {names}, as its default {parameter['default']}{hint}")
+    kinds = {type(element) for element in default} if isinstance(default, list) else set()
+    for element in value if kinds and isinstance(value, list) else []:
+        if not _is_one_of(kinds, element):
+            names = " or ".join(sorted(kind.__name__ for kind in kinds))
+            default = parameter["default"]
+            raise ValueError(f"{where} holds {element!r}: expected a list of {names}, as its default {default}")
 
 
-def _check_kernel() -> None:
-    """Raise if Jupyter has no python3 kernel, or one that starts another Python than this."""
-    try:
-        program = Path(KernelSpecManager().get_kernel_spec(KERNEL).argv[0])
-    except NoSuchKernel:
-        raise ValueError(f"Jupyter knows no kernel {KERNEL}: install ipykernel into this environment") from None
-    if program.is_absolute() and program.parent != Path(sys.executable).parent:
-        raise ValueError(f"kernel {KERNEL} starts {program}, not {sys.executable}: set JUPYTER_PREFER_ENV_PATH=1")
+def _is_one_of(types: set[type], value: object) -> bool:
+    """Whether a value has one of the types; a whole number is a float, too, and a truth value no whole number."""
+    return type(value) in types or (float in types and type(value) is int)
+
+
+def _check_scheduler(scheduler: str | None, given: dict, jobs: dict[Path, dict]) -> None:
+    """Raise if the notebooks cannot do their runs where they are told to."""
+    from fsp.cluster import SCHEDULERS, is_scheduler  # here, because it loads torch; see `reproduce`
+
+    if scheduler is not None and "scheduler" in given:
+        raise ValueError("--scheduler and -p scheduler say the same: give one of them")
+    if scheduler is not None and not any("scheduler" in parameters for parameters in jobs.values()):
+        raise ValueError(f"--scheduler {scheduler}: none of the chosen notebooks has a parameter scheduler")
+    for path, parameters in jobs.items():
+        if not is_scheduler(parameters.get("scheduler")):
+            raise ValueError(f"{path.stem}: scheduler is {parameters['scheduler']!r}: expected {SCHEDULERS}")
 
 
 def _check_out(out: Path) -> None:
@@ -344,9 +338,22 @@ def _check_out(out: Path) -> None:
     tempfile.TemporaryFile(dir=out).close()
 
 
-def _read(path: Path) -> nbformat.NotebookNode:
-    """A notebook."""
-    return nbformat.read(path, as_version=4)
+def _code(selected: list[Path]) -> str:
+    """SHA-256 over the package, the versions it runs on, and the code cells of notebooks."""
+    from fsp.provenance import provenance
+
+    made_by = {name: provenance()[name] for name in VERSIONS}
+    cells = {path.stem: [c.source for c in execute.read(path).cells if c.cell_type == "code"] for path in selected}
+    return hashlib.sha256(json.dumps([made_by, cells], sort_keys=True).encode()).hexdigest()
+
+
+def _json(path: Path) -> dict:
+    """What a JSON file holds; nothing if there is none or it is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD, lr_scheduler
 
 from fsp.batches import augment, batches
+from fsp.checkpoint import Checkpoint, Position, identity
 from fsp.data import Data, is_count
 from fsp.masks import Masks, hold_
 from fsp.progress import bar
@@ -121,7 +123,7 @@ class History:
     steps : int
         Optimiser steps asked for (RigL replaces some by topology updates); skipped ones do not count.
     seconds : float
-        Wall time of training and evaluation.
+        Wall time of training and evaluation; of a training that went on from a checkpoint, without what was lost.
     """
 
     epochs: list[dict] = field(default_factory=list)
@@ -157,6 +159,8 @@ def fit(
     masks: Masks | None = None,
     take_step: Callable[[int, torch.optim.Optimizer], None] | None = None,
     start_step: int = 0,
+    checkpoint: str | Path | None = None,
+    checkpoint_every_s: float = 300.0,
 ) -> History:
     """Train a model, keep its masks, select on validation, read the test split once at the end.
 
@@ -175,6 +179,12 @@ def fit(
     start_step : int, from 0 to ``steps(data, config) - 1``
         Skip this many steps: the model has the weights that follow them, and meets from there on the batches, the
         augmentation and the learning rates that a whole training meets.  See `fsp.lottery`.
+    checkpoint : path, optional
+        File of the training's state (``.safetensors``), written while it runs and removed when it ends.  If it exists
+        at the start, the training goes on from there, with the masks of that moment put into `masks`.  One training
+        at a time writes to one path.
+    checkpoint_every_s : float, at least 0
+        Seconds between two checkpoints; 0 for one after every step.
 
     Returns
     -------
@@ -183,12 +193,31 @@ def fit(
     Raises
     ------
     ValueError
-        If a mask fits no parameter, or `start_step` leaves no step to train.
+        If a mask fits no parameter, or `start_step` leaves no step to train; if `checkpoint` is the file of another
+        training, by the names of what differs (a setting, the data, the initial weights or masks ...);
+        `checkpoint_every_s` is out of range, or `take_step` has only one of ``state_dict`` and ``load_state_dict``.
+    TypeError
+        If ``take_step.state_dict()`` holds what is neither a tensor nor JSON.
+    OSError
+        If the checkpoint cannot be written; the one before it stays.
+
+    Warns
+    -----
+    UserWarning
+        If the checkpoint is damaged.  It is set aside as ``<name>.corrupt``, and training starts anew.
 
     Notes
     -----
     Bit-repeatable on the CPU for one seed and one number of threads.  Without a validation split the best epoch is
     the last one.
+
+    A training that is killed and goes on from its checkpoint is, on the CPU, bit-equal to one that is not: also with
+    momentum, batch norm, dropout (the global random state of torch, and that of the CUDA device, are put back to what
+    they were), augmentation and masks that move.  Call it again with the same settings and data, and the model and
+    masks as they were before the first call.  Buffers that a model leaves out of its ``state_dict`` are not saved.  A
+    `take_step` that remembers something between steps, such as a generator, offers it by two methods, as that of
+    `fsp.dynamic.stepper` does: ``state_dict()`` gives a dict of tensors and JSON values, and ``load_state_dict`` takes
+    one back, with tensors on the CPU and tuples as lists.  Without them it counts as one that remembers nothing.
 
     After `start_step` the optimiser is fresh.  Without momentum the weights end bit-equal to those of the whole
     training; with momentum they do not, for its buffers at that step are unknown, nor in a model with dropout, which
@@ -207,22 +236,37 @@ def fit(
     nesterov = config.nesterov and config.momentum > 0
     optimizer = SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=nesterov)
     schedule = _schedule(optimizer, config, last_step)
+    saved = None
+    if checkpoint is not None:
+        training = identity(model, data, config, masks, take_step, start_step)
+        parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "masks": masks, "take_step": take_step}
+        saved = Checkpoint(checkpoint, checkpoint_every_s, training, **parts)
     held = hold_(optimizer, model, masks) if masks is not None else None
     generator = torch.Generator().manual_seed(config.seed)
     augmented = data.augmented if config.augmented is None else config.augmented
-    history, best_accuracy, best_state, step = History(), -math.inf, None, 0
-    start = time.perf_counter()
-    progress = bar(total=config.epochs * len(data.train.labels), unit="img", unit_scale=True, delay=3, leave=False)
-    with progress:
-        for epoch in range(1, config.epochs + 1):
+    history = History()
+    at = Position(history, generator.get_state(), total_loss=torch.zeros((), device=device))
+    if saved is not None:
+        saved.restore(at)
+        generator.set_state(at.order)
+    start = time.perf_counter() - history.seconds
+    size, steps_an_epoch = len(data.train.labels), last_step // config.epochs
+    with bar(
+        total=config.epochs * size, initial=(at.epoch - 1) * size, unit="img", unit_scale=True, delay=3, leave=False
+    ) as progress:
+        for epoch in range(at.epoch, config.epochs + 1):
             model.train()
-            lr = schedule.get_last_lr()[0]
-            total_loss, seen = torch.zeros((), device=device), 0
-            for images, labels in batches(data.train, config.batch_size, generator=generator):
+            if at.seen == 0:  # otherwise a checkpoint was written in the middle of this epoch
+                at.epoch, at.lr, at.order = epoch, schedule.get_last_lr()[0], generator.get_state()
+            first = (epoch - 1) * steps_an_epoch + 1
+            for step, (images, labels) in enumerate(
+                batches(data.train, config.batch_size, generator=generator), start=first
+            ):
                 if augmented:
                     images = augment(images, generator=generator)
-                step += 1
                 progress.update(len(labels))
+                if step <= at.step:  # made before the checkpoint; its batch moves the generator on
+                    continue
                 optimizer.zero_grad(set_to_none=True)
                 if step <= start_step:  # without gradients a step moves nothing; the schedule wants to see one
                     optimizer.step()
@@ -239,28 +283,36 @@ def fit(
                     take_step(step, optimizer)
                 if step < last_step:
                     schedule.step()
-                total_loss += loss.detach() * len(labels)
-                seen += len(labels)
-            if step <= start_step:
+                at.step = step
+                at.total_loss += loss.detach() * len(labels)
+                at.seen += len(labels)
+                if saved is not None and saved.due():
+                    history.seconds = time.perf_counter() - start
+                    saved.save(at)
+            if at.seen == 0:
                 continue
             # one look an epoch: reading the loss at every step would stall a GPU, and a nan stays a nan
-            train_loss = total_loss.item() / seen
+            train_loss = at.total_loss.item() / at.seen
+            at.total_loss.zero_()
+            at.seen = 0
             validation = evaluate(model, data, "validation")
             history.epochs.append(
-                {"epoch": epoch, "lr": lr, "train_loss": train_loss}
+                {"epoch": epoch, "lr": at.lr, "train_loss": train_loss}
                 | {f"validation_{name}": value for name, value in validation.items()}
             )
             progress.set_postfix(refresh=False, loss=f"{train_loss:.3f}", validation=f"{validation['accuracy']:.3f}")
             if not (math.isfinite(train_loss) and all(p.isfinite().all() for p in model.parameters())):
                 history.status = "diverged"
                 break
-            if validation["accuracy"] > best_accuracy or math.isnan(validation["accuracy"]):
-                best_accuracy, history.best_epoch = validation["accuracy"], epoch
-                best_state = {name: t.detach().clone() for name, t in model.state_dict().items()}
+            if validation["accuracy"] > at.best_accuracy or math.isnan(validation["accuracy"]):
+                at.best_accuracy, history.best_epoch = validation["accuracy"], epoch
+                at.best_state = {name: t.detach().clone() for name, t in model.state_dict().items()}
     if held is not None:
         held.remove()
-    _read_test(model, data, history, best_state)
+    _read_test(model, data, history, at.best_state)
     history.seconds = time.perf_counter() - start
+    if saved is not None:
+        saved.remove()
     return history
 
 

@@ -1,9 +1,11 @@
 import json
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +15,7 @@ import pandas as pd
 import psutil
 import pytest
 
-from fsp import committed, paths, report, reproduce
+from fsp import committed, execute, paths, report, reproduce
 
 PARAMETERS = """\
 seeds = [0, 1]  # one run each
@@ -103,6 +105,13 @@ def claim(stem="03_x", text="Gap decides", holds="yes", measured=0.5, low=0.4, h
         (["-p", "recompute", "1"], r"recompute is 1: expected bool"),
         (["-p", "seeds", "3"], r"seeds is 3: expected list"),
         (["-p", "name", "7"], r"name is 7: expected str"),
+        (["-p", "seeds", "[0, x]"], r"seeds holds 'x': expected a list of int, as its default \[0, 1\]"),
+        (["-p", "seeds", "[true]"], r"seeds holds True: expected a list of int"),
+        (["--scheduler", "locl"], r"01_good: scheduler is 'locl': expected None.*\"local\" or the address of a Dask"),
+        (["-p", "scheduler", "10.0.0.1"], r"01_good: scheduler is '10.0.0.1': expected None"),
+        (["--scheduler", "local", "-p", "scheduler", "local"], r"--scheduler and -p scheduler say the same"),
+        (["--workers", "0"], r"0 is no whole number of at least 1"),
+        (["--workers", "1.5"], r"1.5 is no whole number of at least 1"),
         (["-p", "out_dir", "x"], r"use --out"),
         (["-p", "epochs"], r"expected -p NAME VALUE or -p NAME=VALUE"),
         (["-p", "seeds", "[0"], r"'\[0' is not YAML"),
@@ -112,6 +121,9 @@ def claim(stem="03_x", text="Gap decides", holds="yes", measured=0.5, low=0.4, h
         (["--timeout", "-1"], r"-1 is no positive number of seconds"),
         (["--recompute"], r"belongs to --refresh"),
         (["--check", "-p", "epochs", "1"], r"only --only goes with them"),
+        (["--check", "--workers", "2"], r"only --only goes with them"),
+        (["--refresh", "--resume"], r"only --only goes with them"),
+        (["--check", "--scheduler", "local"], r"only --only goes with them"),
         (["--refresh"], r"README.md"),
     ],
 )
@@ -127,11 +139,11 @@ def test_a_wrong_argument_stops_before_any_notebook_runs(root, capsys, arguments
 def test_a_kernel_that_is_missing_or_another_python_is_refused(root, monkeypatch, capsys):
     kernel = SimpleNamespace(argv=["/usr/other/bin/python"])
     with monkeypatch.context() as patched:
-        patched.setattr(reproduce.KernelSpecManager, "get_kernel_spec", lambda self, name: kernel)
+        patched.setattr(execute.KernelSpecManager, "get_kernel_spec", lambda self, name: kernel)
         with pytest.raises(SystemExit):
             reproduce.main([])
     assert f"starts /usr/other/bin/python, not {sys.executable}" in capsys.readouterr().err
-    monkeypatch.setattr(reproduce, "KERNEL", "python0")
+    monkeypatch.setattr(execute, "KERNEL", "python0")
     with pytest.raises(SystemExit):
         reproduce.main([])
     assert "Jupyter knows no kernel python0" in capsys.readouterr().err
@@ -146,6 +158,47 @@ def test_parameters_come_from_the_profile_then_from_the_command_line(root, tmp_p
     profile.write_text("epoch: 1\n")
     with pytest.raises(ValueError, match="no parameter 'epoch'"):
         reproduce.plan(root / "notebooks" / "01_good.ipynb", "smoke", {}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "fine", "wrong"),
+    [
+        ("x: Optional[float] = 0.5", [None, 1, 0.1], ["a", True, [1]]),
+        ("x: Optional[str] = None", [None, "a"], [1, ["a"]]),
+        ("x: Union[int, str] = 3", ["auto", 4], [0.5, None]),
+        ("x: Union[int, None] = 3", [None, 4], [0.5, "a"]),
+        ("x: list[float] = [0.1]", [[1, 0.5], []], [0.5, ["a"], [None]]),
+        ("x = [1, 'a']", [[2], ["b", 3]], [[0.5]]),
+        ("x = (1, 2)", [[3, 4]], [3, ["a"]]),
+        ("x = {}", [{"a": [1]}], [[], "a"]),
+        ("x = None", [None, 1, "a"], []),
+        ("x = 2 * 3", [None, 1, "a"], []),
+    ],
+)
+def test_types_are_those_of_annotation_and_default(tmp_path, line, fine, wrong):
+    code = nbformat.v4.new_code_cell(f'{line}\nout_dir = ""', metadata={"tags": ["parameters"]})
+    path = tmp_path / "01_x.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[code], metadata=committed.METADATA), path)
+    for value in fine:
+        assert reproduce.plan(path, "quick", {"x": value}, tmp_path)["x"] == value
+    for value in wrong:
+        with pytest.raises(ValueError, match=r"01_x: x (is|holds) .*: expected"):
+            reproduce.plan(path, "quick", {"x": value}, tmp_path)
+
+
+def test_a_scheduler_goes_to_the_notebooks_that_have_one_and_is_refused_if_none_has(root, tmp_path, capsys):
+    profile = root / "notebooks" / "profiles" / "smoke" / "01_good.yaml"
+    profile.parent.mkdir(parents=True)
+    profile.write_text("scheduler: local\n")
+    with_one, address = root / "notebooks" / "01_good.ipynb", "tcp://10.0.0.1:8786"
+    assert reproduce.plan(with_one, "smoke", {}, tmp_path, scheduler=address)["scheduler"] == address
+    code = nbformat.v4.new_code_cell('out_dir = ""', metadata={"tags": ["parameters"]})
+    without = root / "notebooks" / "02_none.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[code], metadata=committed.METADATA), without)
+    assert reproduce.plan(without, "quick", {}, tmp_path, scheduler=address) == {"out_dir": str(tmp_path)}
+    with pytest.raises(SystemExit):
+        reproduce.main(["--only", "02", "--scheduler", "local", "--out", str(tmp_path / "out")])
+    assert "none of the chosen notebooks has a parameter scheduler" in capsys.readouterr().err
 
 
 def test_the_default_output_folder_is_another_one_for_other_code(root):
@@ -207,17 +260,151 @@ def test_a_notebook_that_keeps_no_promise_or_takes_too_long_has_failed(root, tmp
     assert reproduce.main(["--out", str(tmp_path / "a")]) == 1
     assert "without writing results/01_good.csv, results/01_good.claims.csv" in capfd.readouterr().out
 
+
+def jobs_of(folder: Path, **cells: str) -> list[execute.Job]:
+    """Notebooks called by keywords, `_01_a` for 01_a, with one cell beside the parameters."""
+    out = folder / "out"
+    sources = [write_notebook(folder, name[1:], text) for name, text in cells.items()]
+    return [execute.Job(source, out / source.name, {"epochs": 1}) for source in sources]
+
+
+def test_a_time_limit_stops_each_notebook_with_its_kernel_and_keeps_what_it_did(tmp_path):
     kernels = running_kernels()
-    source = write_notebook(tmp_path, "02_slow", "while True: pass")
-    assert (
-        reproduce.run_notebook(source, tmp_path / "b.ipynb", {"epochs": 1}, 6) == "stopped after 6 seconds (--timeout)"
-    )
+    slow = "import time\nprint('came so far', flush=True)\nwhile True: time.sleep(1)"
+    jobs = jobs_of(tmp_path, _01_slow=slow, _02_slower=slow)
+    begin = time.monotonic()
+    ended = [(job.source.stem, error) for job, seconds, error in execute.run(jobs, workers=2, timeout=10)]
+    assert time.monotonic() - begin < 20, "the limits run at the same time"
+    error = "stopped after 10 seconds (--timeout)"
+    assert sorted(ended) == [("01_slow", error), ("02_slower", error)]
     assert gone(running_kernels() - kernels)
+    assert nbformat.read(jobs[0].target, 4).cells[1].metadata.tags == ["injected-parameters"]
 
 
-def test_a_kernel_that_dies_is_an_error_and_not_a_wait(tmp_path):
-    source = write_notebook(tmp_path, "02_dies", "import os", "os.abort()")
-    assert "Kernel died" in reproduce.run_notebook(source, tmp_path / "out.ipynb", {"epochs": 1})
+def test_a_kernel_or_a_process_that_dies_is_an_error_and_not_a_wait(tmp_path):
+    jobs = jobs_of(tmp_path, _01_dies="import os; os.abort()", _02_kills="import os; os.kill(os.getppid(), 9)")
+    ended = {job.source.stem: error for job, _, error in execute.run(jobs, workers=2)}
+    assert "Kernel died" in ended["01_dies"]
+    assert ended["02_kills"] == "its process ended with exit code -9"
+
+
+MEETS = """\
+import pathlib, time
+place = pathlib.Path(r"{folder}")
+(place / "{own}").touch()
+while not (place / "{other}").exists(): time.sleep(0.05)
+"""
+
+
+def test_notebooks_that_wait_for_each_other_end_where_several_run_at_once(root, tmp_path, capfd):
+    meeting = tmp_path / "meeting"
+    meeting.mkdir()
+    for own, other in (("02_b", "03_c"), ("03_c", "02_b")):  # neither ends without the other
+        meets = MEETS.replace("{folder}", str(meeting)).replace("{own}", own).replace("{other}", other)
+        write_notebook(root / "notebooks", own, RUNS, TABLES, meets)
+    (root / "notebooks" / "01_good.ipynb").unlink()
+    out = tmp_path / "out"
+    assert reproduce.main(["--out", str(out), "--workers", "2", "--timeout", "120"]) == 0
+    text, printed = (out / "report.md").read_text(), capfd.readouterr().out
+    rows = [line.split("|")[1].strip() for line in text.splitlines() if "| finished |" in line]
+    assert rows == ["02_b", "03_c"]
+    assert {f"{stem}  cell {n}/" in printed for stem in rows for n in (1, 5)} == {True}
+    assert "backend" not in printed, "what several kernels print is in their notebooks alone"
+    assert "backend module://matplotlib_inline" in (out / "notebooks" / "02_b.ipynb").read_text()
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 9])
+def test_as_many_notebooks_run_at_once_as_asked_and_no_more(tmp_path, monkeypatch, workers):
+    enough, started, running = threading.Event(), [], []
+
+    def papermill(job, shown, results):
+        started.append((job.source.stem, shown))
+        running.append(sum(thread.name == "notebook" for thread in threading.enumerate()))
+        if len(started) >= min(workers, 4):
+            enough.set()
+        results.send("" if enough.wait(10) and job.source.stem != "3" else "no")
+
+    class Thread(threading.Thread):
+        """In place of a process."""
+
+        kill = terminate = lambda self: None
+
+        def __init__(self, **options):
+            super().__init__(name="notebook", **options)
+
+    def pipe(duplex):
+        receiver, sender = multiprocessing.Pipe(duplex)  # a thread has no copy of its own that may stay open
+        return receiver, SimpleNamespace(send=sender.send, close=lambda: None)
+
+    context = SimpleNamespace(Process=Thread, Pipe=pipe)
+    monkeypatch.setattr(execute, "_papermill", papermill)
+    monkeypatch.setattr(execute.multiprocessing, "get_context", lambda kind: context)
+    jobs = [execute.Job(Path(name), tmp_path / name, {}) for name in "1234"]
+    ended = {job.source.stem: error for job, _, error in execute.run(jobs, workers=workers)}
+    assert ended == {"1": "", "2": "", "3": "no", "4": ""}
+    assert started == [(stem, workers == 1) for stem in "1234"]
+    assert max(running) == min(workers, 4)
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Notebooks are run here and at once; the stems of those that ran."""
+    ran = []
+
+    def run(jobs, *, workers, timeout):
+        for job in jobs:
+            ran.append(job.source.stem)
+            job.target.parent.mkdir(parents=True, exist_ok=True)
+            job.target.touch()
+            code = [cell.source for cell in execute.read(job.source).cells]
+            error = ""
+            try:
+                exec("\n".join([code[0], *(f"{n} = {v!r}" for n, v in job.parameters.items()), *code[1:]]), {})
+            except ValueError as raised:
+                error = str(raised)
+            yield job, 3.0, error
+
+    monkeypatch.setattr(execute, "run", run)
+    return ran
+
+
+def test_resume_leaves_out_what_finished_with_the_same_parameters_and_code(root, tmp_path, in_process):
+    write_notebook(root / "notebooks", "02_bad", FAILS)
+    out = tmp_path / "out"
+
+    def runs(*more):
+        in_process.clear()
+        failed = reproduce.main(["--out", str(out), *more])
+        assert failed == ("02_bad" in in_process)
+        return list(in_process)
+
+    assert runs() == ["01_good", "02_bad"]
+    assert runs("--resume") == ["02_bad"], "what failed runs again"
+    page = (out / "report.md").read_text()
+    assert "| 01_good | finished earlier | 3 |" in page
+    assert "| 02_bad | failed | 3 |" in page
+    assert r"| Rate \| is half | P 4.2 | 0.5 [0.4, 0.6] | 2 |" in page
+
+    good = ("--only", "01", "--resume")
+    assert runs(*good) == []
+    assert runs(*good, "-p", "rate=0.25") == ["01_good"], "other parameters"
+    assert runs(*good) == ["01_good"], "the mark is that of the last parameters"
+    assert runs("--only", "01") == ["01_good"], "without --resume all run"
+    (out / "figures" / "01_good.png").unlink()
+    assert runs(*good) == ["01_good"], "a promised file is missing"
+    (out / "notebooks" / "01_good.ipynb").unlink()
+    assert runs(*good) == ["01_good"], "the executed notebook is missing"
+    for damaged in ("{", "[]", '{"code": 1}'):
+        (out / "finished" / "01_good.json").write_text(damaged)
+        assert runs(*good) == ["01_good"], "the mark is damaged"
+    write_notebook(root / "notebooks", "01_good", RUNS, TABLES + "\n# other code")
+    assert runs(*good) == ["01_good"], "the code is another"
+    assert runs(*good) == []
+    write_notebook(root / "notebooks", "01_good", RUNS, FAILS)
+    in_process.clear()
+    assert reproduce.main(["--out", str(out), *good]) == 1
+    write_notebook(root / "notebooks", "01_good", RUNS, TABLES + "\n# other code")
+    assert runs(*good) == ["01_good"], "a notebook that fails takes its mark with it"
 
 
 def test_ctrl_c_stops_everything_and_the_same_command_continues(root, tmp_path):
