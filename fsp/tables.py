@@ -3,8 +3,10 @@
 import io
 import json
 import math
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from fsp.paths import replacing
@@ -64,6 +66,78 @@ def update(frame: pd.DataFrame, path: str | Path) -> Path:
     others = others[[name for name in others if name in frame or (others[name] != "").any()]]
     new = read_cells(io.StringIO(frame.to_csv(index=False)))
     return save(pd.concat([new, others], ignore_index=True), path)
+
+
+UNITS: dict[str, tuple[str, Callable[[pd.Series], pd.Series]]] = {
+    "fraction": ("a fraction in [0, 1]", lambda v: v.between(0, 1)),
+    "percent": ("a percentage in [0, 100]", lambda v: v.between(0, 100)),
+    "number": ("a finite number", np.isfinite),
+    "count": ("a whole number of at least 0", lambda v: (v >= 0) & (v % 1 == 0)),
+}
+
+
+def read_published(path: str | Path, columns: Mapping[str, str], *, optional: Collection[str] = ()) -> pd.DataFrame:
+    """Read a table of published numbers, and refuse it if it is not the one that a notebook was written for.
+
+    Parameters
+    ----------
+    path : path
+        CSV file.
+    columns : dict of column name to unit
+        Every column that is wanted, and what is in it: "text", or a key of `UNITS`, "fraction", "percent", "number"
+        or "count".
+    optional : collection of str
+        Columns that may have empty cells.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Of these columns, in this order.
+
+    Raises
+    ------
+    ValueError
+        Naming the file and the column: a column is missing, has an empty cell, or holds something that is not in its
+        unit; a percent column with nothing above 1 is taken for fractions.
+
+    Examples
+    --------
+    >>> from fsp.paths import PUBLISHED
+    >>> columns = {"method": "text", "density": "fraction", "accuracy_percent": "percent"}
+    >>> read_published(PUBLISHED / "iclr2023_accuracy.csv", columns).head(2)
+      method  density  accuracy_percent
+    0    erk     0.01             81.16
+    1  grasp     0.01             86.16
+    """
+    path = Path(path)
+    table = read(path)
+    if wrong := [unit for unit in columns.values() if unit not in ("text", *UNITS)]:
+        raise ValueError(f"unit {wrong[0]!r} is unknown: use text, {', '.join(UNITS)}")
+    for name, unit in columns.items():
+        if name not in table:
+            raise ValueError(f"{path.name} has no column {name!r}: it has {', '.join(table)}")
+        _check_column(path.name, table[name], unit, name in optional)
+    return table[list(columns)]
+
+
+def _check_column(file: str, values: pd.Series, unit: str, optional: bool) -> None:
+    """Raise unless a column of a published table holds what it should."""
+    where = f"{file}, column {values.name!r}"
+    if values.isna().any() and not optional:
+        raise ValueError(f"{where}: row {values.index[values.isna()][0] + 2} is empty, expected a value in every row")
+    values = values.dropna()
+    if unit == "text":
+        return
+    expected, fits = UNITS[unit]
+    if not pd.api.types.is_numeric_dtype(values) or pd.api.types.is_bool_dtype(values):
+        raise ValueError(f"{where}: expected {expected}, found text such as {str(values.iloc[0])!r}")
+    if not fits(values).all():
+        row = values.index[~fits(values)][0]
+        raise ValueError(f"{where}: expected {expected}, found {values[row]:g} in row {row + 2}")
+    if unit == "percent" and len(values) and values.max() <= 1:
+        raise ValueError(
+            f"{where}: expected {expected}, but {values.max():g} is the largest: these look like fractions"
+        )
 
 
 def read(path: str | Path) -> pd.DataFrame:

@@ -110,6 +110,9 @@ COUNTS = [
         17,
         {10: (20_035_018, 20_024_000), 100: (20_081_188, 20_070_080), 200: (20_132_488, 20_121_280)},
     ),
+    ("resnet18", {"stem": "7x7"}, COLOUR, 21, {10: (11_181_642, 11_172_032), 100: (11_227_812, 11_218_112)}),
+    ("resnet34", {"stem": "7x7"}, COLOUR, 37, {10: (21_289_802, 21_272_768), 100: (21_335_972, 21_318_848)}),
+    ("vgg16", {"head": "4096"}, COLOUR, 16, {10: (134_309_962, 134_289_088), 100: (134_678_692, 134_657_728)}),
     ("lenet300", {}, MNIST, 3, {10: (266_610, 266_200)}),
     ("mlp", {"hidden": (100,) * 5}, MNIST, 6, {10: (119_910, 119_400)}),
     ("mlp", {"hidden": (1024, 512)}, COLOUR, 3, {10: (3_676_682, 3_675_136)}),
@@ -169,9 +172,17 @@ def test_resnet8_has_one_block_a_stage_and_width_multiplies_its_channels():
 
 
 @pytest.mark.parametrize("shape", [DIGITS, MNIST, COLOUR, (3, 64, 64), (2, 5, 3), (1, 1, 1)])
-@pytest.mark.parametrize("name", MODELS)
-def test_every_model_maps_a_batch_to_logits_whatever_the_size_of_the_image(name, shape):
-    logits = on_meta(name, shape, 7)(torch.empty(4, *shape, device="meta"))
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *[(name, {}) for name in MODELS],
+        ("resnet8", {"skip": False}),
+        ("resnet18", {"stem": "7x7", "skip": False}),
+        ("vgg16", {"head": "4096"}),
+    ],
+)
+def test_every_model_maps_a_batch_to_logits_whatever_the_size_of_the_image(name, options, shape):
+    logits = on_meta(name, shape, 7, **options)(torch.empty(4, *shape, device="meta"))
     assert logits.shape == (4, 7)
 
 
@@ -191,7 +202,10 @@ def test_a_built_model_trains_on_digits_sized_images(name):
         *[(name, {}) for name in MODELS],
         ("mlp", {"norm": True}),
         ("resnet20", {"shortcut": "A"}),
+        ("resnet20", {"skip": False}),
+        ("resnet18", {"stem": "7x7"}),
         ("vgg16", {"conv_bias": False}),
+        ("vgg16", {"head": "4096"}),
     ],
 )
 def test_modules_are_registered_in_the_order_in_which_the_forward_pass_calls_them(name, options):
@@ -220,6 +234,18 @@ def test_modules_are_registered_in_the_order_in_which_the_forward_pass_calls_the
             ]
             + ["classifier"],
         ),
+        (
+            "resnet8",
+            {"skip": False},
+            ["stem.conv", "stem.norm"]
+            + [f"blocks.{i}.{layer}" for i in range(3) for layer in ("conv1", "norm1", "conv2", "norm2")]
+            + ["classifier"],
+        ),
+        (
+            "vgg11",
+            {"head": "4096"},
+            [f"{layer}{i}" for i in range(1, 9) for layer in ("conv", "norm")] + ["linear1", "linear2", "classifier"],
+        ),
         ("vgg11", {}, [f"{layer}{i}" for i in range(1, 9) for layer in ("conv", "norm")] + ["classifier"]),
     ],
 )
@@ -239,6 +265,46 @@ def test_resnet18_computes_what_torchvisions_does_with_a_small_stem():
     theirs.load_state_dict({key: value.clone() for key, value in states})
     x = torch.randn(4, 3, 16, 16, generator=seeded(2))
     torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_resnet34_with_the_large_stem_computes_what_torchvisions_does():
+    with torch.device("meta"):
+        theirs = torchvision.models.resnet34(num_classes=10)
+    ours = build("resnet34", COLOUR, 10, stem="7x7", bn_gamma="uniform")
+    states = zip(theirs.state_dict(), ours.state_dict().values(), strict=True)
+    theirs.load_state_dict({key: value.clone() for key, value in states}, assign=True)
+    x = torch.randn(2, *COLOUR, generator=seeded(2))
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+
+
+def test_the_large_stem_leaves_a_quarter_of_each_side():
+    assert on_meta("resnet18", COLOUR, 10, stem="7x7").stem(torch.empty(1, *COLOUR, device="meta")).shape[2:] == (8, 8)
+    assert on_meta("resnet18", COLOUR, 10).stem(torch.empty(1, *COLOUR, device="meta")).shape[2:] == (32, 32)
+
+
+def test_vgg16_with_the_large_head_has_torchvisions_tensors_and_modules():
+    with torch.device("meta"):
+        theirs = torchvision.models.vgg16_bn(num_classes=10)
+    ours = on_meta("vgg16", COLOUR, 10, head="4096")
+    assert [tuple(t.shape) for t in ours.state_dict().values()] == [
+        tuple(t.shape) for t in theirs.state_dict().values()
+    ]
+    leaves = [[type(m) for m in net.modules() if not list(m.children())] for net in (ours, theirs)]
+    leaves[1].remove(nn.AdaptiveAvgPool2d)
+    leaves[0].remove(nn.AdaptiveAvgPool2d)
+    leaves[0].remove(nn.Flatten)  # torchvision flattens in forward
+    assert leaves[0] == leaves[1]
+
+
+def test_without_skips_a_block_is_a_plain_stack_and_holds_no_shortcut():
+    model = build("resnet8", DIGITS, 10, skip=False, bn_gamma="uniform").eval()
+    block = model.blocks[1]
+    x = torch.randn(4, 16, 8, 8, generator=seeded(2))
+    expected = block.norm2(block.conv2(block.norm1(block.conv1(x)).clamp(min=0)))
+    torch.testing.assert_close(block(x), expected)
+    assert (expected < 0).any()
+    with_skips = prunable(build("resnet8", DIGITS, 10))
+    assert sum(w.numel() for w in with_skips) - sum(w.numel() for w in prunable(model)) == 16 * 32 + 32 * 64
 
 
 def test_vgg11_computes_torchvisions_features_with_the_last_pool_averaged():
@@ -579,8 +645,8 @@ make_mlp = partial(build, "mlp", DIGITS, 10)
     [
         (lambda: build("resnet19", COLOUR, 10), ValueError, "unknown model 'resnet19'.*resnet18"),
         (lambda: make_mlp(width=3), TypeError, "mlp has no option width; it takes hidden, norm"),
-        (lambda: build("resnet8", DIGITS, 10, hidden=3), TypeError, "it takes width, shortcut"),
-        (lambda: build("vgg11", DIGITS, 10, depth=16), TypeError, "no option depth; it takes conv_bias"),
+        (lambda: build("resnet8", DIGITS, 10, hidden=3), TypeError, "it takes width, shortcut, skip"),
+        (lambda: build("vgg11", DIGITS, 10, depth=16), TypeError, "no option depth; it takes conv_bias, head"),
         (lambda: build("lenet300", MNIST, 10, hidden=(3,)), TypeError, "it takes none"),
         (lambda: make_mlp(init="he"), ValueError, "unknown initialiser 'he'.*lecun, fsp2023"),
         (lambda: make_mlp(bn_gamma=0.5), ValueError, "bn_gamma must be one of default, uniform, got 0.5"),
@@ -600,6 +666,10 @@ make_mlp = partial(build, "mlp", DIGITS, 10)
         (lambda: build("resnet8", DIGITS, 10, width=0), ValueError, "width must be .*got 0"),
         (lambda: build("resnet18", DIGITS, 10, width=1.5), ValueError, "width must be .*got 1.5"),
         (lambda: build("resnet8", DIGITS, 10, shortcut="C"), ValueError, "shortcut must be \"A\".*got 'C'"),
+        (lambda: build("resnet8", DIGITS, 10, skip=1), ValueError, "skip must be True or False, got 1"),
+        (lambda: build("resnet8", DIGITS, 10, stem="7x7"), TypeError, "resnet8 has no option stem"),
+        (lambda: build("resnet18", DIGITS, 10, stem=7), ValueError, 'stem must be "3x3".*got 7'),
+        (lambda: build("vgg11", DIGITS, 10, head=4096), ValueError, 'head must be "linear".*got 4096'),
         (lambda: build("vgg11", DIGITS, 10, conv_bias=None), ValueError, "conv_bias must be .*got None"),
         (lambda: MODELS["resnet20"].func(21, COLOUR, 10), ValueError, "depth must be 6n . 2.*got 21"),
         (lambda: MODELS["resnet20"].func(2, COLOUR, 10), ValueError, "depth must be 6n . 2.*got 2"),

@@ -76,8 +76,8 @@ def build(
         On the CPU; it is advanced. Without it a fresh one with seed 0 is used, so every such call gives the same
         weights. The global random state is neither read nor changed.
     **options
-        Of the builder: ``hidden`` and ``norm`` (`mlp`), ``width`` and ``shortcut`` (`cifar_resnet`, `resnet`),
-        ``conv_bias`` (`vgg`).
+        Of the builder: ``hidden`` and ``norm`` (`mlp`), ``width``, ``shortcut`` and ``skip`` (`cifar_resnet` and
+        `resnet`), ``stem`` (`resnet`), ``conv_bias`` and ``head`` (`vgg`).
 
     Returns
     -------

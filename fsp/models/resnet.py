@@ -1,4 +1,4 @@
-"""Residual networks of basic blocks with a 3×3 stem: the CIFAR family (depth 6n + 2) and ResNet-18/34.
+"""Residual networks of basic blocks: the CIFAR family (depth 6n + 2) and ResNet-18/34, with or without skips.
 
 Parameters are called ``stem.conv``, ``blocks.<i>.conv1``, ``blocks.<i>.conv2``, ``blocks.<i>.shortcut.conv`` (where
 a shortcut projects), ``classifier``, each convolution followed by its norm; blocks are counted through all stages.
@@ -26,23 +26,28 @@ class PadShortcut(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two 3×3 convolutions with batch norm, the shortcut added before the last ReLU."""
+    """Two 3×3 convolutions with batch norm, the shortcut added before the last ReLU.
 
-    def __init__(self, inputs: int, outputs: int, stride: int, shortcut: str):
+    Without `skip` there is no shortcut, no addition and no last ReLU: the block is a plain stack.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int, shortcut: str, skip: bool):
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
         self.norm1 = nn.BatchNorm2d(outputs)
         self.relu1 = nn.ReLU()
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(outputs)
-        self.shortcut = _shortcut(inputs, outputs, stride, shortcut)
-        self.relu2 = nn.ReLU()
+        self.skip = skip
+        if skip:
+            self.shortcut = _shortcut(inputs, outputs, stride, shortcut)
+            self.relu2 = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, inputs, H, W) to (N, outputs, ceil(H / stride), ceil(W / stride))."""
         y = self.relu1(self.norm1(self.conv1(x)))
         y = self.norm2(self.conv2(y))
-        return self.relu2(y + self.shortcut(x))
+        return self.relu2(y + self.shortcut(x)) if self.skip else y
 
 
 def _shortcut(inputs: int, outputs: int, stride: int, option: str) -> nn.Module:
@@ -55,27 +60,42 @@ def _shortcut(inputs: int, outputs: int, stride: int, option: str) -> nn.Module:
     return nn.Sequential(OrderedDict(conv=conv, norm=nn.BatchNorm2d(outputs)))
 
 
+def _stem(inputs: int, width: int, kernel: str) -> nn.Sequential:
+    """The layers before the first block: 3×3 of stride 1, or 7×7 of stride 2 and a pool as for ImageNet."""
+    small = kernel == "3x3"
+    conv = nn.Conv2d(inputs, width, 3 if small else 7, stride=1 if small else 2, padding=1 if small else 3, bias=False)
+    layers = OrderedDict(conv=conv, norm=nn.BatchNorm2d(width), relu=nn.ReLU())
+    return nn.Sequential(layers if small else layers | {"pool": nn.MaxPool2d(3, stride=2, padding=1)})
+
+
 def _residual(
-    stages: Sequence[int], shape: tuple[int, int, int], classes: int, width: int, shortcut: str
+    stages: Sequence[int],
+    shape: tuple[int, int, int],
+    classes: int,
+    width: int,
+    shortcut: str,
+    skip: bool,
+    stem: str = "3x3",
 ) -> nn.Sequential:
     """Stem, ``stages[s]`` blocks of ``width * 2**s`` channels in stage s, global average pool, classifier."""
     if type(width) is not int or width < 1:
         raise ValueError(f"width must be a positive integer (channels of the first stage), got {width!r}")
     if shortcut not in ("A", "B"):
         raise ValueError(f'shortcut must be "A" (zero padding) or "B" (1×1 convolution), got {shortcut!r}')
-    stem = OrderedDict(
-        conv=nn.Conv2d(shape[0], width, 3, padding=1, bias=False), norm=nn.BatchNorm2d(width), relu=nn.ReLU()
-    )
-    blocks, inputs = [], width
+    if type(skip) is not bool:
+        raise ValueError(f"skip must be True or False, got {skip!r}")
+    if stem not in ("3x3", "7x7"):
+        raise ValueError(f'stem must be "3x3" (stride 1) or "7x7" (stride 2 and a max-pool), got {stem!r}')
+    first, blocks, inputs = _stem(shape[0], width, stem), [], width  # made in the order of the forward pass
     for stage, count in enumerate(stages):
         outputs = width * 2**stage
         for i in range(count):
             stride = 2 if stage > 0 and i == 0 else 1
-            blocks.append(BasicBlock(inputs, outputs, stride, shortcut))
+            blocks.append(BasicBlock(inputs, outputs, stride, shortcut, skip))
             inputs = outputs
     return nn.Sequential(
         OrderedDict(
-            stem=nn.Sequential(stem),
+            stem=first,
             blocks=nn.Sequential(*blocks),
             pool=nn.AdaptiveAvgPool2d(1),
             flatten=nn.Flatten(),
@@ -85,7 +105,7 @@ def _residual(
 
 
 def cifar_resnet(
-    depth: int, shape: tuple[int, int, int], classes: int, *, width: int = 16, shortcut: str = "B"
+    depth: int, shape: tuple[int, int, int], classes: int, *, width: int = 16, shortcut: str = "B", skip: bool = True
 ) -> nn.Sequential:
     """CIFAR ResNet of depth 6n + 2: three stages of n basic blocks with `width`, 2 `width` and 4 `width` channels.
 
@@ -102,30 +122,41 @@ def cifar_resnet(
     shortcut : {"B", "A"}
         Where the shape changes: "B" a 1×1 convolution with batch norm (OpenLTH, SynFlow), "A" subsampling with
         zero channels appended (no parameters).
+    skip : bool
+        False takes the shortcuts out, projections included, and with them the last ReLU of each block, as the ICLR'23
+        study of skip connections does.
 
     Returns
     -------
     nn.Sequential
-        6n + 2 prunable tensors, two more with "B".
+        6n + 2 prunable tensors, two more with "B" and `skip`.
 
     Raises
     ------
     ValueError
-        `depth` is not 6n + 2 with n >= 1; `width` or `shortcut` is out of range.
+        `depth` is not 6n + 2 with n >= 1; `width`, `shortcut` or `skip` is out of range.
 
     References
     ----------
-    He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, §4.2.
+    He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, §4.2. Hoang et al., "Revisiting Pruning at
+    Initialization through the Lens of Ramanujan Graph", ICLR 2023 (`skip`).
     """
     if depth < 8 or depth % 6 != 2:
         raise ValueError(f"depth must be 6n + 2 with n >= 1 (8, 20, 32, 56, 110 ...), got {depth!r}")
-    return _residual(((depth - 2) // 6,) * 3, shape, classes, width, shortcut)
+    return _residual(((depth - 2) // 6,) * 3, shape, classes, width, shortcut, skip)
 
 
 def resnet(
-    depth: int, shape: tuple[int, int, int], classes: int, *, width: int = 64, shortcut: str = "B"
+    depth: int,
+    shape: tuple[int, int, int],
+    classes: int,
+    *,
+    width: int = 64,
+    shortcut: str = "B",
+    stem: str = "3x3",
+    skip: bool = True,
 ) -> nn.Sequential:
-    """ResNet-18 or ResNet-34 for small images: 3×3 stem of stride 1, no max-pool, four stages of basic blocks.
+    """ResNet-18 or ResNet-34: by default for small images, with a 3×3 stem of stride 1 and no max-pool.
 
     Parameters
     ----------
@@ -138,16 +169,21 @@ def resnet(
         Channels of the stem and the first stage; doubled in each later stage.
     shortcut : {"B", "A"}
         As in `cifar_resnet`.
+    stem : {"3x3", "7x7"}
+        "7x7" is that of ImageNet and of torchvision, a 7×7 convolution of stride 2 and a 3×3 max-pool of stride 2: a
+        32×32 input leaves it as 8×8. The ICLR'23 paper takes it for CIFAR.
+    skip : bool
+        As in `cifar_resnet`.
 
     Returns
     -------
     nn.Sequential
-        21 (ResNet-18) or 37 (ResNet-34) prunable tensors with "B", three fewer with "A".
+        21 (ResNet-18) or 37 (ResNet-34) prunable tensors with "B", three fewer with "A" or without `skip`.
 
     Raises
     ------
     ValueError
-        `depth` is neither 18 nor 34; `width` or `shortcut` is out of range.
+        `depth` is neither 18 nor 34; `width`, `shortcut`, `stem` or `skip` is out of range.
 
     Notes
     -----
@@ -160,4 +196,4 @@ def resnet(
     """
     if depth not in RESNET_STAGES:
         raise ValueError(f"depth must be one of {', '.join(map(str, RESNET_STAGES))}, got {depth!r}")
-    return _residual(RESNET_STAGES[depth], shape, classes, width, shortcut)
+    return _residual(RESNET_STAGES[depth], shape, classes, width, shortcut, skip, stem)

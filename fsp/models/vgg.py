@@ -1,4 +1,4 @@
-"""VGG with batch norm and one linear layer: ``conv1``, ``conv2`` ..., ``classifier``."""
+"""VGG with batch norm: ``conv1``, ``conv2`` ..., ``classifier``; the large head adds ``linear1`` and ``linear2``."""
 
 from collections import OrderedDict
 
@@ -12,13 +12,15 @@ VGG_PLANS = {
 }
 
 
-def vgg(depth: int, shape: tuple[int, int, int], classes: int, *, conv_bias: bool = True) -> nn.Sequential:
+def vgg(
+    depth: int, shape: tuple[int, int, int], classes: int, *, conv_bias: bool = True, head: str = "linear"
+) -> nn.Sequential:
     """VGG for small images: 3×3 convolutions with batch norm and ReLU, five pools, a linear layer of 512 inputs.
 
     Parameters
     ----------
     depth : {11, 16, 19}
-        The plan; this head has one linear layer, so the network has 9, 14 or 17 weight layers.
+        The plan; with one linear layer the network has 9, 14 or 17 weight layers.
     shape : (channels, height, width)
         Of one input, any size.
     classes : int
@@ -26,23 +28,31 @@ def vgg(depth: int, shape: tuple[int, int, int], classes: int, *, conv_bias: boo
     conv_bias : bool
         Convolutions have a bias (as in SynFlow and OpenLTH; GraSP leaves it out). It adds nothing to what the
         network can compute, since batch norm removes the mean, but it counts in the total of parameters.
+    head : {"linear", "4096"}
+        What follows the convolutions. "4096" is that of ImageNet and of torchvision, as the ICLR'23 paper takes it for
+        CIFAR: the last map spread to 7×7, two linear layers of 4096 outputs with ReLU and dropout of a half, then the
+        classifier. Nine tenths of VGG-16's weights are then in these layers.
 
     Returns
     -------
     nn.Sequential
-        Prunable tensors ``conv1.weight`` ... and ``classifier.weight``.
+        Prunable tensors ``conv1.weight`` ... and ``classifier.weight``, with "4096" also ``linear1.weight`` and
+        ``linear2.weight``.
 
     Raises
     ------
     ValueError
-        `depth` is not 11, 16 or 19; `conv_bias` is not a bool.
+        `depth` is not 11, 16 or 19; `conv_bias` is not a bool; `head` is unknown.
 
     Notes
     -----
     The first four pools take the maximum over 2×2, the last averages what is left: 2×2 on a 32×32 input, as
-    in the references, 4×4 on 64×64. On smaller inputs a side that has already shrunk to one pixel is not pooled
-    again, so an 8×8 input passes 4×4, 2×2, 1×1 and the fourth pool drops out. Weights do not depend on the input's
-    height and width.
+    in the references, 4×4 on 64×64; before the head "4096" it takes the maximum like the others. On smaller inputs
+    a side that has already shrunk to one pixel is not pooled again, so an 8×8 input passes 4×4, 2×2, 1×1 and the
+    fourth pool drops out. Weights do not depend on the input's height and width.
+
+    Dropout draws from torch's global generator, so a training with the head "4096" is repeatable only where that is
+    seeded.
 
     References
     ----------
@@ -53,6 +63,8 @@ def vgg(depth: int, shape: tuple[int, int, int], classes: int, *, conv_bias: boo
         raise ValueError(f"depth must be one of {', '.join(map(str, VGG_PLANS))}, got {depth!r}")
     if type(conv_bias) is not bool:
         raise ValueError(f"conv_bias must be True or False, got {conv_bias!r}")
+    if head not in ("linear", "4096"):
+        raise ValueError(f'head must be "linear" (one layer of 512 inputs) or "4096" (three layers), got {head!r}')
     inputs, *size = shape
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     i = 0
@@ -64,11 +76,19 @@ def vgg(depth: int, shape: tuple[int, int, int], classes: int, *, conv_bias: boo
             layers[f"relu{i}"] = nn.ReLU()
             inputs = outputs
         window = tuple(min(2, side) for side in size)
-        if group == len(VGG_PLANS[depth]):
+        if group == len(VGG_PLANS[depth]) and head == "linear":
             layers[f"pool{group}"] = nn.AdaptiveAvgPool2d(1)
         elif max(window) > 1:
             layers[f"pool{group}"] = nn.MaxPool2d(window)
             size = [side // step for side, step in zip(size, window, strict=True)]
+    if head == "4096":
+        layers["spread"] = nn.AdaptiveAvgPool2d(7)
+        inputs *= 49
     layers["flatten"] = nn.Flatten()
+    for j in (1, 2) if head == "4096" else ():
+        layers[f"linear{j}"] = nn.Linear(inputs, 4096)
+        layers[f"relu{i + j}"] = nn.ReLU()
+        layers[f"dropout{j}"] = nn.Dropout()
+        inputs = 4096
     layers["classifier"] = nn.Linear(inputs, classes)
     return nn.Sequential(layers)
