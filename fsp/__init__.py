@@ -12,17 +12,21 @@
 `spectrum`      the papers' graph quantities: gaps, IMDB, IMSG, NaRC, the full-spectrum coordinate
 `dynamic`       dynamic sparse training: SET, RigL, ITOP, and growth guided by a criterion
 `tickets`       the masks that dynamic training passes through, with their weights
-`train`         one visible training loop
+`search`        many masks of one method, and the layers with the longest coordinates; beneath it `candidates`,
+                `recombine` and `searchstate`
+`train`         one visible training loop; `checkpoint`: how it resumes
 `data`          data sets as tensors on the device
 `batches`       crop and flip, epochs, examples to score on
 `models`        MLPs, CIFAR ResNets, VGGs and their initialisers
 `parameters`    checks on what a notebook is given
-`runs`          run records and resumable sweeps
+`runs`          resumable sweeps, in this process or on a cluster; beneath it `records`, `claims`, `attempt`,
+                `deadline`, `cluster` and `housekeeping`
 `tables`        result tables as CSV
 `provenance`    what a result was made with
 `stats`         intervals, rank correlations, paired comparisons, verdicts on claims
 `plot`          one style for every figure
 `reproduce`     ``python -m fsp.reproduce``: every notebook, then the report on the claims
+`execute`       one notebook in its own process
 `report`        that report, and the comparison with the committed results
 `committed`     test and renew the committed notebooks
 `paths`         where things lie

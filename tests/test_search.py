@@ -448,7 +448,10 @@ def test_the_promise_of_an_edge_is_its_first_order_effect_on_a_singular_value():
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 2**32), st.sampled_from([((8, 12), Wiring()), ((6, 3, 3, 3), Wiring(2)), ((6, 4, 2), Wiring(3))]))
+@given(
+    st.integers(0, 2**32),
+    st.sampled_from([((8, 12), Wiring()), ((6, 3, 3, 3), Wiring(2)), ((6, 4, 3), Wiring(2, True))]),
+)
 def test_a_swap_keeps_the_count_and_every_vertex_and_takes_explored_weights_alone(seed, layer):
     (shape, wiring), generator = layer, seeded(seed)
     explored = torch.rand(shape, generator=generator) < 0.6
