@@ -12,15 +12,13 @@
 `spectrum`      the papers' graph quantities: gaps, IMDB, IMSG, NaRC, the full-spectrum coordinate
 `dynamic`       dynamic sparse training: SET, RigL, ITOP, and growth guided by a criterion
 `tickets`       the masks that dynamic training passes through, with their weights
-`search`        many masks of one method, and the layers with the longest coordinates; beneath it `candidates`,
-                `recombine` and `searchstate`
+`search`        many masks of one method, and the layers with the longest coordinates
 `train`         one visible training loop; `checkpoint`: how it resumes
 `data`          data sets as tensors on the device
 `batches`       crop and flip, epochs, examples to score on
 `models`        MLPs, CIFAR ResNets, VGGs and their initialisers
 `parameters`    checks on what a notebook is given
-`runs`          resumable sweeps, in this process or on a cluster; beneath it `records`, `claims`, `attempt`,
-                `deadline`, `cluster` and `housekeeping`
+`runs`          resumable sweeps, in this process or on a cluster; ``python -m fsp.runs``
 `tables`        result tables as CSV
 `provenance`    what a result was made with
 `stats`         intervals, rank correlations, paired comparisons, verdicts on claims

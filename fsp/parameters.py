@@ -14,11 +14,11 @@ from numbers import Real
 import torch
 import yaml
 
-from fsp.cluster import SCHEDULERS, is_scheduler
 from fsp.data import DATASETS, is_count
 from fsp.dynamic import PRESETS
 from fsp.models import MODELS
 from fsp.prune import METHODS
+from fsp.runs.cluster import SCHEDULERS, is_scheduler
 from fsp.train import TrainConfig
 
 CHOICES = {

@@ -319,7 +319,7 @@ def _is_one_of(types: set[type], value: object) -> bool:
 
 def _check_scheduler(scheduler: str | None, given: dict, jobs: dict[Path, dict]) -> None:
     """Raise if the notebooks cannot do their runs where they are told to."""
-    from fsp.cluster import SCHEDULERS, is_scheduler  # here, because it loads torch; see `reproduce`
+    from fsp.runs.cluster import SCHEDULERS, is_scheduler  # here, because it loads torch; see `reproduce`
 
     if scheduler is not None and "scheduler" in given:
         raise ValueError("--scheduler and -p scheduler say the same: give one of them")

@@ -23,12 +23,12 @@ import pytest
 import torch
 from threadpoolctl import threadpool_info
 
-from fsp import cluster, models, runs, tables
-from fsp.claims import claim
+from fsp import models, tables
 from fsp.data import load as load_data
-from fsp.housekeeping import orphans
-from fsp.records import record_paths
-from fsp.runs import key, load, read_record, sweep
+from fsp.runs import cluster, key, load, read_record, sweep, sweeping
+from fsp.runs.housekeeping import orphans
+from fsp.runs.locks import claim
+from fsp.runs.records import record_paths
 from fsp.train import TrainConfig, fit
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:distributed")
@@ -195,7 +195,7 @@ def test_a_run_that_kills_three_workers_fails_and_the_sweep_goes_on(tmp_path, cl
 
 def test_a_worker_that_is_stuck_past_its_time_is_ended_and_the_run_has_timed_out(tmp_path, client):
     def stuck(config):
-        from fsp import attempt, deadline
+        from fsp.runs import attempt, deadline
 
         deadline.GRACE = attempt.GRACE = 0.2
         if config["x"] == 2:
@@ -247,13 +247,13 @@ def test_a_function_that_cannot_travel_or_be_loaded_is_named(tmp_path, client):
 
 def test_a_worker_that_does_not_see_the_store_says_so(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"does not see the store .*share under one path"):
-        runs._task_in_store(tmp_path / "elsewhere" / ".sweep-1.lock", never, die=None)
+        sweeping._task_in_store(tmp_path / "elsewhere" / ".sweep-1.lock", never, die=None)
 
 
 def test_a_full_store_stops_the_sweep_on_workers_with_a_clear_message(tmp_path, client):
     def full(config):
         if config["x"] == 2:
-            from fsp import records
+            from fsp.runs import records
 
             real = records.replacing
 

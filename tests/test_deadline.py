@@ -9,8 +9,8 @@ from contextlib import suppress
 
 import pytest
 
-from fsp import deadline as deadline_module
-from fsp.deadline import OutOfTime, deadline
+from fsp.runs import deadline as deadline_module
+from fsp.runs.deadline import OutOfTime, deadline
 
 
 def spin():

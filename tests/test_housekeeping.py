@@ -7,11 +7,11 @@ import sys
 
 import pytest
 
-from fsp.claims import claim
-from fsp.housekeeping import main, orphans
 from fsp.paths import replacing
 from fsp.provenance import provenance
 from fsp.runs import key, sweep
+from fsp.runs.housekeeping import main, orphans
+from fsp.runs.locks import claim
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +121,7 @@ def test_nothing_that_is_in_use_is_an_orphan(store):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from fsp.claims import claim
+from fsp.runs.locks import claim
 from fsp.paths import replacing
 store = Path(sys.argv[1])
 with claim(store / f"{'b' * 64}.json"), claim(store / ".sweep-cd.lock"), replacing(store / f"{'b' * 64}.json"):

@@ -21,11 +21,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fsp import attempt, claims, paths, records, runs, tables
+from fsp import paths, runs, tables
 from fsp import provenance as provenance_module
-from fsp.claims import claim, is_claimed, owner
 from fsp.provenance import provenance
-from fsp.runs import key, load, read_record, sweep
+from fsp.runs import attempt, key, load, locks, read_record, records, sweep
+from fsp.runs.locks import claim, is_claimed, owner
 
 # Children of a server that has imported torch already start in a few milliseconds.
 CHILDREN = multiprocessing.get_context("forkserver")
@@ -725,7 +725,7 @@ def test_the_claim_of_a_killed_process_is_void_at_once(tmp_path):
 
 
 def test_a_claim_on_a_lock_file_that_its_owner_has_just_removed_is_no_claim(tmp_path, monkeypatch):
-    path, flock, calls = tmp_path / "run.json", claims.fcntl.flock, []
+    path, flock, calls = tmp_path / "run.json", locks.fcntl.flock, []
 
     def late(file, how):  # between our open and our lock the owner removes the file
         if not calls:
@@ -733,7 +733,7 @@ def test_a_claim_on_a_lock_file_that_its_owner_has_just_removed_is_no_claim(tmp_
         calls.append(how)
         return flock(file, how)
 
-    monkeypatch.setattr(claims.fcntl, "flock", late)
+    monkeypatch.setattr(locks.fcntl, "flock", late)
     with claim(path) as mine:
         assert mine
         assert len(calls) == 2
@@ -759,7 +759,7 @@ def test_without_file_locks_sweeps_go_on_with_a_warning_and_the_first_to_finish_
     def refuse(file, how):
         raise lack
 
-    monkeypatch.setattr(claims, "fcntl", lack and SimpleNamespace(flock=refuse, LOCK_EX=2, LOCK_NB=4, LOCK_SH=1))
+    monkeypatch.setattr(locks, "fcntl", lack and SimpleNamespace(flock=refuse, LOCK_EX=2, LOCK_NB=4, LOCK_SH=1))
 
     def overtaken(config):
         with pytest.warns(UserWarning, match="no file locks"):

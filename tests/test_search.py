@@ -14,16 +14,15 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import nn
 
-from fsp import candidates, models, recombine
-from fsp import search as search_module
-from fsp.candidates import RANDOMNESS, matched, mini_batches
+from fsp import models
 from fsp.data import load
 from fsp.masks import density as density_of
 from fsp.masks import kept_count
 from fsp.masks import load as load_masks
 from fsp.prune import METHODS, prune
-from fsp.recombine import leading, resized, swapped
-from fsp.search import ACCEPT, optimise, search
+from fsp.search import ACCEPT, RANDOMNESS, candidates, matched, mini_batches, optimise, recombine, search
+from fsp.search import population as search_module
+from fsp.search.recombine import leading, resized, swapped
 from fsp.spectrum import Wiring, biadjacency, coordinates, population, singular_values
 
 DATA = load("digits")

@@ -5,10 +5,10 @@ import ast
 import sys
 from pathlib import Path
 
-from fsp.claims import claim, is_claimed, owner
 from fsp.paths import outputs
 from fsp.provenance import provenance
-from fsp.records import frame, plain, read_record, record_paths
+from fsp.runs.locks import claim, is_claimed, owner
+from fsp.runs.records import frame, plain, read_record, record_paths
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -37,7 +37,7 @@ def deadline(seconds: float | None, *, last_resort: Callable[[], None] | None = 
     >>> with deadline(0.01):
     ...     time.sleep(60)
     Traceback (most recent call last):
-    fsp.deadline.OutOfTime
+    fsp.runs.deadline.OutOfTime
     """
     if seconds is None:
         yield

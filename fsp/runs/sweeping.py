@@ -1,14 +1,7 @@
-"""Runs: one function over many configs, each done once.
-
-A run is one call of a function with one config, a plain dict. When it finishes it writes one JSON record named
-by the config's `key`; a sweep skips what already has one, and that is all resuming means. The tidy table of a
-sweep is made from the records alone, so an interrupted and an uninterrupted sweep give the same bytes, in this
-process or on a cluster. ``python -m fsp.runs --help`` lists records and clears up.
-"""
+"""The sweep: which runs are missing, who does them, and the table of all."""
 
 import functools
 import os
-import sys
 import tempfile
 import time
 import uuid
@@ -24,18 +17,17 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from fsp import cluster
-from fsp.attempt import Outcome, attempt, failure
-from fsp.claims import claim, has_locks
 from fsp.progress import bar
 from fsp.provenance import provenance
-from fsp.records import EXCLUDED, check_rows, frame, key, load, read_record, whole_record
+from fsp.runs import cluster
+from fsp.runs.attempt import Outcome, attempt, failure
+from fsp.runs.locks import claim, has_locks
+from fsp.runs.records import check_rows, frame, key, whole_record
 from fsp.tables import OWN_COLUMNS, rows_by_key
 
 if TYPE_CHECKING:
     from distributed import Client
 
-__all__ = ["EXCLUDED", "key", "load", "read_record", "sweep"]
 BUSY_S = 0.2  # between looks at runs that another process is doing
 VISIBLE_S = 90.0  # in which a record written on another machine must show here
 
@@ -124,9 +116,9 @@ def sweep(
     A run fails by an exception (kind "exception"; "non-finite" for a `FloatingPointError`, "out of memory" for
     `MemoryError` and torch's errors of that sort), by its `timeout`, or because every worker died that took it
     ("worker died"). Its record keeps kind and traceback. `timeout` cannot end a call into compiled code (see
-    `fsp.deadline.deadline`); a local worker that is stuck in one for another 30 s is started anew.
+    `fsp.runs.deadline.deadline`); a local worker that is stuck in one for another 30 s is started anew.
 
-    Sweeps may run at the same time on one store: each run is done by one of them (see `fsp.claims.claim`).
+    Sweeps may run at the same time on one store: each run is done by one of them (see `fsp.runs.locks.claim`).
 
     On workers a run has one thread of torch and of the numerical libraries, unless `function` asks for more. Results
     are the same bits as in this process if that has one thread too (``torch.set_num_threads(1)``).
@@ -344,9 +336,3 @@ def _check_writable(store: Path) -> None:
         raise OSError(error.errno, f"{message} that is writable and has space", str(store)) from error
     if not locks:
         warnings.warn(f"{store} has no file locks: sweeps at the same time may do a run twice", stacklevel=3)
-
-
-if __name__ == "__main__":
-    from fsp.housekeeping import main
-
-    sys.exit(main())

@@ -62,7 +62,7 @@ def check_randomness(method: str, batches: object, noise: float) -> None:
             f"would be mask 0. Search with one of {', '.join(name for name, found in RANDOMNESS.items() if found)}"
         )
     lacking = {
-        "batches": "batches as a callable, batches(i) for candidate i, see fsp.candidates.mini_batches",
+        "batches": "batches as a callable, batches(i) for candidate i, see fsp.search.mini_batches",
         "noise": "noise above 0",
     }
     wanted = " or ".join(lacking[source] for source in sources)

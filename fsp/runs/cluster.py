@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 ADDRESS = re.compile(r"(tcp|tls|ucx|ws|wss)://\S+")
 SCHEDULERS = 'None (in this process), "local" or the address of a Dask scheduler, such as "tcp://10.0.0.1:8786"'
 CONNECT_S = 5
+ANSWER_S = 5  # for an answer that is known to be there
 AGAIN = "records are kept, sweep again to go on"
 THREADS = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
 
@@ -198,7 +199,10 @@ def distribute(
                     left.add(future)
                     continue
                 try:
-                    outcome = future.result()
+                    outcome = future.result(timeout=ANSWER_S)
+                except TimeoutError:  # its worker died with the answer a moment ago
+                    left.add(future)
+                    continue
                 except KilledWorker as error:
                     died = f"worker died {error.allowed_failures + 1} times on this run, the last at "
                     died += f"{error.last_worker.address}: killed for its memory, crashed in compiled code, or lost"

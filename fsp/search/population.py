@@ -1,17 +1,4 @@
-r"""Search for masks with a large full-spectrum norm: the actionable method of the full-spectrum paper, and more.
-
-A pruning method with some randomness draws one mask after another.  Each layer :math:`\ell` of a candidate is compared
-with the best layer so far, the incumbent, in its coordinate :math:`v_\ell = (\Delta_r, \lambda, IMDB, IMSG)` and its
-norm :math:`S_\ell = \lVert v_\ell \rVert_2`, measured with the model's own weights.  Layers are accepted one by one,
-so the result is an assembly of layers from many masks.
-
-`search` does this as published, or with an exact density.  `optimise` spends most of the candidates on masks that it
-makes of the incumbent itself.
-
-References
-----------
-.. [1] Hoang, Kundu, Liu, Wang: Don't just prune by magnitude! Your mask topology is a secret weapon. NeurIPS 2023.
-"""
+"""The two searches: the published one, and one that recombines weights.  See `fsp.search` for the method."""
 
 import dataclasses
 import math
@@ -26,12 +13,13 @@ from torch import Tensor, nn
 
 from fsp import masks as mask_algebra
 from fsp import spectrum
-from fsp.candidates import OfCandidate, check_randomness, drawer, first_examples
 from fsp.masks import Masks, check_density
 from fsp.progress import bar
-from fsp.recombine import leading, resized, swapped
 from fsp.scores import Batches
-from fsp.searchstate import State, described, digest, read, write
+from fsp.search.accept import ACCEPT, norms
+from fsp.search.candidates import OfCandidate, check_randomness, drawer, first_examples
+from fsp.search.recombine import leading, resized, swapped
+from fsp.search.state import State, described, digest, read, write
 from fsp.spectrum.graph import PLAIN, Rules, rules_of, wiring_of
 
 Draw = Callable[[int, Masks, dict[str, Tensor]], Masks]  # (candidate, incumbent, votes) -> masks
@@ -65,48 +53,6 @@ class SearchResult:
     timing: dict[str, float]
 
 
-# ---- which layer wins --------------------------------------------------------------------------------------------
-
-
-def norms(values: Tensor) -> Tensor:
-    """Layer norms of coordinates (..., 4), an undefined entry counted as 0, as published."""
-    return torch.linalg.vector_norm(values.nan_to_num(nan=0.0), dim=-1)
-
-
-def _published(new: Tensor, best: Tensor) -> Tensor:
-    """IMDB and norm do not fall; an undefined IMDB counts as 0."""
-    return (_known(new, 2) >= _known(best, 2)) & (norms(new) >= norms(best))
-
-
-def _alt(new: Tensor, best: Tensor) -> Tensor:
-    """The Ramanujan gap falls, the norm does not; comparisons with nan are false, so both gaps have to be valid."""
-    return (new[:, 0] < best[:, 0]) & (norms(new) >= norms(best))
-
-
-def _strict(new: Tensor, best: Tensor) -> Tensor:
-    """As published, and IMSG does not rise."""
-    return _published(new, best) & (_known(new, 3) <= _known(best, 3))
-
-
-def _norm(new: Tensor, best: Tensor) -> Tensor:
-    """The norm does not fall."""
-    return norms(new) >= norms(best)
-
-
-def _known(values: Tensor, k: int) -> Tensor:
-    """One quantity of each layer, 0 where undefined."""
-    return values[:, k].nan_to_num(nan=0.0)
-
-
-# (candidate, incumbent), both (L, 4) -> which layers of the candidate are taken, (L,)
-ACCEPT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "published": _published,
-    "alt": _alt,
-    "strict": _strict,
-    "norm": _norm,
-}
-
-
 # ---- the two searches --------------------------------------------------------------------------------------------
 
 
@@ -131,7 +77,7 @@ def search(
     r"""Mask-population search: keep, layer by layer, the best of many masks of one method.
 
     Mask 0 is the method on all data without noise.  Candidates 1 to `population` differ by what the method leaves to
-    chance (`fsp.candidates.RANDOMNESS`).  Layer :math:`\ell` of a candidate replaces the incumbent's if
+    chance (`fsp.search.RANDOMNESS`).  Layer :math:`\ell` of a candidate replaces the incumbent's if
 
     .. math::
         \text{published:}\quad & IMDB \ge IMDB^* \;\wedge\; S \ge S^* \\
@@ -153,7 +99,7 @@ def search(
         Candidates beside mask 0; published: 3000.
     batches : callable, optional
         ``batches(i)`` gives the scoring examples of candidate i, or a callable of the round for fresh ones in each,
-        see `fsp.prune.prune`; ``batches(0)`` those of mask 0.  `fsp.candidates.mini_batches` makes one.  Its examples
+        see `fsp.prune.prune`; ``batches(0)`` those of mask 0.  `fsp.search.mini_batches` makes one.  Its examples
         may depend on i alone.  For methods that are random by themselves a plain sequence will do.
     accept : {"published", "alt", "strict", "norm"}
         "published" is the default of the published code, "alt" its later option (D29), "strict" an earlier one.
@@ -250,7 +196,7 @@ def optimise(
 
     The first part of the candidates is that of `search` with exact density.  Every further candidate is made of the
     incumbent: in each layer some kept weights are swapped for explored ones, weights that some mask of the method
-    kept, led by the leading singular vectors of mask and weights (`fsp.recombine.swapped`).  It is measured and
+    kept, led by the leading singular vectors of mask and weights (`fsp.search.recombine.swapped`).  It is measured and
     accepted like any other candidate, by the same rule.
 
     Parameters

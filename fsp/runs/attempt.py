@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import torch
 
-from fsp.claims import claim
-from fsp.cluster import WorkerDied
-from fsp.deadline import GRACE, OutOfTime, deadline
 from fsp.provenance import provenance
-from fsp.records import SCHEMA, check_rows, stored, whole_record, write_record
+from fsp.runs.cluster import WorkerDied
+from fsp.runs.deadline import GRACE, OutOfTime, deadline
+from fsp.runs.locks import claim
+from fsp.runs.records import SCHEMA, check_rows, stored, whole_record, write_record
 
 try:
     import resource
@@ -143,7 +143,7 @@ def failure(record: dict) -> Outcome:
 
 
 def _kind(error: BaseException) -> str:
-    """What sort of failure an exception is, one of `fsp.records.KINDS`."""
+    """What sort of failure an exception is, one of `fsp.runs.records.KINDS`."""
     if isinstance(error, OutOfTime):
         return "timeout"
     if isinstance(error, WorkerDied):
