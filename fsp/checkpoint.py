@@ -208,7 +208,6 @@ class Checkpoint:
             "take_step": plain,
         }
         text = json.dumps(content)
-        # Not `save_file`: killed, it leaves a temporary file of its own, of which nobody knows whose it is.
         packed = save(tensors, metadata={"fsp_checkpoint": text, "sha256": _digest(tensors, text)})
         with replacing(self.path) as temporary:
             temporary.write_bytes(packed)

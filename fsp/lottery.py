@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from fsp import masks as mask_algebra
@@ -464,7 +464,7 @@ def _expect(expected: str, found: str) -> None:
 def _write_state(path: Path, state: State) -> None:
     """Write tensors as safetensors, atomically."""
     with replacing(path) as temporary:
-        save_file(state, temporary)
+        temporary.write_bytes(save(state))
 
 
 def _write_json(path: Path, content: dict) -> None:

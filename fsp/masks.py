@@ -15,9 +15,9 @@ from numbers import Real
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.utils.hooks import RemovableHandle
@@ -534,7 +534,7 @@ def save(path: str | Path, masks: Mapping[str, Tensor], /, **metadata: object) -
         "metadata": metadata,
     }
     with replacing(path) as temporary:
-        save_file(packed, temporary, metadata={"fsp_masks": json.dumps(header)})
+        temporary.write_bytes(safetensors.torch.save(packed, metadata={"fsp_masks": json.dumps(header)}))
 
 
 def load(path: str | Path) -> Masks:

@@ -54,7 +54,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """Write a file atomically: readers see the old content or the new, never a part.
 
     Yields the path of an empty temporary file in the same folder (made if missing). On a normal exit it is
-    flushed to disk and renamed to `path`; on an exception it is removed and `path` stays as it was.
+    flushed to disk and renamed to `path`; on an exception it is removed and `path` stays as it was. Write into
+    that very file: ``safetensors.torch.save_file`` would make one more beside it, which a kill leaves there.
 
     Examples
     --------

@@ -32,7 +32,7 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from fsp import masks as mask_algebra
@@ -298,7 +298,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor], **header: object) -> None:
     own = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
     header |= {"checksum": _digest(own)}
     with replacing(path) as temporary:
-        save_file(own, temporary, metadata={"fsp_ticket": json.dumps(header)})
+        temporary.write_bytes(save(own, metadata={"fsp_ticket": json.dumps(header)}))
 
 
 def _header(path: Path) -> dict:

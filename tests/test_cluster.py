@@ -453,7 +453,7 @@ def test_a_sweep_survives_kills_of_its_workers_and_of_itself(tmp_path):
 
 @pytest.mark.slow
 def test_a_long_sweep_survives_fifty_kills(tmp_path):
-    happened = survive(tmp_path, number=100, kills=55, seed=2)
+    happened = survive(tmp_path, number=150, kills=55, seed=2)
     assert happened["kills of a worker"] + happened["kills of a driver"] >= 50
     if report := os.environ.get("FSP_FAULTS"):
         rows = "\n".join(f"| {name} | {value} |" for name, value in happened.items())

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from fsp import masks as mask_algebra
@@ -83,7 +83,7 @@ def write(folder: Path, state: State, settings: dict[str, object]) -> None:
         "digest": digest(tensors),
     }
     with replacing(folder / "state.safetensors") as temporary:
-        save_file(tensors, temporary, metadata={"fsp_search": json.dumps(header)})
+        temporary.write_bytes(save(tensors, metadata={"fsp_search": json.dumps(header)}))
 
 
 def read(folder: Path, settings: dict[str, object], device: Mapping[str, torch.device]) -> State | None:
