@@ -126,6 +126,16 @@ def test_a_worker_has_one_thread_of_everything_and_may_have_children(tmp_path, c
     assert os.getpid() not in set(frame["process"])
 
 
+def test_workers_have_the_environment_of_this_process_which_stays_as_it_was(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("FSP_SAID", "late")  # after the server that forks workers was started
+    before = dict(os.environ)
+    with cluster.connect("local", workers=1) as client:
+        frame = sweep(lambda c: {"said": os.environ["FSP_SAID"]}, XS[:1], store=tmp_path, scheduler=client)
+    assert frame["said"].tolist() == ["late"]
+    assert dict(os.environ) == before
+
+
 SCRIPT = """
 import sys
 from fsp import runs
@@ -409,7 +419,9 @@ def disturb(folder, number, kills, seed):
             time.sleep(moments.uniform(0, 0.3))
             with suppress(psutil.Error):
                 processes = psutil.Process(driver.pid).children(recursive=True)
-                workers = [process for process in processes if "spawn_main" in " ".join(process.cmdline())]
+                workers = [
+                    process for process in processes if process.parent().cmdline() == process.cmdline()
+                ]  # forked
                 victim = "driver" if moments.random() < 0.3 or not workers else "worker"
                 (psutil.Process(driver.pid) if victim == "driver" else moments.choice(workers)).kill()
                 hit[victim] += 1
