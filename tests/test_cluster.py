@@ -23,7 +23,7 @@ import pytest
 import torch
 from threadpoolctl import threadpool_info
 
-from fsp import models, tables
+from fsp import models, runs, tables
 from fsp.data import load as load_data
 from fsp.runs import cluster, key, load, read_record, sweep, sweeping
 from fsp.runs.housekeeping import orphans
@@ -81,7 +81,9 @@ def trained(config):
     data = load_data("digits", seed=config["seed"])
     generator = torch.Generator().manual_seed(config["seed"])
     net = models.build("mlp", data.shape, data.classes, generator=generator)
-    history = fit(net, data, TrainConfig(epochs=config["epochs"], seed=config["seed"]))
+    training = TrainConfig(epochs=config["epochs"], seed=config["seed"])
+    # Written over and over, so that a run that is killed goes on in the middle of an epoch.
+    history = fit(net, data, training, checkpoint=runs.scratch("training.safetensors"), checkpoint_every_s=0.01)
     weights = sum(p.detach().double().sum().item() for p in net.parameters())
     last = history.epochs[-1]
     return {"accuracy": history.test_accuracy, "loss": last["train_loss"], "weights": weights}
@@ -375,7 +377,8 @@ if __name__ == "__main__":  # a worker imports this file, and needs nothing of i
 
     def noted(config):
         with (folder / "log").open("a") as log:
-            log.write(f"{config['seed']} {(folder / 'runs' / (runs.key(config) + '.json')).exists()}\\n")
+            done = (folder / "runs" / (runs.key(config) + ".json")).exists()
+            log.write(f"{config['seed']} {runs.scratch('training.safetensors').exists()} {done}\\n")
         return trained(config)
 
     configs = [{"seed": seed, "epochs": 3} for seed in range(int(sys.argv[3]))]
@@ -387,10 +390,10 @@ if __name__ == "__main__":  # a worker imports this file, and needs nothing of i
 
 REPORT = """# Fault test
 
-A sweep of short trainings (digits, MLP, 3 epochs) on two local workers. At random moments a worker or the sweeping
-process gets SIGKILL, and the sweep is started again until it is done. Afterwards every training had exactly one
-finished record, none that was finished had been done again, and the table was, byte for byte, that of an undisturbed
-sweep in one process. `make faults` repeats the test and writes this page.
+A sweep of short trainings (digits, MLP, 3 epochs, a checkpoint every ten milliseconds) on two local workers. At random
+moments a worker or the sweeping process gets SIGKILL, and the sweep is started again until it is done. Afterwards every
+training had exactly one finished record, none that was finished had been done again, and the table was, byte for byte,
+that of an undisturbed sweep in one process. `make faults` repeats the test and writes this page.
 
 | | |
 | --- | --- |
@@ -453,8 +456,10 @@ def survive(folder, number, kills, seed=0):
     assert not [line for line in starts if line.endswith("True")]  # nothing finished was done again
     assert len(starts) <= number + hit["worker"] + 2 * hit["driver"]
     left = sum(map(len, orphans(folder / "runs").values()))
-    return {"trainings": number, **{f"kills of a {who}": n for who, n in hit.items()}, "trainings begun": len(starts),
-            "files left behind": left, "seconds": round(seconds)}  # fmt: skip
+    resumed = sum(line.split()[1] == "True" for line in starts)
+    kills = {f"kills of a {who}": n for who, n in hit.items()}
+    begun = {"trainings begun": len(starts), "of them gone on with from a checkpoint": resumed}
+    return {"trainings": number, **kills, **begun, "files left behind": left, "seconds": round(seconds)}
 
 
 def test_a_sweep_survives_kills_of_its_workers_and_of_itself(tmp_path):

@@ -152,6 +152,30 @@ def test_prune_deletes_what_a_killed_process_and_damage_left_behind_and_asks_fir
         assert "nothing to delete" in capsys.readouterr().out
 
 
+def test_what_runs_kept_goes_when_they_need_it_no_more(store, capsys):
+    finished, failed, unknown = key(CONFIGS[1]), key({"x": "failed"}), "a" * 64
+    mine, other = provenance()["code"][:8], "0" * 8
+    with pytest.warns(UserWarning, match="1 of 1 runs failed"):
+        sweep(lambda c: 1 / 0, [{"x": "failed"}], store=store)
+    folders = {
+        who: store / f"{who}.scratch-{code}" for who, code in [(finished, mine), (failed, mine), (unknown, mine)]
+    }
+    old = store / f"{unknown}.scratch-{other}"
+    for folder in (*folders.values(), old):
+        (folder / "deep").mkdir(parents=True)
+        (folder / "deep" / "weights").write_bytes(bytes(10))
+    with claim(store / f"{unknown}.json"):
+        assert not any(old in paths for paths in orphans(store).values())
+        main(["prune", "--yes", "--store", str(store)])
+    assert "1 folders of runs that finished" in capsys.readouterr().out
+    assert [folder.exists() for folder in folders.values()] == [False, True, True]
+    main(["prune", "--yes", "--store", str(store)])
+    assert [folder.exists() for folder in (*folders.values(), old)] == [False, True, True, False]
+    main(["prune", "--yes", "--unfinished", "--store", str(store)])
+    assert "2 folders of unfinished runs" in capsys.readouterr().out
+    assert not list(store.glob("*.scratch-*"))
+
+
 def test_records_of_other_code_go_only_when_asked_for(store, capsys):
     path = store / f"{key(CONFIGS[1])}.json"
     path.write_text(path.read_text().replace(provenance()["code"], "0" * 64))

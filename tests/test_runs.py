@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from fsp import paths, runs, tables
 from fsp import provenance as provenance_module
 from fsp.provenance import provenance
-from fsp.runs import attempt, key, load, locks, read_record, records, sweep
+from fsp.runs import attempt, kept, key, load, locks, read_record, records, sweep
 from fsp.runs.locks import claim, is_claimed, owner
 
 # Children of a server that has imported torch already start in a few milliseconds.
@@ -895,3 +895,57 @@ def test_a_sweep_in_this_process_does_not_import_dask(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+# ---- scratch --------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_finds_what_it_kept_before_it_failed_and_loses_it_when_finished(tmp_path):
+    seen = []
+
+    def counting(config):
+        path = runs.scratch("count")
+        seen.append(path)
+        path.parent.mkdir(exist_ok=True)
+        count = int(path.read_text()) + 1 if path.exists() else 1
+        path.write_text(str(count))
+        if count < 3:
+            raise RuntimeError("again")
+        return {"count": count}
+
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="1 of 1 runs failed"):
+            sweep(counting, XS[:1], store=tmp_path)
+        assert seen[-1].exists()
+    assert sweep(counting, XS[:1], store=tmp_path)["count"].tolist() == [3]
+    assert len(set(seen)) == 1
+    assert [path.name for path in tmp_path.iterdir()] == [f"{key(XS[0])}.json"]
+
+
+def test_two_runs_two_versions_and_a_recomputation_share_nothing_in_scratch(tmp_path, monkeypatch):
+    def keeping(config):
+        path = runs.scratch("kept")
+        there = path.exists()
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("")
+        if config["x"] == 1:
+            raise RuntimeError("stop")
+        return {"there": there}
+
+    configs = XS[:2]
+    with pytest.warns(UserWarning, match="1 of 2 runs failed"):
+        frame = sweep(keeping, configs, store=tmp_path)
+    assert frame["there"].tolist()[1] == False  # noqa: E712, a column with a missing value holds floats
+
+    def looking(config):
+        return {"there": runs.scratch("kept").exists()}
+
+    monkeypatch.setattr(kept, "provenance", lambda: {"code": "another version"})
+    assert sweep(looking, XS[:1], store=tmp_path)["there"].tolist() == [False]
+    monkeypatch.undo()
+    assert list(tmp_path.glob("*.scratch-*"))
+    assert sweep(looking, XS[:1], store=tmp_path, recompute=True)["there"].tolist() == [False]
+
+
+def test_outside_a_sweep_there_is_no_scratch():
+    assert runs.scratch("training.safetensors") is None

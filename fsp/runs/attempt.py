@@ -15,6 +15,7 @@ import torch
 from fsp.provenance import provenance
 from fsp.runs.cluster import WorkerDied
 from fsp.runs.deadline import GRACE, OutOfTime, deadline
+from fsp.runs.kept import delete_scratch, scratch_of
 from fsp.runs.locks import claim
 from fsp.runs.records import SCHEMA, check_rows, stored, whole_record, write_record
 
@@ -116,7 +117,7 @@ def _compute(
     result = kind = None
     poisoned = False
     try:
-        with deadline(timeout, last_resort=give_up if die else None):
+        with scratch_of(path, anew=recompute), deadline(timeout, last_resort=give_up if die else None):
             result = function(copy.deepcopy(config))
     except (Exception, OutOfTime) as error:
         kind, text = _kind(error), traceback.format_exc()
@@ -126,6 +127,7 @@ def _compute(
     if kind is None:
         rows = check_rows(result, config, entries)
         write_record(path, record(rows), replace=recompute)
+        delete_scratch(path)
         return Outcome("computed")
     kept = write_record(path, record([], kind, text), replace=recompute)
     if poisoned and die:  # a GPU error such as an illegal access fails all that this process does after it

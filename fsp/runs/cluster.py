@@ -30,7 +30,7 @@ SCHEDULERS = 'None (in this process), "local" or the address of a Dask scheduler
 CONNECT_S = 5
 ANSWER_S = 5  # for an answer that is known to be there
 AGAIN = "records are kept, sweep again to go on"
-PRELOADED = ["distributed", "pandas", "scipy.linalg", "torch"]
+HEAVY = ("distributed", "pandas", "scipy", "sklearn.model_selection", "torch", "torchvision")  # seconds to import
 THREADS = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
 
 
@@ -114,7 +114,8 @@ def connect(
         "distributed.deploy.lost-worker-timeout": "36500 days",  # its nanny may need long to start it again
     }
     with dask.config.set(settings), _same_environment():  # Dask sets variables in this process, for good
-        get_mp_context().set_forkserver_preload(PRELOADED)  # after Dask's own list, which the first call sets
+        # after Dask's own list, which the first call sets
+        get_mp_context().set_forkserver_preload([name for name in HEAVY if name in sys.modules])
         options = {"host": "127.0.0.1", "port": 0, "dashboard": False, "dashboard_address": "127.0.0.1:0"}
         cluster = SpecCluster(
             workers=spec, scheduler={"cls": Scheduler, "options": options}, silence_logs=logging.CRITICAL

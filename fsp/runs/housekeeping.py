@@ -2,11 +2,13 @@
 
 import argparse
 import ast
+import shutil
 import sys
 from pathlib import Path
 
 from fsp.paths import outputs
 from fsp.provenance import provenance
+from fsp.runs.kept import MARK
 from fsp.runs.locks import claim, is_claimed, owner
 from fsp.runs.records import frame, plain, read_record, record_paths
 
@@ -22,6 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     listing.add_argument("--status", choices=("finished", "failed"), help="only these")
     prune = commands.add_parser("prune", help="delete files left behind by killed processes, and damaged records")
     prune.add_argument("--other-code", action="store_true", help="also records made by other versions of this package")
+    prune.add_argument("--unfinished", action="store_true", help="also what unfinished runs kept to go on from")
     prune.add_argument("--yes", action="store_true", help="do not ask")
     for command in (listing, prune):
         command.add_argument("--store", type=Path, default=outputs().runs, help="folder of records; here %(default)s")
@@ -29,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     if not args.store.is_dir():
         parser.error(f"no folder {args.store}: nothing was run yet, or --store is another one")
     if args.command == "prune":
-        return _prune(args.store, other_code=args.other_code, yes=args.yes)
+        return _prune(args.store, other_code=args.other_code, unfinished=args.unfinished, yes=args.yes)
     try:
         wanted = dict(_entry(text) for text in args.entries)
     except ValueError as error:
@@ -37,41 +40,54 @@ def main(argv: list[str] | None = None) -> int:
     return _list(args.store, wanted, args.status)
 
 
-def orphans(store: Path, *, other_code: bool = False) -> dict[str, list[Path]]:
-    """Files of a store that nobody needs, by what they are; none that a process is working with.
+def orphans(store: Path, *, other_code: bool = False, unfinished: bool = False) -> dict[str, list[Path]]:
+    """Files and folders of a store that nobody needs, by what they are; none that a process is working with.
 
     Parameters
     ----------
     store : path
     other_code : bool
         Also records made by another version of this package than this one.
+    unfinished : bool
+        Also the `fsp.runs.scratch` of runs without a finished record, which would go on from there.
     """
     free = [path for path in sorted(store.iterdir()) if path.is_file() and _is_left(path)]
     found = {
         "temporary files of killed processes": [path for path in free if path.suffix in (".json", ".lock")],
         "damaged records that were set aside": [path for path in free if path.suffix == ".corrupt"],
     }
+    records = _whole(store)
+    kept = [path for path in sorted(store.glob(f"*{MARK}*")) if path.is_dir() and not is_claimed(_run_of(path))]
+    wanted = [path for path in kept if path.name.endswith(provenance()["code"][:8]) and not _is_done(records, path)]
+    found["folders of runs that finished, or that another version of this package began"] = [
+        path for path in kept if path not in wanted
+    ]
+    if unfinished:
+        found["folders of unfinished runs, which would go on from there"] = wanted
     if other_code:
-        records = _whole(store)
         others = [path for path, record in records.items() if record["provenance"].get("code") != provenance()["code"]]
         found["records made by other versions of this package"] = others
     return found
 
 
-def _prune(store: Path, *, other_code: bool, yes: bool) -> int:
+def _prune(store: Path, *, other_code: bool, unfinished: bool, yes: bool) -> int:
     """Delete the orphans, asking about each sort."""
-    found = {what: paths for what, paths in orphans(store, other_code=other_code).items() if paths}
+    sorts = orphans(store, other_code=other_code, unfinished=unfinished)
+    found = {what: paths for what, paths in sorts.items() if paths}
     if not found:
         print(f"nothing to delete in {store}")
     for what, paths in found.items():
-        size = sum(path.stat().st_size for path in paths)
+        size = sum(file.stat().st_size for path in paths for file in ([path] if path.is_file() else path.rglob("*")))
         print(f"{len(paths)} {what} ({size / 1e6:.2f} MB)")
         if yes or input("delete them? [y/N] ").strip().lower() in ("y", "yes"):
             for path in paths:
                 if path.suffix == ".lock":
                     with claim(path):  # takes it away, unless somebody has it by now
                         continue
-                path.unlink(missing_ok=True)
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
             print("deleted")
     return 0
 
@@ -112,6 +128,17 @@ def _whole(store: Path) -> dict[Path, dict]:
         except ValueError as error:
             print(f"{error}; the next sweep that meets it sets it aside", file=sys.stderr)
     return found
+
+
+def _run_of(path: Path) -> Path:
+    """Record of the run that a scratch folder belongs to."""
+    return path.with_name(path.name.partition(MARK)[0] + ".json")
+
+
+def _is_done(records: dict[Path, dict], folder: Path) -> bool:
+    """Whether the run that a scratch folder belongs to has finished."""
+    record = records.get(_run_of(folder))
+    return record is not None and record["status"] == "finished"
 
 
 def _is_left(path: Path) -> bool:
