@@ -28,7 +28,7 @@ faults: $(VENV)/installed             ## kill a long sweep some fifty times (ten
 lab: $(VENV)/installed                ## open the notebooks
 	$(BIN)/jupyter lab --notebook-dir=notebooks
 
-refresh: $(VENV)/installed            ## recompute the committed notebooks, tables, figures and README claims
+refresh: $(VENV)/installed            ## recompute the committed notebooks, tables, figures and pages of claims
 	$(BIN)/python -m fsp.reproduce --refresh $(ARGS)
 
 lock:                                 ## needs uv; writes exact pins for every supported Python and platform

@@ -25,6 +25,11 @@ STABLE = [
 ]
 ERROR_LINES = 15
 MARKERS = "<!-- claims -->", "<!-- /claims -->"
+CLAIMS_PAGE = """# The papers' claims, as measured here
+
+Written by `make refresh` from the files `NN_name.claims.csv`, which also hold notes. Means have Student's t intervals,
+correlations bootstrap intervals, both at 95 %. *Not decided*: the interval holds the bound of the claim.
+"""
 
 
 def check(selected: list[Path]) -> int:
@@ -47,7 +52,7 @@ def check(selected: list[Path]) -> int:
 
 
 def refresh(selected: list[Path], *, recompute: bool = False) -> int:
-    """Execute the committed notebooks in place and renew their tables, figures and the claims in README.md.
+    """Execute the committed notebooks in place and renew their tables, figures and the two pages with claims.
 
     Each runs on a copy of the repository's tables in a temporary folder; only when it has finished do notebook,
     tables and figures replace the committed ones.
@@ -61,7 +66,7 @@ def refresh(selected: list[Path], *, recompute: bool = False) -> int:
     Returns
     -------
     int
-        0, or 1 if a notebook failed; then the claims in README.md stay as they are.
+        0, or 1 if a notebook failed; then the pages with the claims stay as they are.
     """
     failed = []
     with _copied_root() as root:
@@ -94,10 +99,17 @@ def refresh(selected: list[Path], *, recompute: bool = False) -> int:
 
     results = ROOT / "data" / "results"
     stems = sorted(path.name.removesuffix(".claims.csv") for path in results.glob("*.claims.csv"))
-    table = report.claims_table(report.read_claims(results, stems), notes=False, link="notebooks")
-    text = _with_claims((ROOT / "README.md").read_text(encoding="utf-8"), table)
-    with replacing(ROOT / "README.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    claims = report.read_claims(results, stems)
+    headings = {stem: _heading(ROOT / "notebooks" / f"{stem}.ipynb") for stem in stems}
+    pages = {
+        ROOT / "README.md": _with_claims(
+            (ROOT / "README.md").read_text(encoding="utf-8"), report.verdicts_table(claims, headings, link="notebooks")
+        ),
+        results / "README.md": f"{CLAIMS_PAGE}\n{report.claims_table(claims, notes=False, link='../../notebooks')}\n",
+    }
+    for path, text in pages.items():
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     return 0
 
 
@@ -123,6 +135,12 @@ def _quiet(root: Path) -> dict[str, str]:
     environment = {**os.environ, "FSP_ROOT": str(root), "FSP_PROGRESS": "0"}
     environment.pop("MPLBACKEND", None)
     return environment
+
+
+def _heading(notebook: Path) -> str:
+    """What a notebook says it finds: its first line, or its name if it begins otherwise."""
+    first = nbformat.read(notebook, as_version=4).cells[0].source.partition("\n")[0]
+    return first.removeprefix("# ") if first.startswith("# ") else notebook.stem
 
 
 def _with_claims(readme: str, table: str) -> str:

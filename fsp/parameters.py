@@ -16,7 +16,7 @@ import yaml
 
 from fsp.data import DATASETS, is_count
 from fsp.dynamic import PRESETS
-from fsp.models import MODELS
+from fsp.models import INITS, MODELS
 from fsp.prune import METHODS
 from fsp.runs.cluster import SCHEDULERS, is_scheduler
 from fsp.train import TrainConfig
@@ -25,12 +25,14 @@ CHOICES = {
     "dataset": tuple(DATASETS),
     "model": tuple(MODELS),
     "networks": tuple(MODELS),
+    "init": tuple(INITS),
     "methods": tuple(METHODS),
+    "searched": tuple(name for name in METHODS if name != "magnitude"),  # all its masks of a network are the same
     "dynamics": tuple(PRESETS),
 }
 
 
-LISTS = {"networks", "methods", "dynamics", "densities", "published_densities", "seeds"}
+LISTS = {"networks", "methods", "searched", "dynamics", "densities", "published_densities", "seeds"}
 STRUCTURED = LISTS | {"model_options", "train_options"}
 
 
@@ -40,10 +42,7 @@ def check(**given: object) -> dict:
     Parameters
     ----------
     **given
-        All parameters of the notebook, by name: of ``dataset``, ``model``, ``networks``, ``methods``, ``dynamics``,
-        ``densities``, ``published_densities``, ``density``, ``seeds``, ``epochs``, ``batch_size``, ``update_every``,
-        ``lr``, ``device``, ``threads``, ``shuffles``, ``repeats``, ``population``, ``rewind``, ``imp_rate``,
-        ``recompute``, ``out_dir``, ``scheduler``, ``model_options``, ``train_options``.
+        All parameters of the notebook, by name.  Each name means the same in every notebook and has a rule here.
 
     Returns
     -------
@@ -140,6 +139,11 @@ def _count(value: object) -> str | None:
     return None if is_count(value, 1) else "a whole number of at least 1"
 
 
+def _steps(value: object) -> str | None:
+    """Rule: a whole number of at least 0."""
+    return None if is_count(value, 0) else "a whole number of steps from 0 on"
+
+
 def _train_options(value: object) -> str | None:
     """Rule: fields of TrainConfig beside those that a notebook has as parameters of their own."""
     fields = {field.name for field in dataclasses.fields(TrainConfig)} - {"epochs", "lr", "seed"}
@@ -156,7 +160,9 @@ _RULES: dict[str, Callable[[object], str | None]] = {
     "dataset": _one_of(CHOICES["dataset"]),
     "model": _one_of(CHOICES["model"]),
     "networks": _some_of(CHOICES["networks"]),
+    "init": _one_of(CHOICES["init"]),
     "methods": _some_of(CHOICES["methods"]),
+    "searched": _some_of(CHOICES["searched"]),
     "dynamics": _some_of(CHOICES["dynamics"]),
     "density": lambda v: None if _is_density(v) else "a fraction in (0, 1], such as 0.05",
     "densities": _densities,
@@ -172,10 +178,15 @@ _RULES: dict[str, Callable[[object], str | None]] = {
     "threads": _count,
     "shuffles": _count,
     "repeats": _count,
+    "trainings": _count,
+    "empty_runs": _count,
     "ticket_count": _count,
     "ticket_epochs": _count,
     "population": _count,
-    "rewind": lambda v: None if is_count(v, 0) else "a whole number of steps from 0 on",
+    "explore": lambda v: None if _is_density(v) else "a fraction in (0, 1], such as 0.25",
+    "early_steps": _count,
+    "pretrain": _steps,
+    "rewind": _steps,
     "imp_rate": lambda v: (
         None if isinstance(v, Real) and not isinstance(v, bool) and 0 <= v < 1 else "a number in [0, 1), such as 0.2"
     ),

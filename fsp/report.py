@@ -104,6 +104,30 @@ def claims_table(claims: pd.DataFrame, *, notes: bool = True, link: str = "") ->
     return _markdown(head + ["Note"] * notes, lines)
 
 
+def verdicts_table(claims: pd.DataFrame, headings: dict[str, str], *, link: str) -> str:
+    """Markdown table of notebooks: what each finds, and how many claims hold.
+
+    Parameters
+    ----------
+    claims : pandas.DataFrame
+        From `read_claims`.
+    headings : dict of notebook to str
+    link : str
+        Folder of the notebooks as seen from the page.
+
+    Returns
+    -------
+    str
+    """
+    verdicts = ("yes", "no", "not decided")
+    counts = claims.groupby("notebook").holds.value_counts()
+    lines = [
+        [f"[{stem[:2]}]({link}/{stem}.ipynb)", heading, *(counts.get((stem, verdict), 0) for verdict in verdicts)]
+        for stem, heading in headings.items()
+    ]
+    return _markdown(["", "What its notebook finds", "claims hold", "do not", "not decided"], lines)
+
+
 def measured(row: dict) -> str:
     """Value of a claim with its interval, to three significant digits.
 

@@ -1,17 +1,21 @@
 """Intervals, correlations, paired comparisons, and verdicts on claims.
 
 Every estimate comes with an interval and its n: Student's t for means, a percentile bootstrap over observations for
-correlations.  Resampling is seeded, so that a number is the same in every run.
+correlations, and over whole groups of them where they share a seed or a method.  Resampling is seeded, so that a
+number is the same in every run.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike
 from scipy.stats import rankdata, t
 
 RESAMPLES = 10_000
+GROUP_RESAMPLES = 500  # of `clustered`, whose statistic may be any function
 LEAST = 3  # observations that decide a claim
 CLAIM_COLUMNS = ("claim", "paper", "section", "measured", "low", "high", "n", "published", "holds", "note")
 
@@ -149,6 +153,100 @@ def spearman_difference(
     return _bootstrapped(difference, [a, b, y], within, confidence)
 
 
+def rank_correlation(
+    x: ArrayLike, y: ArrayLike, *, given: ArrayLike | None = None, within: ArrayLike | None = None
+) -> float:
+    r"""Spearman rank correlation, or what is left of it given other quantities: a value for `clustered`.
+
+    Given :math:`z_1, \dots, z_k` it is the correlation of the residuals of the ranks of x and y after a linear
+    regression on the ranks of all :math:`z_j` together.
+
+    Parameters
+    ----------
+    x, y : array, shape (n,)
+        Cases with an undefined member are left out.
+    given : array, shape (n,) or (n, k), optional
+        What is held, such as the densities of k layers.
+    within : array, shape (n,), optional
+        Group of each case: ranks, regression and correlation are each group's own, and the result is their mean.
+
+    Returns
+    -------
+    float
+        ``nan`` where a side is constant, or fixed by what is given, in every group; a group that leaves the
+        regression fewer than two degrees of freedom does not count.
+
+    Examples
+    --------
+    >>> rank_correlation([1, 2, 3, 4], [1, 4, 9, 16])
+    1.0
+    >>> x, y, z = [2, 1, 4, 3, 6, 5], [1, 3, 2, 5, 4, 6], [1, 2, 3, 4, 5, 6]
+    >>> round(rank_correlation(x, y), 2), round(rank_correlation(x, y, given=z), 2)
+    (0.49, -0.95)
+    """
+    cases = [np.asarray(side, float) for side in (x, y)]
+    cases += [] if given is None else list(np.atleast_2d(np.asarray(given, float).T))
+    groups = np.zeros(cases[0].shape, int) if within is None else np.asarray(within)
+    if len({side.shape for side in (*cases, groups)}) != 1 or groups.ndim != 1:
+        raise ValueError(f"samples of one length are needed, not of shapes {[np.shape(s) for s in (*cases, groups)]}")
+    table = np.stack(cases)
+    complete = ~np.isnan(table).any(0) & (groups == groups)
+    table, groups = table[:, complete], groups[complete]
+    return float(_defined_mean([_residual_correlation(table[:, groups == group]) for group in np.unique(groups)]))
+
+
+def clustered(
+    statistic: Callable[[pd.DataFrame], float], table: pd.DataFrame, *, by: Sequence[str], confidence: float = 0.95
+) -> Estimate:
+    """Any statistic of a table, with a percentile bootstrap interval over whole groups of rows.
+
+    Rows that share a seed or a method are not independent.  The levels of each column in `by` are drawn with
+    replacement, each column by itself; a row is in a resample as often as the product of the draws of its levels.
+    The interval says how the statistic varies over other seeds *and* other methods.
+
+    Parameters
+    ----------
+    statistic : callable
+        ``statistic(table)`` is a float; a resample where it is ``nan`` is left out.
+    table : DataFrame
+        One row an observation.
+    by : sequence of str
+        Columns to draw by, crossed or not.
+    confidence : float, in (0, 1)
+
+    Returns
+    -------
+    Estimate
+        n is the number of rows.  Interval ``nan`` if a column has fewer than `LEAST` levels.
+
+    Raises
+    ------
+    ValueError
+        If `by` names no column, or one that the table does not have or does not fill.
+
+    Notes
+    -----
+    With two columns it is wider than need be where the noise of single rows dominates (up to 1.7 times), and
+    somewhat narrow for a handful of levels that differ much.
+
+    References
+    ----------
+    Owen, The pigeonhole bootstrap. Annals of Applied Statistics 1 (2007).
+    """
+    _check_confidence(confidence)
+    if not by or any(name not in table or table[name].isna().any() for name in by):
+        raise ValueError(f"by={by!r}: expected columns without missing values, of {', '.join(map(str, table))}")
+    value, rng, distribution = float(statistic(table)), np.random.default_rng(0), []
+    codes = [np.unique(table[name], return_inverse=True)[1] for name in by]
+    levels = [code.max(initial=-1) + 1 for code in codes]
+    for _ in range(GROUP_RESAMPLES if min(levels) >= LEAST else 0):
+        drawn = [np.bincount(rng.integers(n, size=n), minlength=n) for n in levels]
+        times = np.prod([often[code] for often, code in zip(drawn, codes, strict=True)], axis=0)
+        if times.any():
+            distribution.append(statistic(table.take(np.repeat(np.arange(len(table)), times))))
+    return Estimate(value, *_percentiles(np.array(distribution, dtype=float), confidence), len(table))
+
+
 def verdict(estimate: Estimate, *, above: float | None = None, below: float | None = None) -> str:
     """Whether an estimate's whole interval lies on the claimed side of a bound.
 
@@ -236,6 +334,21 @@ def _rank_correlation(x, y):
     return _correlation(rankdata(x, axis=-1), rankdata(y, axis=-1))
 
 
+def _residual_correlation(table: np.ndarray) -> float:
+    """Correlation of the ranks of the first two rows, after regression on the ranks of the others."""
+    ranks = rankdata(table, axis=-1)
+    x, y = ranks[:2] - ranks[:2].mean(-1, keepdims=True)
+    if len(table) > 2:
+        others = (ranks[2:] - ranks[2:].mean(-1, keepdims=True)).T  # (n, k)
+        solved, _, rank, _ = np.linalg.lstsq(others, np.stack([x, y], 1))
+        if x.size - 1 - rank < 2:  # one degree of freedom always correlates perfectly
+            return math.nan
+        left = np.stack([x, y], 1) - others @ solved
+        # what is fixed by the others leaves rounding errors, which correlate with anything
+        x, y = np.where(np.linalg.norm(left, axis=0) > 1e-9 * x.size**1.5, left, 0).T
+    return float(_correlation(x, y))
+
+
 def _bootstrapped(statistic, samples: list[ArrayLike], groups: ArrayLike | None, confidence: float) -> Estimate:
     """Statistic of complete cases, averaged over groups, with the percentile interval of its bootstrap."""
     _check_confidence(confidence)
@@ -254,12 +367,17 @@ def _bootstrapped(statistic, samples: list[ArrayLike], groups: ArrayLike | None,
         chosen = rng.integers(cases.shape[1], size=(RESAMPLES, cases.shape[1]))
         resampled.append(statistic(*cases[:, chosen]))  # (RESAMPLES,), whole cases drawn together
     value, distribution = _defined_mean(values), _defined_mean(resampled)
+    return Estimate(float(value), *_percentiles(distribution, confidence), table.shape[1])
+
+
+def _percentiles(distribution: np.ndarray, confidence: float) -> tuple[float, float]:
+    """Ends of a percentile interval; nan where nothing is defined."""
     # resamples in which one side is constant have no correlation: left out, not counted as 0
     distribution = distribution[~np.isnan(distribution)]
     if len(distribution) == 0:
-        return Estimate(float(value), math.nan, math.nan, table.shape[1])
+        return math.nan, math.nan
     low, high = np.quantile(distribution, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Estimate(float(value), float(low), float(high), table.shape[1])
+    return float(low), float(high)
 
 
 def _defined_mean(values: list) -> np.ndarray:

@@ -7,19 +7,24 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from fsp import parameters
 from fsp.data import DATASETS
 from fsp.dynamic import PRESETS
-from fsp.models import MODELS
+from fsp.masks import prunable
+from fsp.models import INITS, MODELS
 from fsp.parameters import check
+from fsp.paths import PROFILES
 from fsp.prune import METHODS
 
 GOOD = {
     "dataset": list(DATASETS),
     "model": list(MODELS),
     "networks": [["resnet18"], ["vgg16", "mlp"]],
+    "init": list(INITS),
     "methods": [["snip"], ["synflow", "random"], ("erk", "snip"), list(METHODS)],
+    "searched": [["snip"], ["random", "erk", "phew"]],
     "dynamics": [["set"], ["rigl_itop", "static"], list(PRESETS)],
     "density": [0.05, 1, 1.0, 1e-6, np.float64(0.1)],
     "densities": [[0.1], [0.1, 0.05, 1.0], (0.2, 0.1)],
@@ -31,9 +36,14 @@ GOOD = {
     "threads": [1, 8],
     "shuffles": [1, 20],
     "repeats": [1, 5],
+    "trainings": [1, 40],
+    "empty_runs": [1, 200],
     "ticket_count": [1, 5],
     "ticket_epochs": [1, 250],
     "population": [1, 3000],
+    "explore": [0.25, 1, 1.0],
+    "early_steps": [1, 500],
+    "pretrain": [0, 14, 500],
     "rewind": [0, 500],
     "imp_rate": [0, 0.2, 0.6],
     "lr": [0.1, 1, 1e-6],
@@ -50,7 +60,9 @@ BAD = {
     "dataset": (["cifar", "", None, 3, ["digits"], {"a": 1}], ", ".join(DATASETS)),
     "model": (["resnet9", None, ["mlp"]], ", ".join(MODELS)),
     "networks": (["resnet18", [], ["resnet9"], ["mlp", "mlp"], None], ", ".join(MODELS)),
+    "init": (["kaiming", None, ["lecun"]], ", ".join(INITS)),
     "methods": (["snip", [], ["snip", "snip"], ["sinp"], ["snip", None], None, {"snip"}], ", ".join(METHODS)),
+    "searched": (["snip", [], ["magnitude"], ["snip", "snip"], ["sinp"], None], "random, uniform"),
     "dynamics": (["set", [], ["SET"], ["set", "set"], ["snip"]], ", ".join(PRESETS)),
     "density": ([0, -0.1, 1.1, math.nan, math.inf, "0.05", None, True, [0.05]], "a fraction in (0, 1], such as 0.05"),
     "densities": ([0.1, [], [0.1, 0.1], [0.1, 0], [0.1, 2], [True], ["0.1"], None], "such as [0.05]"),
@@ -62,9 +74,14 @@ BAD = {
     "threads": ([0, "1", None], WHOLE),
     "shuffles": ([0, 2.5, None], WHOLE),
     "repeats": ([0, 1.5, None], WHOLE),
+    "trainings": ([0, "40"], WHOLE),
+    "empty_runs": ([0, 2.0], WHOLE),
     "ticket_count": ([0, 2.5, None], WHOLE),
     "ticket_epochs": ([0, "3", None], WHOLE),
     "population": ([0, "8", None], WHOLE),
+    "explore": ([0, 1.5, None, True], "a fraction in (0, 1], such as 0.25"),
+    "early_steps": ([0, 1.5, None], WHOLE),
+    "pretrain": ([-1, 0.5, "14", None], "a whole number of steps"),
     "rewind": ([-1, 0.5, None], "a whole number of steps"),
     "imp_rate": ([1, -0.1, None, True, "0.2"], "a number in [0, 1)"),
     "lr": ([0, -0.1, math.nan, math.inf, "0.1", None], "a number above 0"),
@@ -205,6 +222,25 @@ def test_outside_a_notebook_nothing_is_injected(monkeypatch):
 def test_options_that_the_model_does_not_take_are_refused_before_any_run(model, options):
     with pytest.raises(ValueError, match=rf"^model_options = .* do not fit {model}: "):
         check(model=model, model_options=options)
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
+@pytest.mark.parametrize(
+    ("stem", "model", "options", "layers"),
+    [
+        ("03_ramanujan_gap_evolution", "resnet18", {}, 21),
+        ("03_ramanujan_gap_evolution", "resnet34", {}, 37),
+        ("03_ramanujan_gap_evolution", "vgg16", {}, 14),
+        ("07_imdb_and_narc", "resnet34", {"stem": "7x7"}, 37),
+        ("07_imdb_and_narc", "vgg16", {"head": "4096"}, 16),
+    ],
+)
+def test_paper_profiles_take_the_other_networks_and_data_that_they_name(stem, model, options, layers, dataset):
+    profile = yaml.safe_load((PROFILES / "paper" / f"{stem}.yaml").read_text(encoding="utf-8"))
+    given = profile | {"model": model, "model_options": options, "dataset": dataset, "device": "cpu"}
+    assert check(**given) == given
+    with torch.device("meta"):
+        assert len(prunable(MODELS[model]((3, 32, 32), 100, **options))) == layers
 
 
 @pytest.mark.parametrize("name", ["epochs", "lr", "seed"])

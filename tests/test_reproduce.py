@@ -475,8 +475,11 @@ def test_refresh_renews_notebook_tables_and_readme_and_check_changes_nothing(roo
     assert {path.name for path in (root / "figures").iterdir()} == {"01_good.png", "01_good.pdf"}
     assert not (root / "data" / "runs").exists()
     text = readme.read_text()
-    assert text.startswith("# x\n<!-- claims -->\n| Claim |")
-    assert "[01](notebooks/01_good.ipynb) |\n<!-- /claims -->\nend\n" in text
+    assert text.startswith("# x\n<!-- claims -->\n|  | What its notebook finds |")
+    assert "| [01](notebooks/01_good.ipynb) | 01_good | 1 | 0 | 0 |\n<!-- /claims -->\nend\n" in text
+    page = (root / "data" / "results" / "README.md").read_text()
+    assert "| Claim |" in page
+    assert page.endswith("[01](../../notebooks/01_good.ipynb) |\n")
 
     # A changed output fails, unless the sanitize file makes both the same.
     path, sanitize = root / "notebooks" / "01_good.ipynb", root / "tests" / "nbval_sanitize.cfg"
@@ -493,6 +496,16 @@ def test_refresh_renews_notebook_tables_and_readme_and_check_changes_nothing(roo
     before = contents(root)
     assert reproduce.main(["--refresh", "--recompute"]) == 1
     assert contents(root) == before
+
+
+def test_the_short_page_counts_the_verdicts_of_each_notebook():
+    claims = pd.DataFrame({"notebook": ["01_a"] * 3 + ["02_b"], "holds": ["yes", "no", "yes", "not decided"]})
+    lines = report.verdicts_table(claims, {"01_a": "A | finds", "02_b": "B", "03_c": "C"}, link="x").splitlines()
+    assert lines[2:] == [
+        r"| [01](x/01_a.ipynb) | A \| finds | 2 | 1 | 0 |",
+        "| [02](x/02_b.ipynb) | B | 0 | 0 | 1 |",
+        "| [03](x/03_c.ipynb) | C | 0 | 0 | 0 |",
+    ]
 
 
 # --- comparing

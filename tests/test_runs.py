@@ -947,5 +947,26 @@ def test_two_runs_two_versions_and_a_recomputation_share_nothing_in_scratch(tmp_
     assert sweep(looking, XS[:1], store=tmp_path, recompute=True)["there"].tolist() == [False]
 
 
+def test_a_run_that_cannot_go_on_from_what_it_kept_begins_anew(tmp_path):
+    seen = []
+
+    def refusing(config):
+        path = runs.scratch("kept")
+        seen.append(path.exists())
+        if path.exists():
+            raise ValueError("this is the checkpoint of another training")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("")
+        if len(seen) == 1:
+            raise ValueError("at first")
+        return {"done": True}
+
+    with pytest.warns(UserWarning, match="1 of 1 runs failed, the first with ValueError: at first"):
+        sweep(refusing, XS[:1], store=tmp_path)
+    with pytest.warns(UserWarning, match="cannot go on from what it kept, and begins anew: this is the checkpoint of"):
+        assert sweep(refusing, XS[:1], store=tmp_path)["done"].tolist() == [True]
+    assert seen == [False, True, False]
+
+
 def test_outside_a_sweep_there_is_no_scratch():
     assert runs.scratch("training.safetensors") is None

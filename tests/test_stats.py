@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.stats
 
@@ -11,9 +12,11 @@ from fsp.stats import (
     CLAIM_COLUMNS,
     Estimate,
     claim,
+    clustered,
     mean,
     paired_difference,
     pearson,
+    rank_correlation,
     spearman,
     spearman_difference,
     verdict,
@@ -327,6 +330,174 @@ def test_incomplete_triples_are_left_out():
     b = rng(14).normal(size=20)
     holed = [np.append(v, extra) for v, extra in ((a, [NAN, 1, 1]), (b, [1, NAN, 1]), (y, [1, 1, NAN]))]
     assert spearman_difference(*holed) == spearman_difference(a, b, y)
+
+
+# ---- rank correlation given other quantities ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("within", [None, GROUPS])
+@pytest.mark.usefixtures("few")
+def test_with_nothing_given_the_rank_correlation_is_spearmans(within):
+    x, y = samples()
+    assert rank_correlation(x, y, within=within) == pytest.approx(spearman(x, y, within=within).value, abs=1e-12)
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_partial_rank_correlation_is_that_of_the_inverse_of_the_rank_correlation_matrix(k):
+    columns = rng(20).normal(size=(30, 2 + k)) @ rng(21).normal(size=(2 + k, 2 + k))
+    inverse = np.linalg.inv(np.corrcoef(scipy.stats.rankdata(columns, axis=0).T))
+    expected = -inverse[0, 1] / math.sqrt(inverse[0, 0] * inverse[1, 1])
+    x, y, *given = columns.T
+    assert rank_correlation(x, y, given=np.transpose(given)) == pytest.approx(expected, abs=1e-12)
+
+
+def test_one_given_quantity_may_be_a_plain_sequence_and_only_its_order_counts():
+    x, y = samples()
+    z = x + y + rng(22).normal(size=25)
+    first = rank_correlation(x, y, given=z)
+    assert first == rank_correlation(x, y, given=np.exp(z)[:, None]) == rank_correlation(x, y, given=list(z))
+    assert first != pytest.approx(rank_correlation(x, y), abs=0.05)
+
+
+def test_what_two_quantities_owe_to_a_third_is_taken_away():
+    """Both are the third plus noise of their own: strongly correlated, and not at all once it is given."""
+    common, a, b = rng(23).normal(size=(3, 4000))
+    x, y = common + a, common + b
+    assert rank_correlation(x, y) > 0.4
+    assert abs(rank_correlation(x, y, given=common)) < 0.05
+    assert rank_correlation(x, y, given=b) > 0.6
+
+
+def test_partial_correlations_are_each_groups_own():
+    x, y = samples()
+    z = y + rng(24).normal(size=25)
+    cuts = [np.split(side, [8, 20]) for side in (x, y, z)]
+    each = [rank_correlation(a, b, given=c) for a, b, c in zip(*cuts, strict=True)]
+    assert rank_correlation(x, y, given=z, within=GROUPS) == pytest.approx(np.mean(each), abs=1e-12)
+
+
+def test_a_side_that_the_given_fix_has_no_correlation():
+    x, y = samples()
+    assert math.isnan(rank_correlation(x, y, given=x))
+    assert math.isnan(rank_correlation(x, y, given=np.transpose([y, x])))
+    assert math.isnan(rank_correlation(np.ones(25), y, given=x))
+
+
+@pytest.mark.parametrize(("n", "defined"), [(5, False), (6, True)])
+def test_a_regression_without_degrees_of_freedom_left_has_no_correlation(n, defined):
+    """Three quantities and a mean leave one of five cases, and one degree of freedom correlates with anything."""
+    x, y, *given = rng(25).normal(size=(5, n))
+    assert math.isnan(rank_correlation(x, y, given=np.transpose(given))) is not defined
+
+
+def test_given_quantities_that_repeat_each_other_count_once():
+    x, y = samples()
+    z = rng(26).normal(size=25)
+    twice = rank_correlation(x, y, given=np.transpose([z, 2 * z, z**3]))
+    assert twice == pytest.approx(rank_correlation(x, y, given=z), abs=1e-9)
+
+
+def test_cases_with_a_hole_anywhere_are_left_out():
+    x, y = samples()
+    z = rng(27).normal(size=25)
+    holed = [np.append(v, extra) for v, extra in ((x, [NAN, 1, 1]), (y, [1, NAN, 1]), (z, [1, 1, NAN]))]
+    assert rank_correlation(*holed[:2], given=holed[2]) == rank_correlation(x, y, given=z)
+    assert math.isnan(rank_correlation([], []))
+
+
+def test_sides_of_different_length_are_refused():
+    with pytest.raises(ValueError, match="samples of one length are needed"):
+        rank_correlation([1, 2, 3], [1, 2])
+    with pytest.raises(ValueError, match="samples of one length are needed"):
+        rank_correlation([1, 2, 3], [1, 2, 3], given=[1, 2])
+
+
+# ---- whole groups resampled --------------------------------------------------------------------------------------
+
+
+def crossed(seeds, methods, seed=30, *, of_seed=0.0, of_method=0.0, noise=1.0):
+    """A table of one value for every seed and method: the sum of their effects and noise."""
+    draw = rng(seed)
+    effects = of_seed * draw.normal(size=(seeds, 1)) + of_method * draw.normal(size=(1, methods))
+    values = effects + noise * draw.normal(size=(seeds, methods))
+    index = pd.MultiIndex.from_product([range(seeds), [f"m{i}" for i in range(methods)]], names=["seed", "method"])
+    return pd.DataFrame({"value": values.ravel()}, index=index).reset_index()
+
+
+def of_mean(table):
+    return table["value"].mean()
+
+
+def test_the_value_is_that_of_the_table_and_n_its_rows():
+    table = crossed(6, 4)
+    found = clustered(of_mean, table, by=["seed", "method"])
+    assert found.value == pytest.approx(table["value"].mean())
+    assert found.n == 24
+    assert found.low < found.value < found.high
+    assert found == clustered(of_mean, table, by=["seed", "method"])
+
+
+def test_groups_of_one_row_make_it_the_ordinary_bootstrap():
+    x, y = samples(30, 4)
+    table = pd.DataFrame({"x": x, "y": y, "case": range(30)})
+    found = clustered(lambda t: rank_correlation(t["x"], t["y"]), table, by=["case"])
+    assert found == pytest.approx(spearman(x, y), abs=0.04)
+
+
+def test_rows_of_one_group_move_together():
+    """Twenty copies of each row say nothing new."""
+    table = crossed(8, 1)
+    copies = pd.concat([table] * 20)
+    once, often = (clustered(of_mean, t, by=["seed"]) for t in (table, copies))
+    assert often[:3] == pytest.approx(once[:3])
+    rowwise = clustered(of_mean, copies.assign(case=range(160)), by=["case"])
+    assert rowwise.high - rowwise.low < 0.4 * (often.high - often.low)
+
+
+@pytest.mark.parametrize("effect", ["of_seed", "of_method"])
+def test_what_levels_have_in_common_widens_the_interval_of_the_column_they_are_drawn_by(effect):
+    table = crossed(12, 12, **{effect: 3.0})
+    widths = {by: np.ptp(clustered(of_mean, table, by=by)[1:3]) for by in (("seed",), ("method",), ("seed", "method"))}
+    matters, other = (("seed",), ("method",)) if effect == "of_seed" else (("method",), ("seed",))
+    assert widths[matters] > 2 * widths[other]
+    assert widths["seed", "method"] > 0.9 * widths[matters]
+
+
+def test_crossed_intervals_hold_the_truth_where_both_columns_have_effects(monkeypatch):
+    monkeypatch.setattr(stats, "GROUP_RESAMPLES", 120)
+    tables = [crossed(8, 8, 100 + i, of_seed=1.0, of_method=1.0) for i in range(60)]
+    found = [clustered(of_mean, table, by=["seed", "method"]) for table in tables]
+    assert np.mean([e.low <= 0 <= e.high for e in found]) >= 0.85
+    by_row = [clustered(of_mean, table.assign(case=range(64)), by=["case"]) for table in tables]
+    assert np.mean([e.low <= 0 <= e.high for e in by_row]) < 0.75
+
+
+def test_the_order_of_rows_does_not_matter():
+    table = crossed(5, 4)
+    assert clustered(of_mean, table.iloc[::-1], by=["seed"]) == pytest.approx(clustered(of_mean, table, by=["seed"]))
+
+
+def test_fewer_than_three_levels_have_no_interval():
+    found = clustered(of_mean, crossed(2, 9), by=["seed", "method"])
+    assert np.isnan([found.low, found.high]).all()
+    assert found.n == 18
+
+
+def test_resamples_where_the_statistic_is_undefined_are_left_out():
+    table = crossed(6, 1)
+
+    def undefined_without_the_first_seed(t):
+        return t["value"].max() if (t["seed"] == 0).any() else NAN
+
+    assert not np.isnan(clustered(undefined_without_the_first_seed, table, by=["seed"])).any()
+    assert np.isnan(clustered(lambda t: NAN, table, by=["seed"])[:3]).all()
+
+
+@pytest.mark.parametrize("by", [[], ["sede"], ["seed", "hole"]])
+def test_columns_to_draw_by_must_be_there_and_filled(by):
+    table = crossed(3, 3).assign(hole=NAN)
+    with pytest.raises(ValueError, match="expected columns without missing values, of seed, method, value, hole"):
+        clustered(of_mean, table, by=by)
 
 
 # ---- shapes ------------------------------------------------------------------------------------------------------

@@ -132,8 +132,26 @@ def test_the_published_layer_densities_are_those_of_erk_up_to_the_draw():
         assert abs(published - d) <= 4 * np.sqrt(d * (1 - d) / weights) + 1e-9, name
 
 
+def test_the_reference_lines_are_those_of_the_specification():
+    # full-spectrum.md 14.3: best and last epoch of the dense networks, LTH and LTH-rewind at density .01
+    printed = {"resnet18": (95.59, 95.47, 89.43, 91.22), "resnet34": (95.71, 95.71, 91.43, 92.80)}
+    printed["vgg-d"] = (94.21, 93.81, 88.90, 91.36)
+    units = {"dataset": "text", "read": "text", "source": "text", "steps": "count"} | ACCURACY
+    table = read_published(PUBLISHED / "fsp2023_reference.csv", units, optional=["steps"])
+    assert set(table.dataset) == {"cifar10"}
+    assert not table.duplicated(["model", "method", "read"]).any()
+    whole = table[table.steps.isna()]
+    for model, expected in printed.items():
+        rows = whole[whole.model == model]
+        assert tuple(rows.accuracy_percent) == expected
+        assert rows.method.tolist() == ["dense", "dense", "imp", "imp_rewind"]
+        assert rows.density.tolist() == [1, 1, 0.01, 0.01]
+        assert rows["read"].tolist() == ["best epoch", "last epoch", "not stated", "not stated"]
+    assert table[table.steps == 500].accuracy_percent.tolist() == [55.09, 34.21, 28.30]
+
+
 def test_every_published_table_has_its_columns_in_the_readme():
     text = (PUBLISHED.parent / "README.md").read_text(encoding="utf-8")
-    for path in PUBLISHED.glob("iclr2023_*.csv"):
+    for path in PUBLISHED.glob("*2023_*.csv"):
         assert f"published/{path.name}" in text
         assert [c for c in pd.read_csv(path, nrows=1) if f"`{c}`" not in text] == []

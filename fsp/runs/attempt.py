@@ -5,6 +5,7 @@ import gc
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from fsp.provenance import provenance
 from fsp.runs.cluster import WorkerDied
 from fsp.runs.deadline import GRACE, OutOfTime, deadline
-from fsp.runs.kept import delete_scratch, scratch_of
+from fsp.runs.kept import delete_scratch, has_scratch, scratch_of
 from fsp.runs.locks import claim
 from fsp.runs.records import SCHEMA, check_rows, stored, whole_record, write_record
 
@@ -117,8 +118,8 @@ def _compute(
     result = kind = None
     poisoned = False
     try:
-        with scratch_of(path, anew=recompute), deadline(timeout, last_resort=give_up if die else None):
-            result = function(copy.deepcopy(config))
+        with deadline(timeout, last_resort=give_up if die else None):
+            result = _called(function, config, path, recompute)
     except (Exception, OutOfTime) as error:
         kind, text = _kind(error), traceback.format_exc()
         text += f"not finished after {timeout:g} s" if kind == "timeout" else ""
@@ -137,6 +138,20 @@ def _compute(
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
     return Outcome("reused") if kept["status"] == "finished" else failure(kept)
+
+
+def _called(function: Callable, config: dict, path: Path, recompute: bool) -> object:
+    """What the function returns; where it cannot go on from what it kept, from nothing."""
+    going_on = has_scratch(path) and not recompute
+    try:
+        with scratch_of(path, anew=recompute):
+            return function(copy.deepcopy(config))
+    except ValueError as error:  # so is a checkpoint of other weights or masks refused, as after scoring on a GPU again
+        if not going_on:
+            raise
+        warnings.warn(f"{path.stem[:12]} cannot go on from what it kept, and begins anew: {error}", stacklevel=2)
+    with scratch_of(path, anew=True):
+        return function(copy.deepcopy(config))
 
 
 def failure(record: dict) -> Outcome:

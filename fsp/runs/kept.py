@@ -16,8 +16,9 @@ def scratch(name: str) -> Path | None:
     """Path of a file or folder that the run in work may keep until it is finished.
 
     To be called by a function that `fsp.runs.sweep` runs.  A run that is killed, fails or exceeds its time finds there
-    what it left when it is done again by the same version of this package; once it is finished, or with
-    ``recompute=True``, it is deleted.  What resumes by itself takes it as it is::
+    what it left when it is done again by the same version of this package; if it then raises a `ValueError`, as a
+    checkpoint that does not fit does, it begins anew.  Once it is finished, or with ``recompute=True``, all is deleted.
+    What resumes by itself takes it as it is::
 
         fit(net, data, config, checkpoint=runs.scratch("training.safetensors"))
         search(net, "snip", 0.05, population=200, directory=runs.scratch("search"))
@@ -46,6 +47,11 @@ def scratch_of(record: Path, *, anew: bool) -> Iterator[None]:
         yield
     finally:
         _FOLDER.reset(token)
+
+
+def has_scratch(record: Path) -> bool:
+    """Whether a run kept something."""
+    return _folder(record).exists()
 
 
 def delete_scratch(record: Path) -> None:
