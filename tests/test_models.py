@@ -112,6 +112,7 @@ COUNTS = [
     ),
     ("resnet18", {"stem": "7x7"}, COLOUR, 21, {10: (11_181_642, 11_172_032), 100: (11_227_812, 11_218_112)}),
     ("resnet34", {"stem": "7x7"}, COLOUR, 37, {10: (21_289_802, 21_272_768), 100: (21_335_972, 21_318_848)}),
+    ("vgg16", {"head": "512"}, COLOUR, 16, {10: (15_255_626, 15_239_872), 100: (15_301_796, 15_285_952)}),
     ("vgg16", {"head": "4096"}, COLOUR, 16, {10: (134_309_962, 134_289_088), 100: (134_678_692, 134_657_728)}),
     ("lenet300", {}, MNIST, 3, {10: (266_610, 266_200)}),
     ("mlp", {"hidden": (100,) * 5}, MNIST, 6, {10: (119_910, 119_400)}),
@@ -178,6 +179,7 @@ def test_resnet8_has_one_block_a_stage_and_width_multiplies_its_channels():
         *[(name, {}) for name in MODELS],
         ("resnet8", {"skip": False}),
         ("resnet18", {"stem": "7x7", "skip": False}),
+        ("vgg16", {"head": "512"}),
         ("vgg16", {"head": "4096"}),
     ],
 )
@@ -205,6 +207,7 @@ def test_a_built_model_trains_on_digits_sized_images(name):
         ("resnet20", {"skip": False}),
         ("resnet18", {"stem": "7x7"}),
         ("vgg16", {"conv_bias": False}),
+        ("vgg16", {"head": "512"}),
         ("vgg16", {"head": "4096"}),
     ],
 )
@@ -245,6 +248,12 @@ def test_modules_are_registered_in_the_order_in_which_the_forward_pass_calls_the
             "vgg11",
             {"head": "4096"},
             [f"{layer}{i}" for i in range(1, 9) for layer in ("conv", "norm")] + ["linear1", "linear2", "classifier"],
+        ),
+        (
+            "vgg11",
+            {"head": "512"},
+            [f"{layer}{i}" for i in range(1, 9) for layer in ("conv", "norm")]
+            + ["linear1", "norm9", "linear2", "norm10", "classifier"],
         ),
         ("vgg11", {}, [f"{layer}{i}" for i in range(1, 9) for layer in ("conv", "norm")] + ["classifier"]),
     ],

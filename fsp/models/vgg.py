@@ -1,4 +1,4 @@
-"""VGG with batch norm: ``conv1``, ``conv2`` ..., ``classifier``; the large head adds ``linear1`` and ``linear2``."""
+"""VGG with batch norm: ``conv1``, ``conv2`` ..., ``classifier``; the longer heads add ``linear1`` and ``linear2``."""
 
 from collections import OrderedDict
 
@@ -28,16 +28,17 @@ def vgg(
     conv_bias : bool
         Convolutions have a bias (as in SynFlow and OpenLTH; GraSP leaves it out). It adds nothing to what the
         network can compute, since batch norm removes the mean, but it counts in the total of parameters.
-    head : {"linear", "4096"}
-        What follows the convolutions. "4096" is that of ImageNet and of torchvision, as the ICLR'23 paper takes it for
-        CIFAR: the last map spread to 7×7, two linear layers of 4096 outputs with ReLU and dropout of a half, then the
-        classifier. Nine tenths of VGG-16's weights are then in these layers.
+    head : {"linear", "512", "4096"}
+        What follows the convolutions. "512" is that of the full-spectrum paper's VGG-D: two linear layers of 512
+        outputs, each with ReLU and then batch norm, and the classifier. "4096" is that of ImageNet and of torchvision,
+        as the ICLR'23 paper takes it for CIFAR: the last map spread to 7×7, two linear layers of 4096 outputs with
+        ReLU and dropout of a half, then the classifier. Nine tenths of VGG-16's weights are then in these layers.
 
     Returns
     -------
     nn.Sequential
-        Prunable tensors ``conv1.weight`` ... and ``classifier.weight``, with "4096" also ``linear1.weight`` and
-        ``linear2.weight``.
+        Prunable tensors ``conv1.weight`` ... and ``classifier.weight``, with "512" and "4096" also ``linear1.weight``
+        and ``linear2.weight``.
 
     Raises
     ------
@@ -47,7 +48,7 @@ def vgg(
     Notes
     -----
     The first four pools take the maximum over 2×2, the last averages what is left: 2×2 on a 32×32 input, as
-    in the references, 4×4 on 64×64; before the head "4096" it takes the maximum like the others. On smaller inputs
+    in the references, 4×4 on 64×64; before the longer heads it takes the maximum like the others. On smaller inputs
     a side that has already shrunk to one pixel is not pooled again, so an 8×8 input passes 4×4, 2×2, 1×1 and the
     fourth pool drops out. Weights do not depend on the input's height and width.
 
@@ -57,14 +58,17 @@ def vgg(
     References
     ----------
     Simonyan and Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition", ICLR 2015, Table 1
-    (configurations A, D, E).
+    (configurations A, D, E). Hoang et al., "Don't just prune by magnitude! Your mask topology is a secret weapon",
+    NeurIPS 2023 (the head "512").
     """
     if depth not in VGG_PLANS:
         raise ValueError(f"depth must be one of {', '.join(map(str, VGG_PLANS))}, got {depth!r}")
     if type(conv_bias) is not bool:
         raise ValueError(f"conv_bias must be True or False, got {conv_bias!r}")
-    if head not in ("linear", "4096"):
-        raise ValueError(f'head must be "linear" (one layer of 512 inputs) or "4096" (three layers), got {head!r}')
+    if head not in ("linear", "512", "4096"):
+        raise ValueError(
+            f'head must be "linear" (one layer of 512 inputs), "512" or "4096" (three layers), got {head!r}'
+        )
     inputs, *size = shape
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     i = 0
@@ -81,14 +85,18 @@ def vgg(
         elif max(window) > 1:
             layers[f"pool{group}"] = nn.MaxPool2d(window)
             size = [side // step for side, step in zip(size, window, strict=True)]
-    if head == "4096":
-        layers["spread"] = nn.AdaptiveAvgPool2d(7)
-        inputs *= 49
+    if head != "linear":
+        side = 7 if head == "4096" else 1
+        layers["spread"] = nn.AdaptiveAvgPool2d(side)
+        inputs *= side**2
     layers["flatten"] = nn.Flatten()
-    for j in (1, 2) if head == "4096" else ():
-        layers[f"linear{j}"] = nn.Linear(inputs, 4096)
+    for j in (1, 2) if head != "linear" else ():
+        layers[f"linear{j}"] = nn.Linear(inputs, int(head))
         layers[f"relu{i + j}"] = nn.ReLU()
-        layers[f"dropout{j}"] = nn.Dropout()
-        inputs = 4096
+        if head == "512":
+            layers[f"norm{i + j}"] = nn.BatchNorm1d(512)
+        else:
+            layers[f"dropout{j}"] = nn.Dropout()
+        inputs = int(head)
     layers["classifier"] = nn.Linear(inputs, classes)
     return nn.Sequential(layers)
