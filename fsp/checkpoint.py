@@ -5,7 +5,6 @@ its header, as JSON, the numbers beside them, the settings of the training, and 
 """
 
 import errno
-import hashlib
 import json
 import math
 import os
@@ -13,7 +12,7 @@ import re
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from numbers import Real
 from pathlib import Path
@@ -26,7 +25,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fsp.data import Data
-from fsp.masks import Masks
+from fsp.masks import Masks, digest
 from fsp.paths import replacing
 
 FORMAT = 1  # of the file
@@ -100,10 +99,10 @@ def identity(
         "format": FORMAT,
         "model": type(model).__qualname__,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "initial_weights": _digest(model.state_dict())[:16],
-        "masks": None if masks is None else _digest(masks)[:16],
+        "initial_weights": digest(model.state_dict())[:16],
+        "masks": None if masks is None else digest(masks)[:16],
         "data": data.name,
-        "examples": _digest(examples)[:16],
+        "examples": digest(examples)[:16],
         "mean": data.mean,
         "std": data.std,
         "augmented": data.augmented,
@@ -208,7 +207,7 @@ class Checkpoint:
             "take_step": plain,
         }
         text = json.dumps(content)
-        packed = save(tensors, metadata={"fsp_checkpoint": text, "sha256": _digest(tensors, text)})
+        packed = save(tensors, metadata={"fsp_checkpoint": text, "sha256": digest(tensors, text)})
         with replacing(self.path) as temporary:
             temporary.write_bytes(packed)
         self.written = time.monotonic()
@@ -272,7 +271,7 @@ class Checkpoint:
             with safe_open(self.path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
                 header = file.metadata()
-            if header["sha256"] != _digest(tensors, header["fsp_checkpoint"]):
+            if header["sha256"] != digest(tensors, header["fsp_checkpoint"]):
                 raise ValueError("its content is not what was written")
             content = json.loads(header["fsp_checkpoint"])
         except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -292,13 +291,3 @@ class Checkpoint:
                 "give the same settings, data, masks and model, with the weights it had before the first call"
             )
         return tensors, content
-
-
-def _digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
-    """SHA-256 over names, types, shapes and bits of tensors, whatever their order, and a text."""
-    total = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        total.update(f"\0{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return total.hexdigest()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fsp import masks as mask_algebra
 from fsp.data import Data, is_count
-from fsp.masks import Masks, apply_, check_density, check_scope, keep_counts, kept_count, prunable
+from fsp.masks import Masks, apply_, check_density, check_scope, digest, keep_counts, kept_count, prunable
 from fsp.paths import replacing
 from fsp.progress import bar
 from fsp.scores import magnitude
@@ -364,9 +364,9 @@ def _settings(model: nn.Module, data: Data, config: TrainConfig) -> dict[str, ob
     }
     return {
         "model": type(model).__qualname__,
-        "initial_weights": _digest(model.state_dict()),
+        "initial_weights": digest(model.state_dict()),
         "data": data.name,
-        "examples": _digest(examples),
+        "examples": digest(examples),
         "mean": data.mean,
         "std": data.std,
         "augmented": data.augmented,
@@ -413,8 +413,8 @@ def _write(folder: Path, level: Level, weights: State) -> None:
     history = asdict(level.history)
     digests = {
         "history": _digest_of_json(history),
-        "weights": _digest(weights),
-        "rewound": _digest(level.rewound),
+        "weights": digest(weights),
+        "rewound": digest(level.rewound),
     }
     _write_json(record_path, {"history": history, "digests": digests})
 
@@ -437,20 +437,20 @@ def _read(folder: Path, number: int, masks: Masks, rewound: State) -> tuple[Hist
         stored = mask_algebra.load(path)
         path = weights_path
         weights = load_file(path)
-        _expect(digests["weights"], _digest(weights))
+        _expect(digests["weights"], digest(weights))
         if number == 0:
             path = rewound_path
             rewound = load_file(path)
-            _expect(digests["rewound"], _digest(rewound))
+            _expect(digests["rewound"], digest(rewound))
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}): {remedy}") from error
-    if _digest(stored) != _digest(masks):
+    if digest(stored) != digest(masks):
         kept, asked = (sum(int(m.sum()) for m in each.values()) for each in (stored, masks))
         raise ValueError(
             f"{masks_path} keeps {kept} weights, and not the {asked} that follow from the level before it: it was made "
             f"with another density, or is damaged. Choose another directory, or {remedy}"
         )
-    if digests["rewound"] != _digest(rewound):
+    if digests["rewound"] != digest(rewound):
         raise ValueError(f"{record_path} was not made from the weights in {rewound_path}: {remedy}")
     return history, weights, rewound
 
@@ -476,13 +476,3 @@ def _write_json(path: Path, content: dict) -> None:
 def _digest_of_json(content: dict) -> str:
     """SHA-256 of a content as JSON."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bits of tensors, whatever their order."""
-    total = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return total.hexdigest()

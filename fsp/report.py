@@ -192,7 +192,7 @@ def compare_rows(ours: pd.DataFrame, committed: pd.DataFrame) -> RowComparison:
             unequal = (gap > RTOL * np.maximum(a.abs(), b.abs())) | (a.isna() != b.isna())
             largest = f", by at most {gap[unequal].max():.3g}" if gap[unequal].notna().any() else ", one is missing"
         else:
-            unequal, largest = a.astype(str) != b.astype(str), ""
+            unequal, largest = (a.astype(str) != b.astype(str)) & ~(a.isna() & b.isna()), ""
         if unequal.any():
             differing[name] = f"{unequal.sum()} differ{largest}"
     return RowComparison(

@@ -23,7 +23,6 @@ References
 .. [1] Hoang, Kundu, Liu, Wang: Don't just prune by magnitude! Your mask topology is a secret weapon. NeurIPS 2023.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,7 +35,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from fsp import masks as mask_algebra
-from fsp.masks import Masks, apply_, check_masks
+from fsp.masks import Masks, apply_, check_masks, digest
 from fsp.paths import replacing
 
 INIT = -1  # number of the ticket of dense initial weights
@@ -246,7 +245,7 @@ def load(directory: str | Path, number: int, kind: str = "start") -> Ticket:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}): delete it and collect again") from error
-    if _digest(state) != header["checksum"]:
+    if digest(state) != header["checksum"]:
         raise ValueError(f"{path} is damaged: its weights do not have the SHA-256 in its header; collect again")
     if number == INIT:
         return Ticket({name: torch.ones_like(m) for name, m in masks.items()}, state, header["step"], kind, number)
@@ -296,7 +295,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor], **header: object) -> None:
     """Write weights and what they are, atomically."""
     # copies: safetensors refuses tensors that share memory, as tied weights do
     own = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
-    header |= {"checksum": _digest(own)}
+    header |= {"checksum": digest(own)}
     with replacing(path) as temporary:
         temporary.write_bytes(save(own, metadata={"fsp_ticket": json.dumps(header)}))
 
@@ -308,12 +307,3 @@ def _header(path: Path) -> dict:
             return json.loads(file.metadata()["fsp_ticket"])
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} holds no whole ticket ({error}): delete it and collect again") from error
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, types, shapes and bits."""
-    total = hashlib.sha256()
-    for name in sorted(tensors):
-        total.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}\0".encode())
-        total.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
-    return total.hexdigest()

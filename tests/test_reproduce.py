@@ -511,6 +511,12 @@ def test_the_short_page_counts_the_verdicts_of_each_notebook():
 # --- comparing
 
 
+def test_a_text_that_is_missing_in_both_tables_is_the_same():
+    old = pd.DataFrame({"key": ["a", "b", "c"], "part": ["x", None, None]})
+    assert report.compare_rows(old, old).differing == {}
+    assert report.compare_rows(old.assign(part=["x", "y", None]), old).differing == {"part": "1 differ"}
+
+
 def test_rows_are_matched_by_key_whatever_their_order_and_rows_of_one_key_by_position():
     old = pd.DataFrame({"key": ["a", "a", "b"], "step": [1, 2, 1], "x": [0.1, 0.2, 0.3]})
     assert report.compare_rows(old.iloc[[2, 0, 1]], old).differing == {}

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from fsp import masks as mask_algebra
 from fsp import spectrum
-from fsp.masks import Masks, check_density
+from fsp.masks import Masks, check_density, digest
 from fsp.progress import bar
 from fsp.scores import Batches
 from fsp.search.accept import ACCEPT, norms
 from fsp.search.candidates import OfCandidate, check_randomness, drawer, first_examples
 from fsp.search.recombine import leading, resized, swapped
-from fsp.search.state import State, described, digest, read, write
+from fsp.search.state import State, described, read, write
 from fsp.spectrum.graph import PLAIN, Rules, rules_of, wiring_of
 
 Draw = Callable[[int, Masks, dict[str, Tensor]], Masks]  # (candidate, incumbent, votes) -> masks

@@ -5,7 +5,6 @@ that is replaced as a whole; ``ticket_NNNNNN.masks.safetensors`` is the incumben
 `fsp.masks.load`.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fsp import masks as mask_algebra
-from fsp.masks import Masks
+from fsp.masks import Masks, digest
 from fsp.paths import replacing
 
 
@@ -169,13 +168,3 @@ def described(value: object) -> object:
     if value is None or isinstance(value, str | int | float | bool):
         return value
     return getattr(value, "__qualname__", None) or repr(value)
-
-
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bits of tensors, whatever their order."""
-    total = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return total.hexdigest()
