@@ -13,7 +13,7 @@ import pytest
 import yaml
 from papermill.exceptions import PapermillExecutionError
 
-from fsp import parameters, report
+from fsp import parameters, report, tables
 from fsp.paths import NOTEBOOKS, PROFILES, ROOT
 
 ALL = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
@@ -163,6 +163,18 @@ def test_its_smoke_profile_writes_everything_to_the_given_folder_and_nothing_els
     assert set(claims.holds) <= {"yes", "no", "not decided"}
     shown = [output.get("data", {}) for cell in executed.cells for output in cell.get("outputs", [])]
     assert any("image/png" in data for data in shown), "no figure is shown in the notebook"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[] if path.stem == "02_mask_graphs" else pytest.mark.slow, id=path.stem) for path in ALL],
+)
+def test_local_workers_give_the_table_that_one_process_gives(path, smoked, tmp_path):
+    run(path, tmp_path, smoke(path) | {"scheduler": "local"})
+    there, here = (tables.read(out / "results" / f"{path.stem}.csv") for out in (tmp_path, smoked(path)[0]))
+    compared = report.compare_rows(there, here)
+    assert compared[:3] == (len(here), 0, 0)
+    assert set(compared.differing) <= {"peak_bytes"}
 
 
 def test_running_it_again_computes_nothing_and_gives_the_same_table(smoked):

@@ -148,6 +148,10 @@ def search(
     denser ones cannot be favoured, and each incumbent has the asked count and mask 0's count in every layer.  The
     price: layer counts are not searched.
 
+    *What a larger norm may hide.*  A graph is measured without its isolated vertices, so a candidate can gain norm by
+    emptying rows or columns of a layer, in the last one whole classes.  No rule forbids this, as published; look at
+    `fsp.diagnose.diagnose` before trusting a mask.
+
     *Differences from the published code.*  Exactly k weights are kept, not k - 1 (D16); tickets are kept whether or
     not they changed (D22); ``accepted`` counts ties; weights that were pruned in an earlier round stay pruned (D17).
 
