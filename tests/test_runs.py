@@ -968,5 +968,19 @@ def test_a_run_that_cannot_go_on_from_what_it_kept_begins_anew(tmp_path):
     assert seen == [False, True, False]
 
 
+def test_an_error_is_no_reason_to_begin_anew_where_nothing_was_kept(tmp_path):
+    calls = []
+
+    def wrong(config):
+        calls.append(config)
+        runs.scratch("kept").parent.mkdir(exist_ok=True)  # as a training does before its first checkpoint
+        raise ValueError("always")
+
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="1 of 1 runs failed, the first with ValueError: always"):
+            sweep(wrong, XS[:1], store=tmp_path)
+    assert len(calls) == 2
+
+
 def test_outside_a_sweep_there_is_no_scratch():
     assert runs.scratch("training.safetensors") is None

@@ -9,7 +9,6 @@ import functools
 import importlib
 import itertools
 import logging
-import multiprocessing
 import os
 import re
 import sys
@@ -101,8 +100,9 @@ def connect(
         options = {"nthreads": 1, "memory_limit": 0, "host": "127.0.0.1", "env": environment}
         spec[number] = {"cls": Nanny, "options": options | {"silence_logs": logging.CRITICAL}}
     # Workers forked from a process that has torch already start in a tenth of a second instead of some. With GPUs they
-    # start from nothing, for CUDA_VISIBLE_DEVICES has to be set before torch is imported.
-    forked = not gpus and "forkserver" in multiprocessing.get_all_start_methods()
+    # start from nothing, for CUDA_VISIBLE_DEVICES has to be set before torch is imported; so do they where system
+    # libraries do not bear a fork (macOS) or there is none (Windows).
+    forked = sys.platform == "linux" and not gpus
     settings = {
         "distributed.worker.multiprocessing-method": "forkserver" if forked else "spawn",
         "distributed.nanny.pre-spawn-environ": THREADS,

@@ -50,8 +50,9 @@ def scratch_of(record: Path, *, anew: bool) -> Iterator[None]:
 
 
 def has_scratch(record: Path) -> bool:
-    """Whether a run kept something."""
-    return _folder(record).exists()
+    """Whether a run kept something; an empty folder is nothing to go on from."""
+    folder = _folder(record)
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def delete_scratch(record: Path) -> None:
