@@ -8,7 +8,7 @@ ARGS ?=
 .PHONY: reproduce test lint units notebooks faults lab lock refresh clean
 
 reproduce: $(VENV)/installed          ## run every notebook from nothing and print the report
-	$(BIN)/python -m fsp.reproduce --profile $(PROFILE) $(ARGS)
+	$(BIN)/python -m fsp.compendium.reproduce --profile $(PROFILE) $(ARGS)
 
 test: lint units notebooks            ## everything that must hold before a commit
 
@@ -20,7 +20,7 @@ units: $(VENV)/installed              ## unit tests, doctests, and each notebook
 	FSP_PROGRESS=0 $(BIN)/python -m pytest -q --durations=10 -m "not slow"
 
 notebooks: $(VENV)/installed          ## the committed notebooks still give the outputs they were committed with
-	$(BIN)/python -m fsp.reproduce --check
+	$(BIN)/python -m fsp.compendium.reproduce --check
 
 faults: $(VENV)/installed             ## kill a long sweep some fifty times (ten minutes) and write what happened
 	FSP_PROGRESS=0 FSP_FAULTS=data/results/faults.md $(BIN)/python -m pytest -q -m slow -k fifty_kills tests/test_cluster.py
@@ -29,7 +29,7 @@ lab: $(VENV)/installed                ## open the notebooks
 	$(BIN)/jupyter lab --notebook-dir=notebooks
 
 refresh: $(VENV)/installed            ## recompute the committed notebooks, tables, figures and pages of claims
-	$(BIN)/python -m fsp.reproduce --refresh $(ARGS)
+	$(BIN)/python -m fsp.compendium.reproduce --refresh $(ARGS)
 
 lock:                                 ## needs uv; writes exact pins for every supported Python and platform
 	uv pip compile pyproject.toml --extra test --universal --python-version 3.11 --no-annotate -o requirements.lock

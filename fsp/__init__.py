@@ -23,7 +23,7 @@
 `provenance`    what a result was made with
 `stats`         intervals, rank correlations, paired comparisons, verdicts on claims
 `plot`          one style for every figure
-`reproduce`     ``python -m fsp.reproduce``: every notebook, then the report on the claims
+`reproduce`     ``python -m fsp.compendium.reproduce``: every notebook, then the report on the claims
 `execute`       one notebook in its own process
 `report`        that report, and the comparison with the committed results
 `committed`     test and renew the committed notebooks

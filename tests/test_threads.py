@@ -13,10 +13,10 @@ import pytest
 CHAIN = """
 import json, torch
 from fsp import models, spectrum
-from fsp.batches import scoring_batches
+from fsp.data.batching import scoring_batches
 from fsp.data import load
-from fsp.prune import prune
-from fsp.train import TrainConfig, fit
+from fsp.pruning.methods import prune
+from fsp.training.train import TrainConfig, fit
 
 started = torch.get_num_threads()
 torch.set_num_threads(1)

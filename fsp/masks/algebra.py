@@ -146,7 +146,7 @@ def keep_counts(
     ----------
     scores : dict of name to Tensor
     counts : dict of name to int
-        How many to keep, 0 to the tensor's size; see `fsp.allocate`.
+        How many to keep, 0 to the tensor's size; see `fsp.pruning.allocate`.
     generator : torch.Generator on the CPU, optional
         As for `keep_top`, which also lists the errors.
 

@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fsp.files import replacing
 from fsp.masks.algebra import Masks, density, layer_densities
-from fsp.paths import replacing
 
 OWN_KEYS = ("shapes", "achieved_density", "achieved_layer_densities", "checksum")  # of `metadata`
 

@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 import torch
 
-from fsp.provenance import provenance
 from fsp.runs.cluster import WorkerDied
 from fsp.runs.deadline import GRACE, OutOfTime, deadline
-from fsp.runs.kept import delete_scratch, has_scratch, scratch_of
 from fsp.runs.locks import claim
+from fsp.runs.provenance import provenance
 from fsp.runs.records import SCHEMA, check_rows, stored, whole_record, write_record
+from fsp.runs.unfinished import delete_scratch, has_scratch, scratch_of
 
 try:
     import resource

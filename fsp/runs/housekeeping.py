@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 from fsp.paths import outputs
-from fsp.provenance import provenance
-from fsp.runs.kept import MARK
 from fsp.runs.locks import claim, is_claimed, owner
+from fsp.runs.provenance import provenance
 from fsp.runs.records import frame, plain, read_record, record_paths
+from fsp.runs.unfinished import MARK
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -148,7 +148,7 @@ def _is_left(path: Path) -> bool:
     if path.suffix == ".lock":
         run = path
     elif path.name.startswith(".") and path.suffix == ".json" and "-" in path.name:
-        run = path.with_name(path.name[1:].rpartition("-")[0] + ".json")  # see fsp.paths.replacing
+        run = path.with_name(path.name[1:].rpartition("-")[0] + ".json")  # see fsp.files.replacing
     else:
         return False
     return not is_claimed(run)

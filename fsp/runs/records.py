@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from fsp.paths import outputs, replacing
-from fsp.tables import OWN_COLUMNS, value_of
+from fsp.files import replacing
+from fsp.paths import outputs
+from fsp.runs.tables import OWN_COLUMNS, value_of
 
 EXCLUDED = frozenset({"device", "threads", "workers", "verbose", "out_dir", "root", "download"})
 SCHEMA = 2  # of the records; a change of EXCLUDED or of `key` is a change of schema

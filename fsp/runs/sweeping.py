@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from fsp.progress import bar
-from fsp.provenance import provenance
 from fsp.runs import cluster
 from fsp.runs.attempt import Outcome, attempt, failure
 from fsp.runs.locks import claim, has_locks
+from fsp.runs.provenance import provenance
 from fsp.runs.records import check_rows, frame, key, whole_record
-from fsp.tables import OWN_COLUMNS, rows_by_key
+from fsp.runs.tables import OWN_COLUMNS, rows_by_key
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -60,7 +60,7 @@ def sweep(
     store : path
         Folder of the records ``<key>.json``. All workers must see it under this path.
     table : path, optional
-        A table written by `fsp.tables.update`, which need not exist. Its finished rows stand in for missing records.
+        A table written by `fsp.runs.tables.update`, if it exists. Its finished rows stand in for missing records.
     recompute : bool
         Compute every run. A record is replaced only when its replacement is finished; a run that fails leaves
         the finished record of before.

@@ -13,7 +13,7 @@ References
 .. [1] Hoang, Kundu, Liu, Wang: Don't just prune by magnitude! Your mask topology is a secret weapon. NeurIPS 2023.
 """
 
-from fsp.search.accept import ACCEPT, norms
+from fsp.search.acceptance import ACCEPT, norms
 from fsp.search.candidates import RANDOMNESS, matched, mini_batches
 from fsp.search.population import SearchResult, optimise, search
 

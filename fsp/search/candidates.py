@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from fsp import masks as mask_algebra
-from fsp.batches import augment
-from fsp.batches import batches as cut
 from fsp.data import Data, is_count
+from fsp.data.batching import augment
+from fsp.data.batching import batches as cut
 from fsp.masks import Masks, check_masks, keep_counts, prunable
-from fsp.prune import METHODS, EachRound, by_score, prune
-from fsp.scores import Batches
+from fsp.pruning.methods import METHODS, EachRound, by_score, prune
+from fsp.pruning.scores import Batches
 
 OfCandidate = Callable[[int], Batches | EachRound]
 
@@ -93,7 +93,7 @@ def drawer(
     seed : int
         Candidate i has a generator of its own with seed + i.
     options : dict
-        For `fsp.prune.prune`.
+        For `fsp.pruning.prune`.
 
     Returns
     -------
@@ -202,7 +202,7 @@ def matched(
     model : nn.Module, optional
         With `method`; its masked weights are those of `masks`.
     method : str, optional
-        Key of `fsp.prune.METHODS`.  Random methods give random positions.
+        Key of `fsp.pruning.METHODS`.  Random methods give random positions.
     batches : sequence of (inputs, labels), optional
         For methods that score on data.
     **options

@@ -15,8 +15,8 @@ from fsp import masks as mask_algebra
 from fsp import spectrum
 from fsp.masks import Masks, check_density, digest
 from fsp.progress import bar
-from fsp.scores import Batches
-from fsp.search.accept import ACCEPT, norms
+from fsp.pruning.scores import Batches
+from fsp.search.acceptance import ACCEPT, norms
 from fsp.search.candidates import OfCandidate, check_randomness, drawer, first_examples
 from fsp.search.recombine import leading, resized, swapped
 from fsp.search.state import State, described, read, write
@@ -93,13 +93,13 @@ def search(
     model : nn.Module
         At its initial weights, or trained for a while (D24).  It is left bit-identical.
     method : str
-        A key of `fsp.prune.METHODS` with some randomness, so not "magnitude".
+        A key of `fsp.pruning.METHODS` with some randomness, so not "magnitude".
     density : float, in (0, 1]
     population : int, >= 1
         Candidates beside mask 0; published: 3000.
     batches : callable, optional
         ``batches(i)`` gives the scoring examples of candidate i, or a callable of the round for fresh ones in each,
-        see `fsp.prune.prune`; ``batches(0)`` those of mask 0.  `fsp.search.mini_batches` makes one.  Its examples
+        see `fsp.pruning.prune`; ``batches(0)`` those of mask 0.  `fsp.search.mini_batches` makes one.  Its examples
         may depend on i alone.  For methods that are random by themselves a plain sequence will do.
     accept : {"published", "alt", "strict", "norm"}
         "published" is the default of the published code, "alt" its later option (D29), "strict" an earlier one.
@@ -121,7 +121,7 @@ def search(
         Only a copy for scoring is noisy; coordinates are those of the weights without noise.
     rules : {"iclr2023", "fsp2023"} or Rules
     **options
-        Of the method, see `fsp.prune.options_of`; also ``reference``.
+        Of the method, see `fsp.pruning.options_of`; also ``reference``.
 
     Returns
     -------
@@ -132,7 +132,7 @@ def search(
     ValueError
         Before any long work: a method without randomness, or without what its randomness needs; an unknown method or
         option value; a number out of range; a directory of another search (naming what differs) or with a damaged
-        file.  And those of `fsp.prune.prune`.
+        file.  And those of `fsp.pruning.prune`.
     TypeError
         For an option that the method does not have.
     KeyboardInterrupt
@@ -150,7 +150,7 @@ def search(
 
     *What a larger norm may hide.*  A graph is measured without its isolated vertices, so a candidate can gain norm by
     emptying rows or columns of a layer, in the last one whole classes.  No rule forbids this, as published; look at
-    `fsp.diagnose.diagnose` before trusting a mask.
+    `fsp.pruning.diagnose` before trusting a mask.
 
     *Differences from the published code.*  Exactly k weights are kept, not k - 1 (D16); tickets are kept whether or
     not they changed (D22); ``accepted`` counts ties; weights that were pruned in an earlier round stay pruned (D17).

@@ -16,8 +16,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fsp import masks as mask_algebra
+from fsp.files import replacing
 from fsp.masks import Masks, digest
-from fsp.paths import replacing
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def coordinates(
 
     Parameters
     ----------
-    masks : dict of parameter name to mask, as made by `fsp.prune.prune`
+    masks : dict of parameter name to mask, as made by `fsp.pruning.prune`
     weights : dict of parameter name to weights, or the model itself
         May hold more names than `masks`.
     rules : {"iclr2023", "fsp2023"} or Rules
@@ -150,7 +150,7 @@ def population(
         raise ValueError("there is no mask to measure: the list is empty")
     names = list(masks_list[0])
     if not names:
-        raise ValueError("there are no masks: fsp.prune.prune(model, ...) makes them")
+        raise ValueError("there are no masks: fsp.pruning.prune(model, ...) makes them")
     for i, masks in enumerate(masks_list):
         if list(masks) != names:
             raise ValueError(f"mask {i} has layers {', '.join(masks)}, mask 0 has {', '.join(names)}")

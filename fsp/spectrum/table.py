@@ -29,7 +29,7 @@ def layer_table(
 
     Parameters
     ----------
-    masks : dict of parameter name to mask, as made by `fsp.prune.prune`
+    masks : dict of parameter name to mask, as made by `fsp.pruning.prune`
         Shape (C_out, C_in, \*kernel) or (out, in), bool or 0/1.
     weights : dict of parameter name to weights, or the model itself
         As in `coordinates`: only a model tells of grouped and transposed convolutions.

@@ -1,0 +1,1 @@
+"""What only the notebooks need: shared experiments, checks on parameters, statistics, figures, reports."""

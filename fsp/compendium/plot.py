@@ -1,0 +1,249 @@
+"""One style for every figure, and one look for a method wherever it appears."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.path import Path as Outline
+
+from fsp.compendium import stats
+from fsp.files import replacing
+
+COLUMN, PAGE = 3.4, 7.0  # widths of a figure, in inches
+
+
+class Look(NamedTuple):
+    """How a method is drawn: told apart by marker and dash as well, for readers in grey."""
+
+    label: str
+    colour: str
+    marker: str | tuple[int, int, float] | Outline  # the tuple: corners, 1 for a star, angle in degrees
+    dash: tuple = ()
+
+
+# Matplotlib has fewer filled markers that stay apart when small than there are methods.
+UPPER_HALF, LEFT_HALF, LOWER_HALF = (Outline.wedge(angle, angle + 180) for angle in (0, 90, 180))  # of a disc
+BEAM = Outline([(-1, -0.4), (1, -0.4), (1, 0.4), (-1, 0.4), (-1, -0.4)], closed=True)
+POST = Outline([(-0.4, -1), (0.4, -1), (0.4, 1), (-0.4, 1), (-0.4, -1)], closed=True)
+RHOMBUS = Outline([(-1, 0), (0, -0.6), (1, 0), (0, 0.6), (-1, 0)], closed=True)  # SynFlow's diamond, lying
+HOURGLASS = Outline([(-1, -1), (1, -1), (0.35, 0), (1, 1), (-1, 1), (-0.35, 0), (-1, -1)], closed=True)
+BOWTIE = Outline([(-1, -1), (0, -0.35), (1, -1), (1, 1), (0, 0.35), (-1, 1), (-1, -1)], closed=True)
+TEE = Outline(
+    [(-1, 1), (1, 1), (1, 0.3), (0.4, 0.3), (0.4, -1), (-0.4, -1), (-0.4, 0.3), (-1, 0.3), (-1, 1)], closed=True
+)
+
+# Colours of Okabe and Ito, for colour-blind readers, and darker or lighter ones for a method's relatives; solid lines
+# for methods that look at weights or data.
+METHODS = {
+    "dense": Look("Dense", "#000000", "D"),
+    "random": Look("Random", "#999999", "X", (1, 1)),
+    "uniform": Look("Uniform", "#6e6e6e", "P", (1, 1)),
+    "er": Look("ER", "#b98a4a", "<", (3, 1)),
+    "erk": Look("ERK", "#e69f00", "^", (3, 1)),
+    "uniform_plus": Look("Uniform+", "#333333", TEE, (1, 1)),
+    "igq": Look("IGQ", "#7a5200", "p", (3, 1)),
+    "balanced": Look("Balanced", "#009e73", BEAM, (5, 1, 1, 1)),
+    "pyramidal": Look("Pyramidal", "#7a8a00", ">", (5, 1, 1, 1)),
+    "smart_ratio": Look("Smart-ratio", "#00664a", "*", (5, 1, 1, 1)),
+    "ratio_of": Look("Ratio of another mask", "#a58fd0", POST, (2, 2)),
+    "magnitude": Look("Magnitude", "#56b4e9", "v"),
+    "snip": Look("SNIP", "#0072b2", "o"),
+    "taylor": Look("Taylor", "#4a6fe3", UPPER_HALF),
+    "iterative_snip": Look("Iterative SNIP", "#00304d", LEFT_HALF),
+    "force": Look("FORCE", "#3f9fbf", LOWER_HALF),
+    "grasp": Look("GraSP", "#cc79a7", "s"),
+    "synflow": Look("SynFlow", "#d55e00", "d"),
+    "synflow_l2": Look("SynFlow-L2", "#8a2f00", RHOMBUS),
+    "phew": Look("PHEW", "#7b2d8e", (6, 1, 0)),
+    "imp": Look("IMP", "#b0003a", HOURGLASS),
+    "imp_rewind": Look("IMP-rewind", "#6b2f4a", BOWTIE, (3, 1)),
+    "search_alone": Look("Mask 0", "#000000", "o"),
+    "search_published": Look("Published search", "#e69f00", "s"),
+    "search_matched": Look("Base method, its densities", "#999999", "X"),
+    "search_exact": Look("Exact-density search", "#0072b2", "^"),
+    "search_optimised": Look("Optimised masks", "#d55e00", "d"),
+    "set": Look("SET", "#56b4e9", "v", (1, 1)),
+    "rigl": Look("RigL", "#cc79a7", "d", (6, 1, 1, 1)),
+    "set_itop": Look("SET-ITOP", "#0072b2", "o"),
+    "rigl_itop": Look("RigL-ITOP", "#d55e00", "s", (5, 1.5)),
+    "set_itop_guided": Look("SET-ITOP, guided", "#009e73", "P", (2, 1)),
+    "static": Look("Static ERK", "#e69f00", "^", (3, 1)),
+    "static_uniform": Look("Static uniform", "#7b2d8e", "D", (4, 1, 1, 1)),
+    "shuffled": Look("Same density, random", "#999999", "X", (1, 1)),
+}
+
+# Symbol and name of each quantity of a network, for axes: lambda and IMSG have the unit of the weights.
+QUANTITIES = {
+    "ramanujan_gap": (r"$\Delta_r$", r"Ramanujan gap $\Delta_r$"),
+    "weighted_gap": (r"$\lambda$", r"weighted gap $\lambda$"),
+    "imdb": ("IMDB", "IMDB"),
+    "imsg": ("IMSG", "IMSG"),
+    "spectrum_norm": ("norm", r"spectrum norm $\|v\|_2$"),
+}
+
+
+def use_style() -> None:
+    """Set the figure style of the compendium for this process."""
+    sns.set_theme(
+        context="paper",
+        style="ticks",
+        rc={
+            "font.size": 8,
+            "axes.labelsize": 8,
+            "axes.titlesize": 8,
+            "legend.fontsize": 7,
+            "legend.title_fontsize": 7,
+            "legend.frameon": False,
+            "xtick.labelsize": 7,
+            "ytick.labelsize": 7,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "lines.linewidth": 1.2,
+            "lines.markersize": 4,
+            "figure.dpi": 120,
+            "savefig.dpi": 300,
+            "pdf.fonttype": 42,
+        },
+    )
+
+
+def looks(methods: list[str]) -> dict:
+    """Arguments that make seaborn draw methods by their looks.
+
+    Parameters
+    ----------
+    methods : list of str
+        Keys of `METHODS`, in the order of the legend.
+
+    Returns
+    -------
+    dict
+        ``palette``, ``markers``, ``dashes``, ``hue_order`` and ``style_order``, keyed by label.
+
+    Raises
+    ------
+    ValueError
+        For a method without a look.
+
+    Examples
+    --------
+    >>> looks(["snip"])["palette"]
+    {'SNIP': '#0072b2'}
+    """
+    missing = [m for m in methods if m not in METHODS]
+    if missing:
+        raise ValueError(f"no look for {', '.join(missing)}: add it to fsp.compendium.plot.METHODS")
+    chosen = [METHODS[m] for m in methods]
+    labels = [look.label for look in chosen]
+    return {
+        "palette": {look.label: look.colour for look in chosen},
+        "markers": {look.label: look.marker for look in chosen},
+        "dashes": {look.label: look.dash for look in chosen},
+        "hue_order": labels,
+        "style_order": labels,
+    }
+
+
+def save(figure: Figure, directory: str | Path, stem: str, panel: str = "") -> list[Path]:
+    """Write a figure as PNG for reading and PDF for papers, atomically and without time stamps.
+
+    Parameters
+    ----------
+    figure : Figure
+    directory : path
+    stem : str
+        The notebook's name without extension.
+    panel : str
+        Appended to the name where a notebook has several figures.
+
+    Returns
+    -------
+    list of Path
+        The two files.
+    """
+    name = f"{stem}_{panel}" if panel else stem
+    paths = [Path(directory) / f"{name}{suffix}" for suffix in (".png", ".pdf")]
+    metadata = [{"Software": None}, {"CreationDate": None, "Producer": None, "Creator": None}]
+    for path, kept in zip(paths, metadata, strict=True):
+        with replacing(path) as temporary:
+            figure.savefig(temporary, bbox_inches="tight", metadata=kept)
+    return paths
+
+
+def t_interval(values: pd.Series) -> tuple[float, float]:
+    """Error bar for seaborn: the 95 % interval of `fsp.compendium.stats.mean`; of one value, the value itself.
+
+    Parameters
+    ----------
+    values : Series
+
+    Returns
+    -------
+    low, high : float
+    """
+    found = stats.mean(values)
+    return (found.low, found.high) if found.n > 1 else (found.value, found.value)
+
+
+def legend_below(figure: Figure, axes: Axes, *, columns: int = 5, title: str = "") -> None:
+    """Move the legend of one axes below the figure, for all panels.
+
+    Entries of a numeric section (sizes by density) carry the section's name.
+
+    Parameters
+    ----------
+    figure : Figure
+        With ``layout="constrained"``.
+    axes : Axes
+        The one whose legend it is.
+    columns : int
+    title : str
+        Such as what a band shows, and n.
+    """
+    legend = axes.get_legend()
+    entries, section = [], ""
+    for handle, text in zip(legend.legend_handles, legend.get_texts(), strict=True):
+        label = text.get_text()
+        if handle.get_markersize() == 0:  # seaborn's heading of a section
+            section = label
+        else:
+            entries.append((handle, f"{section} {label}" if label.replace(".", "", 1).isdigit() else label))
+    legend.remove()
+    figure.legend(*zip(*entries, strict=True), loc="outside lower center", ncols=columns, title=title)
+
+
+def forest(axes: Axes, estimates: pd.DataFrame, label: str) -> None:
+    """Draw estimates with their intervals, one row a quantity, one marker a column.
+
+    Parameters
+    ----------
+    axes : Axes
+    estimates : DataFrame of `fsp.compendium.stats.Estimate`
+        Index: keys of `QUANTITIES`.
+    label : str
+        Of the horizontal axis.
+    """
+    looks = [("#000000", "o"), ("#999999", "s"), ("#d55e00", "^"), ("#0072b2", "v"), ("#e69f00", "d"), ("#cc79a7", "X")]
+    if estimates.shape[1] > len(looks):
+        raise ValueError(f"{estimates.shape[1]} columns are too many for one axes: at most {len(looks)}")
+    offsets = [0.16 * (i - (estimates.shape[1] - 1) / 2) for i in range(estimates.shape[1])]
+    for (column, found), (colour, marker), offset in zip(estimates.items(), looks, offsets, strict=False):
+        value, low, high, _ = np.array(found.tolist(), dtype=float).T
+        axes.errorbar(
+            value,
+            np.arange(len(value)) + offset,
+            xerr=[value - low, high - value],
+            fmt=marker,
+            color=colour,
+            markersize=3.5,
+            elinewidth=1,
+            label=column,
+        )
+    axes.axvline(0, color="0.7", linewidth=0.8, zorder=0)
+    axes.set(yticks=range(len(estimates)), yticklabels=[QUANTITIES[q][0] for q in estimates.index], xlabel=label)
+    axes.invert_yaxis()
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(estimates.columns))

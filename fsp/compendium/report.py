@@ -1,0 +1,329 @@
+"""The report on a reproduction: environment, notebooks, claims, and differences to the committed results."""
+
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from pandas.api.types import is_bool_dtype, is_numeric_dtype
+
+from fsp import paths
+from fsp.compendium.stats import CLAIM_COLUMNS
+from fsp.runs import tables
+from fsp.runs.provenance import provenance
+
+RTOL = 1e-6  # numbers closer than this, relative to the larger one, count as the same
+
+
+class Outcome(NamedTuple):
+    """How one notebook ended: `error` is empty if it finished, `earlier` says that it did so before this call."""
+
+    stem: str
+    seconds: float
+    error: str
+    earlier: bool = False
+
+    @property
+    def status(self) -> str:
+        """``finished``, ``finished earlier`` or ``failed``."""
+        return "failed" if self.error else "finished earlier" if self.earlier else "finished"
+
+
+def broken_promise(out: Path, stem: str) -> str:
+    """What a finished notebook owes: the name of a file it did not write, or what is wrong with a table; else ""."""
+    promised = [f"results/{stem}.csv", f"results/{stem}.claims.csv", f"figures/{stem}*.png", f"figures/{stem}*.pdf"]
+    if missing := [pattern for pattern in promised if not any(out.glob(pattern))]:
+        return f"it finished without writing {', '.join(missing)}"
+    try:
+        read_claims(out / "results", [stem])
+        if "key" not in tables.read(out / "results" / f"{stem}.csv"):
+            return f"its table results/{stem}.csv has no column 'key'"
+    except ValueError as error:
+        return f"a table it wrote cannot be read: {error}"
+    return ""
+
+
+def read_claims(results: Path, stems: list[str]) -> pd.DataFrame:
+    """Claims tables of several notebooks as one; a notebook without one is left out.
+
+    Parameters
+    ----------
+    results : path
+        Folder of the files ``<stem>.claims.csv``.
+    stems : list of str
+        Notebooks, in the order of the table.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Column ``notebook``, then `CLAIM_COLUMNS`; text that is missing is "".
+
+    Raises
+    ------
+    ValueError
+        If a file lacks one of the columns.
+    """
+    frames = [pd.DataFrame(columns=["notebook", *CLAIM_COLUMNS])]
+    for stem in stems:
+        path = results / f"{stem}.claims.csv"
+        if not path.exists():
+            continue
+        frame = tables.read(path)
+        if missing := [name for name in CLAIM_COLUMNS if name not in frame]:
+            raise ValueError(f"{path} has no column {missing[0]!r}: expected {', '.join(CLAIM_COLUMNS)}")
+        frames.append(frame[list(CLAIM_COLUMNS)].assign(notebook=stem))
+    claims = pd.concat(frames[1:] or frames, ignore_index=True)[["notebook", *CLAIM_COLUMNS]]
+    texts = ["claim", "paper", "section", "published", "holds", "note"]
+    return claims.assign(**{name: [_text(value) for value in claims[name]] for name in texts})
+
+
+def claims_table(claims: pd.DataFrame, *, notes: bool = True, link: str = "") -> str:
+    """Markdown table of claims, one a line.
+
+    Parameters
+    ----------
+    claims : pandas.DataFrame
+        From `read_claims`.
+    notes : bool
+        Whether to give the notes a column.
+    link : str
+        Folder of the notebooks as seen from the page; "" for names without links.
+
+    Returns
+    -------
+    str
+    """
+    head = ["Claim", "Paper", "Measured here [interval]", "n", "Published", "Holds", "Notebook"]
+    lines = []
+    for row in claims.to_dict("records"):
+        source = " ".join(filter(None, [row["paper"], row["section"]]))
+        name = f"[{row['notebook'][:2]}]({link}/{row['notebook']}.ipynb)" if link else row["notebook"]
+        line = [row["claim"], source, measured(row), row["n"], row["published"], row["holds"], name]
+        lines.append(line + [row["note"]] * notes)
+    return _markdown(head + ["Note"] * notes, lines)
+
+
+def verdicts_table(claims: pd.DataFrame, headings: dict[str, str], *, link: str) -> str:
+    """Markdown table of notebooks: what each finds, and how many claims hold.
+
+    Parameters
+    ----------
+    claims : pandas.DataFrame
+        From `read_claims`.
+    headings : dict of notebook to str
+    link : str
+        Folder of the notebooks as seen from the page.
+
+    Returns
+    -------
+    str
+    """
+    verdicts = ("yes", "no", "not decided")
+    counts = claims.groupby("notebook").holds.value_counts()
+    lines = [
+        [f"[{stem[:2]}]({link}/{stem}.ipynb)", heading, *(counts.get((stem, verdict), 0) for verdict in verdicts)]
+        for stem, heading in headings.items()
+    ]
+    return _markdown(["", "What its notebook finds", "claims hold", "do not", "not decided"], lines)
+
+
+def measured(row: dict) -> str:
+    """Value of a claim with its interval, to three significant digits.
+
+    Examples
+    --------
+    >>> measured({"measured": 0.86312, "low": 0.8, "high": 0.91})
+    '0.863 [0.8, 0.91]'
+    """
+    if math.isnan(row["low"]) or math.isnan(row["high"]):
+        return f"{row['measured']:.3g}"
+    return f"{row['measured']:.3g} [{row['low']:.3g}, {row['high']:.3g}]"
+
+
+class RowComparison(NamedTuple):
+    """Two tables matched row by row: counts of rows, and what differs by column."""
+
+    compared: int
+    missing: int
+    added: int
+    differing: dict[str, str]
+
+    def __str__(self):
+        rows = f"{self.compared} rows compared, {self.missing} missing, {self.added} not in the committed table"
+        what = "; ".join(f"`{column}`: {text}" for column, text in self.differing.items())
+        return f"{rows}: {what or 'same to the printed digits'}"
+
+
+def compare_rows(ours: pd.DataFrame, committed: pd.DataFrame) -> RowComparison:
+    """Compare two tidy tables, rows matched by ``key`` (and by position among the rows of one key).
+
+    Columns whose name ends in ``_s`` are wall times and left out.
+
+    Parameters
+    ----------
+    ours, committed : pandas.DataFrame
+        Tables with a column ``key``.
+
+    Returns
+    -------
+    RowComparison
+        ``differing`` says for each column that differs in how many cells, and for numbers the largest absolute
+        difference. Numbers differ beyond a relative tolerance of `RTOL`, or where one is missing.
+
+    Examples
+    --------
+    >>> old = pd.DataFrame({"key": ["a", "b"], "accuracy": [0.5, 0.75], "train_s": [1.0, 1.0]})
+    >>> print(compare_rows(old.assign(accuracy=[0.5, 0.5], train_s=9.0), old))
+    2 rows compared, 0 missing, 0 not in the committed table: `accuracy`: 1 differ, by at most 0.25
+    """
+    ours, committed = (frame.set_index(["key", frame.groupby("key").cumcount()]) for frame in (ours, committed))
+    common = committed.index.intersection(ours.index)
+    differing = {}
+    for name in dict.fromkeys([*committed, *ours]):
+        if name.endswith("_s"):
+            continue
+        if name not in ours or name not in committed:
+            differing[name] = "only in the " + ("committed table" if name not in ours else "new table")
+            continue
+        a, b = ours.loc[common, name], committed.loc[common, name]
+        if all(is_numeric_dtype(column) and not is_bool_dtype(column) for column in (a, b)):
+            gap = (a - b).abs()
+            unequal = (gap > RTOL * np.maximum(a.abs(), b.abs())) | (a.isna() != b.isna())
+            largest = f", by at most {gap[unequal].max():.3g}" if gap[unequal].notna().any() else ", one is missing"
+        else:
+            unequal, largest = (a.astype(str) != b.astype(str)) & ~(a.isna() & b.isna()), ""
+        if unequal.any():
+            differing[name] = f"{unequal.sum()} differ{largest}"
+    return RowComparison(
+        len(common), len(committed.index.difference(ours.index)), len(ours.index.difference(committed.index)), differing
+    )
+
+
+def compare_claims(ours: pd.DataFrame, committed: pd.DataFrame) -> list[str]:
+    """Sentences on claims that are missing, judged otherwise, or measured outside their committed interval.
+
+    Parameters
+    ----------
+    ours, committed : pandas.DataFrame
+        From `read_claims`; matched by notebook and claim.
+
+    Returns
+    -------
+    list of str
+        Empty if nothing of this is the case. A committed value without an interval is compared to `RTOL`.
+    """
+    ours, committed = ({(r["notebook"], r["claim"]): r for r in f.to_dict("records")} for f in (ours, committed))
+    found = [f"not committed: {claim}" for stem, claim in ours if (stem, claim) not in committed]
+    for name, old in committed.items():
+        new = ours.get(name)
+        if new is None:
+            found.append(f"missing: {name[1]}")
+            continue
+        if new["holds"] != old["holds"]:
+            found.append(f"verdict {new['holds']!r}, committed {old['holds']!r}: {name[1]}")
+        if not _within(new["measured"], old):
+            found.append(f"measured {new['measured']:.4g}, committed {measured(old)}: {name[1]}")
+    return found
+
+
+def compare_committed(out: Path, stem: str) -> list[str]:
+    """What differs between a notebook's tables in an output folder and the committed ones, in sentences."""
+    new, committed = out / "results", paths.outputs().results
+    if not (committed / f"{stem}.csv").exists() or not (committed / f"{stem}.claims.csv").exists():
+        return ["nothing is committed to compare with"]
+    ours, theirs = (tables.read(folder / f"{stem}.csv") for folder in (new, committed))
+    claims = read_claims(committed, [stem])
+    found = compare_claims(read_claims(new, [stem]), claims)
+    same = f"{len(claims)} claims compared: same verdicts, values within their committed intervals"
+    return [str(compare_rows(ours, theirs)), *(found or [same])]
+
+
+def write(out: Path, outcomes: list[Outcome], *, profile: str, given: dict, records_before: int) -> str:
+    """Write ``report.md`` into an output folder.
+
+    Parameters
+    ----------
+    out : path
+        Where the notebooks wrote to.
+    outcomes : list of Outcome
+        In the order they ran.
+    profile : {"quick", "smoke", "paper"}
+    given : dict
+        Parameters set on the command line; not the scheduler, which changes no result.
+    records_before : int
+        Run records that lay in `out` at the start, reused where they fit.
+
+    Returns
+    -------
+    str
+        The short version, for a terminal.
+
+    Raises
+    ------
+    ValueError
+        If a claims table lacks a column.
+    """
+    finished = [outcome.stem for outcome in outcomes if not outcome.error]
+    claims = read_claims(out / "results", finished)
+    if profile == "quick" and not given:
+        differences = {stem: compare_committed(out, stem) for stem in finished}
+    else:
+        differences = {"not compared": ["the committed results belong to the quick profile as the notebooks have it"]}
+
+    lines = [f"# Reproduction, profile {profile}", ""]
+    lines += [f"Parameters from the command line: `{json.dumps(given, default=str)}`", ""] if given else []
+    lines += [f"Run records found at the start, and reused where they fit: {records_before}.", ""]
+    rows = [[o.stem, o.status, f"{o.seconds:.0f}", f"[{o.stem}](notebooks/{o.stem}.ipynb)"] for o in outcomes]
+    lines += ["## Notebooks", "", _markdown(["Notebook", "Status", "Seconds", "Executed"], rows), ""]
+    for outcome in outcomes:
+        if outcome.error:
+            executed = out / "notebooks" / f"{outcome.stem}.ipynb"
+            partial = f"As far as it came: `{executed}`" if executed.exists() else "It ended before its first cell."
+            lines += [f"### {outcome.stem} failed", "", "```text", outcome.error, "```", "", partial, ""]
+    lines += ["## Claims", "", claims_table(claims) if len(claims) else "None.", ""]
+    lines += ["## Differences to the committed results", ""]
+    lines += [f"Numbers count as the same within a relative tolerance of {RTOL:g}; wall times are left out.", ""]
+    for stem, sentences in differences.items():
+        lines += [f"**{stem}**", "", *(f"- {sentence}" for sentence in sentences), ""]
+    environment = provenance() | {"gpu": ", ".join(_gpus(out / "runs")) or "none used"}
+    lines += ["## Environment", "", _markdown(["", ""], [list(item) for item in environment.items()])]
+    with paths.replacing(out / "report.md") as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    short = [f"{o.stem}: {o.status}, {o.seconds:.0f} s" + f"\n{o.error}\n" * bool(o.error) for o in outcomes]
+    short += ["", "claims:"] * bool(len(claims))
+    short += [
+        f"  {row['holds']:<12} {measured(row)}, n = {row['n']}, published {row['published'] or '-'}: {row['claim']}"
+        for row in claims.to_dict("records")
+    ]
+    short += ["", "differences to the committed results:"]
+    short += [f"  {stem}: {sentence}" for stem, sentences in differences.items() for sentence in sentences]
+    return "\n".join(short)
+
+
+def _gpus(store: Path) -> list[str]:
+    """Devices that the records in a store name."""
+    made_by = [json.loads(path.read_text(encoding="utf-8")).get("provenance") for path in store.glob("*.json")]
+    return sorted({(made or {}).get("gpu") or "" for made in made_by} - {""})
+
+
+def _within(value: float, old: dict) -> bool:
+    """Whether a value lies in a committed interval, or equals the committed value if that has none."""
+    if math.isnan(value) or math.isnan(old["measured"]):
+        return math.isnan(value) and math.isnan(old["measured"])
+    if math.isnan(old["low"]) or math.isnan(old["high"]):
+        return math.isclose(value, old["measured"], rel_tol=RTOL)
+    return old["low"] <= value <= old["high"]
+
+
+def _text(value: object) -> str:
+    """A cell as text, "" where it is missing."""
+    return "" if isinstance(value, float) and math.isnan(value) else str(value)
+
+
+def _markdown(head: list[str], lines: list[list]) -> str:
+    """Markdown table; what Markdown or HTML would read as markup is escaped."""
+    cells = [[" ".join(str(cell).split()).replace("|", r"\|").replace("<", "&lt;") for cell in line] for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *cells])

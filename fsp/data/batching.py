@@ -1,0 +1,304 @@
+"""Batches of a dataset: random crop and flip, epochs, examples for scoring.
+
+Every random choice is drawn on the CPU from a `torch.Generator`, so that it does not depend on the device.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fsp.data.datasets import Data, Split, is_count
+
+
+def augment(
+    images: Tensor,
+    *,
+    padding: int = 4,
+    mode: str = "zeros",
+    flip: bool = True,
+    generator: torch.Generator,
+) -> Tensor:
+    """Random crop of the padded image, then a horizontal flip with probability one half; each image on its own.
+
+    Parameters
+    ----------
+    images : Tensor, shape (N, C, H, W), any dtype
+        Before normalisation: the zeros around them are black, as in the reference transforms.
+    padding : int, at least 0
+        Pixels added on each side. Each of the (2 padding + 1)^2 offsets is equally likely.
+    mode : {"zeros", "reflect"}
+        What lies in the padding. "reflect" mirrors the image without repeating its edge, and is what the
+        full-spectrum papers use for CIFAR-10.
+    flip : bool
+    generator : torch.Generator
+        On the CPU. Draws N row offsets, N column offsets and, if `flip`, N coins, in this order.
+
+    Returns
+    -------
+    Tensor
+        A new tensor of the same shape, dtype and device.
+
+    Raises
+    ------
+    ValueError
+        `images` is not four-dimensional, `padding` is negative or too wide to reflect, `mode` is unknown, or
+        `generator` is not a CPU generator.
+
+    Examples
+    --------
+    >>> images = torch.full((2, 3, 32, 32), 255, dtype=torch.uint8)
+    >>> moved = augment(images, generator=torch.Generator().manual_seed(0))
+    >>> moved.shape, moved.dtype, moved.unique()
+    (torch.Size([2, 3, 32, 32]), torch.uint8, tensor([  0, 255], dtype=torch.uint8))
+    """
+    if images.ndim != 4:
+        raise ValueError(f"images has shape {tuple(images.shape)}; expected (N, C, H, W)")
+    if mode not in ("zeros", "reflect"):
+        raise ValueError(f"mode={mode!r}: expected 'zeros' or 'reflect'")
+    if not is_count(padding, 0):
+        raise ValueError(f"padding={padding!r}: expected an integer of at least 0")
+    n, _, height, width = images.shape
+    if mode == "reflect" and padding >= min(height, width):
+        raise ValueError(f"padding={padding}: a {height}x{width} image reflects at most {min(height, width) - 1}")
+    _check_generator(generator)
+
+    draws = torch.randint(2 * padding + 1, (2, n), generator=generator)
+    if flip:
+        draws = torch.cat([draws, torch.randint(2, (1, n), generator=generator)])
+    rows, columns, *coins = draws.to(images.device)  # one transfer
+    if mode == "zeros":
+        padded = F.pad(images, (padding,) * 4)
+    else:  # by index, because F.pad reflects uint8 images only on some devices
+        padded = images[:, :, _mirrored(height, padding, images.device)]
+        padded = padded[:, :, :, _mirrored(width, padding, images.device)]
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (N, C, 2p+1, 2p+1, H, W), a view
+    cropped = windows[torch.arange(n, device=images.device), :, rows, columns]  # (N, C, H, W)
+    if not flip:
+        return cropped
+    return torch.where(coins[0].bool().view(-1, 1, 1, 1), cropped.flip(-1), cropped)
+
+
+def _mirrored(side: int, padding: int, device: torch.device) -> Tensor:
+    """Indices of one axis, reflected at both ends: side 3, padding 2 gives 2 1 0 1 2 1 0."""
+    index = torch.arange(-padding, side + padding, device=device).abs()
+    return side - 1 - (side - 1 - index).abs()
+
+
+def batches(
+    split: Split | tuple[Tensor, Tensor],
+    size: int,
+    *,
+    generator: torch.Generator | None = None,
+    drop_last: bool = False,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cut a split into batches that hold every example once.
+
+    Parameters
+    ----------
+    split : Split or (images, labels)
+    size : int, at least 1
+        Examples in a batch; the last one may be smaller.
+    generator : torch.Generator, optional
+        On the CPU. Given: a new random order, drawn when `batches` is called. Without: the stored order, as views.
+    drop_last : bool
+        Leave out a smaller last batch.
+
+    Returns
+    -------
+    iterator of (images, labels)
+        As stored, not normalised, on the device of the split.
+
+    Raises
+    ------
+    ValueError
+        `size` is not a positive integer, images and labels differ in number, or `generator` is not a CPU generator.
+
+    Examples
+    --------
+    >>> split = Split(torch.zeros(5, 1, 2, 2), torch.arange(5))
+    >>> [labels.tolist() for _, labels in batches(split, 2)]
+    [[0, 1], [2, 3], [4]]
+    """
+    images, labels = split
+    if not is_count(size, 1):
+        raise ValueError(f"size={size!r}: expected a positive integer")
+    if len(images) != len(labels):
+        raise ValueError(f"{len(images)} images but {len(labels)} labels: they must be of one split")
+    starts = range(0, len(labels) - len(labels) % size if drop_last else len(labels), size)
+    if generator is None:
+        return ((images[start : start + size], labels[start : start + size]) for start in starts)
+    _check_generator(generator)
+    order = torch.randperm(len(labels), generator=generator).to(images.device)
+    chosen = (order[start : start + size] for start in starts)
+    return ((images[index], labels[index]) for index in chosen)
+
+
+def scoring_batches(
+    data: Data,
+    *,
+    per_class: int = 10,
+    batch_size: int = 256,
+    balanced: bool = True,
+    augmented: bool = False,
+    generator: torch.Generator,
+) -> list[tuple[Tensor, Tensor]]:
+    """Training examples on which a pruning score is computed.
+
+    Parameters
+    ----------
+    data : Data
+        Examples come from ``data.train``, without replacement.
+    per_class : int, at least 1
+        The batches hold ``per_class * data.classes`` examples altogether.
+    batch_size : int, at least 1
+    balanced : bool
+        True: exactly `per_class` of each class, as in GraSP's code. False: drawn uniformly from all classes, as in
+        SynFlow's code.
+    augmented : bool
+        Crop (zero padding of 4) and flip the chosen examples, as GraSP's and SynFlow's code do.
+    generator : torch.Generator
+        On the CPU. The same generator state gives the same batches.
+
+    Returns
+    -------
+    list of (images, labels)
+        Normalised float32 images and int64 labels, on the device of `data`, in random order.
+
+    Raises
+    ------
+    ValueError
+        There are too few training examples (of a class), a number is not a positive integer, `generator` is not a
+        CPU generator, or `augmented` is asked for a dataset that has no such recipe.
+
+    Notes
+    -----
+    GraSP's code cuts its examples into batches sorted by class, so that its two halves see disjoint classes; here
+    they are shuffled first.
+
+    References
+    ----------
+    .. [1] Lee et al., "SNIP: Single-shot Network Pruning based on Connection Sensitivity", ICLR 2019.
+    .. [2] Wang et al., "Picking Winning Tickets Before Training by Preserving Gradient Flow", ICLR 2020.
+    .. [3] Tanaka et al., "Pruning neural networks without any data by iteratively conserving synaptic flow",
+       NeurIPS 2020.
+    """
+    for name, value in (("per_class", per_class), ("batch_size", batch_size)):
+        if not is_count(value, 1):
+            raise ValueError(f"{name}={value!r}: expected a positive integer")
+    _check_generator(generator)
+    if augmented and not data.augmented:
+        raise ValueError(f"augmented=True, but {data.name} is not trained with crop and flip: pass augmented=False")
+    images, labels = data.train
+    total = per_class * data.classes
+    if balanced:
+        on_cpu = labels.cpu()
+        by_class = [(on_cpu == label).nonzero().flatten() for label in range(data.classes)]
+        smallest = min(range(data.classes), key=lambda label: len(by_class[label]))
+        if len(by_class[smallest]) < per_class:
+            raise ValueError(
+                f"per_class={per_class}, but class {smallest} of {data.name} has {len(by_class[smallest])} training "
+                f"examples: lower per_class or pass balanced=False"
+            )
+        members = torch.cat(
+            [member[torch.randperm(len(member), generator=generator)[:per_class]] for member in by_class]
+        )
+        chosen = members[torch.randperm(total, generator=generator)]
+    else:
+        if total > len(labels):
+            raise ValueError(
+                f"per_class={per_class} asks for {total} examples, but {data.name} has {len(labels)} for training"
+            )
+        chosen = torch.randperm(len(labels), generator=generator)[:total]
+    chosen = chosen.to(images.device)
+    images, labels = images[chosen], labels[chosen]
+    if augmented:
+        images = augment(images, generator=generator)
+    return list(batches((data.normalise(images), labels), batch_size))
+
+
+CORRUPTIONS = ("labels", "pixels", "half")
+
+
+def corrupted(
+    batches: Sequence[tuple[Tensor, Tensor]], kind: str, *, generator: torch.Generator
+) -> list[tuple[Tensor, Tensor]]:
+    """Scoring examples that tell less of the task, or nothing, to see whether a pruning method listens.
+
+    Parameters
+    ----------
+    batches : sequence of (images, labels)
+        Of images with shape (N, C, ...) that agree in all but N; see `scoring_batches`.
+    kind : {"labels", "pixels", "half"}
+        * "labels": every label is drawn anew, uniformly from the labels that occur.
+        * "pixels": the same, and the pixels of each image are put in a random order of its own; the channels of a
+          pixel stay together.
+        * "half": half of the examples, rounded down, drawn without replacement from all of them together; cut into
+          batches as large as the first one.
+    generator : torch.Generator
+        On the CPU; it is advanced.
+
+    Returns
+    -------
+    list of (images, labels)
+        New tensors on the devices of the old ones, which stay as they are.
+
+    Raises
+    ------
+    ValueError
+        Unknown `kind`; no batches; images without positions ("pixels"); fewer than two examples ("half");
+        `generator` is not a CPU generator.
+
+    Examples
+    --------
+    >>> images, labels = torch.rand(4, 1, 2, 2), torch.tensor([0, 1, 0, 1])
+    >>> rng = torch.Generator().manual_seed(0)
+    >>> [(part.shape, len(marks)) for part, marks in corrupted([(images, labels)], "half", generator=rng)]
+    [(torch.Size([2, 1, 2, 2]), 2)]
+
+    References
+    ----------
+    Su et al., "Sanity-Checking Pruning Methods: Random Tickets can Win the Jackpot", NeurIPS 2020.
+    """
+    if kind not in CORRUPTIONS:
+        raise ValueError(f"kind={kind!r}: expected one of {', '.join(CORRUPTIONS)}")
+    _check_generator(generator)
+    if not batches:
+        raise ValueError("there are no batches to corrupt: fsp.data.scoring_batches makes some")
+    if kind == "half":
+        images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        if len(labels) < 2:
+            raise ValueError("half of one example is none: pass at least two")
+        chosen = torch.randperm(len(labels), generator=generator)[: len(labels) // 2].to(images.device)
+        size = len(batches[0][1])
+        return list(zip(images[chosen].split(size), labels[chosen].split(size), strict=True))
+    if kind == "pixels":
+        flat = next((images for images, _ in batches if images.ndim < 3), None)
+        if flat is not None:
+            raise ValueError(f"images of shape {tuple(flat.shape)} have no pixels to permute: expected (N, C, ...)")
+    classes = torch.cat([labels.cpu() for _, labels in batches]).unique()
+    found = []
+    for images, labels in batches:
+        drawn = classes[torch.randint(len(classes), labels.shape, generator=generator)].to(labels.device)
+        if kind == "pixels":
+            images = _pixels_permuted(images, generator)
+        else:
+            images = images.clone()
+        found.append((images, drawn))
+    return found
+
+
+def _pixels_permuted(images: Tensor, generator: torch.Generator) -> Tensor:
+    """The pixels of each image in an order of its own."""
+    flat = images.flatten(2)  # (N, C, pixels)
+    order = torch.rand(len(flat), flat.shape[2], dtype=torch.float64, generator=generator).argsort(1)
+    return flat.gather(2, order.to(flat.device)[:, None].expand_as(flat)).view_as(images)
+
+
+def _check_generator(generator: torch.Generator) -> None:
+    """Raise for anything but a CPU generator: results must not depend on the device."""
+    if not isinstance(generator, torch.Generator) or generator.device.type != "cpu":
+        raise ValueError(
+            f"generator={generator!r}: expected a CPU torch.Generator, e.g. torch.Generator().manual_seed(0)"
+        )

@@ -1,0 +1,381 @@
+"""Datasets as whole tensors on one device: loading, splits, normalisation.
+
+Images keep the dtype of their source (uint8 where it is 8-bit) and are normalised batch by batch, see `fsp.data`.
+Every random choice is drawn on the CPU, from a seed or a `torch.Generator`, so it does not depend on the device.
+The test split never depends on a seed; `seed` picks the validation images and nothing else.
+"""
+
+import math
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from inspect import Parameter, signature
+from numbers import Real
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+from torchvision import datasets
+from torchvision.datasets.utils import check_integrity
+
+from fsp import paths
+
+_CIFAR10_PER_IMAGE = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))  # mean of the standard deviations per image
+_CIFAR100_ITOP = ((0.50708, 0.48655, 0.44092), (0.26733, 0.25644, 0.27615))
+_CIFAR100_GRASP = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
+_TINY_GRASP = ((0.48025, 0.44807, 0.39755), (0.27699, 0.26906, 0.28208))
+_MNIST = ((0.1307,), (0.3081,))
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+# (mean, standard deviation) per channel of pixels in 0..1, by dataset and by whose code used them. "default" of the
+# CIFAR sets is the standard deviation over all training pixels. The choice hardly moves accuracy but moves SNIP and
+# GraSP scores. `load` has no files for the last two sets: their rows serve a `Data` built by hand.
+STATISTICS = {
+    "mnist": {"default": _MNIST, "synflow": _MNIST, "open_lth": _MNIST, "grasp": ((0.5,), (0.5,))},
+    "cifar10": {
+        "default": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+        "pat": ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
+        "synflow": ((0.491, 0.482, 0.447), (0.247, 0.243, 0.262)),
+        "grasp": _CIFAR10_PER_IMAGE,
+        "force": _CIFAR10_PER_IMAGE,
+        "tost": _CIFAR10_PER_IMAGE,
+        "itop": _CIFAR10_PER_IMAGE,
+        "random_pruning": _CIFAR10_PER_IMAGE,
+        "iclr2023": _CIFAR10_PER_IMAGE,
+        "fsp2023": _CIFAR10_PER_IMAGE,
+        "open_lth": _IMAGENET,
+    },
+    "cifar100": {
+        "default": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+        "pat": _CIFAR100_GRASP,
+        "synflow": ((0.507, 0.487, 0.441), (0.267, 0.256, 0.276)),
+        "grasp": _CIFAR100_GRASP,
+        "force": _CIFAR100_GRASP,
+        "tost": _CIFAR10_PER_IMAGE,  # as published: that code normalises CIFAR-100 with CIFAR-10's numbers
+        "itop": _CIFAR100_ITOP,
+        "random_pruning": _CIFAR100_ITOP,
+        "iclr2023": _CIFAR100_ITOP,
+        "fsp2023": _CIFAR100_ITOP,
+    },
+    "tiny_imagenet": {
+        "default": _TINY_GRASP,
+        "synflow": ((0.480, 0.448, 0.397), (0.276, 0.269, 0.282)),
+        "grasp": _TINY_GRASP,
+        "force": _TINY_GRASP,
+        "sanity_checks": _TINY_GRASP,
+        "others": ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
+        "fsp2023": _IMAGENET,
+    },
+    "imagenet100": {"default": _IMAGENET},
+}
+
+
+class Split(NamedTuple):
+    """Images and their labels: (N, C, H, W) uint8 in 0..255 or float32, and (N,) int64 in 0..classes-1."""
+
+    images: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """A dataset, whole, on one device.
+
+    Attributes
+    ----------
+    name : str
+    train, validation, test : Split
+        Disjoint. Model selection uses `validation`; `test` is for the number that is reported (D13).
+    classes : int
+    mean, std : tuple of float
+        One number per channel, of pixels in 0..1 where the source is uint8 and as stored otherwise.
+    augmented : bool
+        Whether `augment` belongs to the usual training recipe (CIFAR: yes; digits, MNIST, synthetic: no).
+    """
+
+    name: str
+    train: Split = field(repr=False)
+    validation: Split = field(repr=False)
+    test: Split = field(repr=False)
+    classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augmented: bool
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of one image."""
+        return tuple(self.train.images.shape[1:])
+
+    def normalise(self, images: Tensor) -> Tensor:
+        r"""Centred and scaled images, as a network takes them.
+
+        .. math:: x' = (x - \mu_c) / \sigma_c, \qquad x = \text{pixel} / 255 \text{ for uint8 images}
+
+        Parameters
+        ----------
+        images : Tensor, shape (N, C, H, W)
+            uint8 in 0..255, or floating point taken as it is.
+
+        Returns
+        -------
+        Tensor, float32, same shape and device
+            A new tensor; `images` is not changed.
+
+        Raises
+        ------
+        ValueError
+            `images` has another number of channels than the dataset, or is neither uint8 nor floating point.
+        """
+        if images.ndim != 4 or images.shape[1] != len(self.mean):
+            raise ValueError(f"images has shape {tuple(images.shape)}; {self.name} needs (N, {len(self.mean)}, H, W)")
+        if not (images.dtype == torch.uint8 or images.is_floating_point()):
+            raise ValueError(f"images has dtype {images.dtype}; expected uint8 in 0..255 or floating point")
+        mean, std = _channel_constants(self.mean, self.std, images.device)
+        pixels = images.to(torch.float32, copy=True)
+        if images.dtype == torch.uint8:
+            pixels.div_(255)
+        return pixels.sub_(mean).div_(std)
+
+
+@lru_cache(maxsize=32)
+def _channel_constants(mean: tuple, std: tuple, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Both as (C, 1, 1) tensors; kept, because copying them anew for each batch would stall a GPU."""
+    with torch.inference_mode(False):  # a first call inside inference mode must not spoil later gradients
+        return tuple(torch.tensor(values, device=device).view(-1, 1, 1) for values in (mean, std))
+
+
+class _Source(NamedTuple):
+    """What a loader returns: everything that may be trained on, the fixed test split, all on the CPU."""
+
+    pool: Split
+    test: Split
+    classes: int
+    augmented: bool
+
+
+def _digits(root: Path, download: bool) -> _Source:
+    """1,797 handwritten digits, 8x8, inside scikit-learn; a fixed, stratified fifth is the test split."""
+    digits = load_digits()
+    images = torch.from_numpy(digits.images).float().div(16).unsqueeze(1)  # 0..16 -> 0..1, (N, 1, 8, 8)
+    labels = torch.from_numpy(digits.target).long()
+    # A constant seed: the test images are the same in every run of every experiment.
+    pool, test = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=digits.target, random_state=0)
+    pool, test = np.sort(pool), np.sort(test)
+    return _Source(Split(images[pool], labels[pool]), Split(images[test], labels[test]), 10, False)
+
+
+def _synthetic(
+    root: Path,
+    download: bool,
+    *,
+    shape: tuple[int, int, int] = (3, 32, 32),
+    classes: int = 10,
+    size: int = 1000,
+    noise: float = 1.0,
+    task: int = 0,
+) -> _Source:
+    """One smooth prototype a class plus white noise; the last fifth is the test split."""
+    if not isinstance(shape, tuple | list) or len(shape) != 3 or not all(is_count(side, 1) for side in shape):
+        raise ValueError(f"shape={shape!r}: expected three positive integers (channels, height, width)")
+    if not is_count(classes, 1):
+        raise ValueError(f"classes={classes!r}: expected a positive integer")
+    if not is_count(size, 5 * classes):
+        raise ValueError(f"size={size!r}: expected an integer of at least 5 * classes = {5 * classes}")
+    if not (isinstance(noise, Real) and 0 <= noise < math.inf):
+        raise ValueError(f"noise={noise!r}: expected a finite standard deviation of at least 0")
+    _check_seed("task", task)
+    generator = torch.Generator().manual_seed(int(task))
+    coarse = torch.randn(classes, shape[0], 4, 4, generator=generator)
+    prototypes = F.interpolate(coarse, size=shape[1:], mode="bilinear")  # (classes, C, H, W)
+    labels = torch.arange(size) % classes
+    images = prototypes[labels] + noise * torch.randn(size, *shape, generator=generator)
+    cut = size - size // 5
+    return _Source(Split(images[:cut], labels[:cut]), Split(images[cut:], labels[cut:]), classes, False)
+
+
+def _torchvision(kind: type, classes: int, augmented: bool, root: Path, download: bool) -> _Source:
+    """MNIST or CIFAR through torchvision's reader and checksums, with errors that say which folder and what to do."""
+    name = kind.__name__.lower()
+    if issubclass(kind, datasets.CIFAR10):
+        folder, archive_folder = root / kind.base_folder, root
+        files = [file for file, _ in kind.train_list + kind.test_list] + [kind.meta["filename"]]
+        archives = [(kind.filename, kind.tgz_md5)]
+    else:
+        folder = archive_folder = root / kind.__name__ / "raw"
+        files = [Path(archive).stem for archive, _ in kind.resources]
+        archives = kind.resources
+    names = ", ".join(archive for archive, _ in archives)
+    remedy = (
+        f'Run load("{name}", download=True) on a machine with internet access (and copy its files to {folder}), '
+        f"or put {names} into {archive_folder}."
+    )
+    missing = [file for file in files if not (folder / file).is_file()]
+    if missing and not download:
+        if not all((archive_folder / archive).is_file() for archive, _ in archives):
+            raise FileNotFoundError(f"{name}: {', '.join(missing)} not found in {folder}. {remedy}")
+        for archive, md5 in archives:
+            if not check_integrity(archive_folder / archive, md5):
+                raise RuntimeError(
+                    f"{name}: {archive_folder / archive} does not have the checksum {md5}. Delete it. {remedy}"
+                )
+        download = True  # unpacks the archives just verified; torchvision fetches only what is absent or differs
+    try:
+        train, test = (kind(root, train=part, download=download) for part in (True, False))
+        pool, test = (_checked_split(part, classes) for part in (train, test))
+    except Exception as error:  # torchvision raises RuntimeError, URLError, AssertionError and others for bad files
+        raise RuntimeError(
+            f"{name}: the files in {folder} could not be read: {str(error) or type(error).__name__}. "
+            f"If they are damaged, delete them. {remedy}"
+        ) from error
+    return _Source(pool, test, classes, augmented)
+
+
+def _checked_split(dataset: datasets.VisionDataset, classes: int) -> Split:
+    """Tensors (N, C, H, W) and (N,) of a torchvision dataset; MNIST's unpacked files have no checksum."""
+    images, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets).long()
+    images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
+    if len(images) != len(labels) or not len(images):
+        raise ValueError(f"{len(images)} images and {len(labels)} labels")
+    if labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(f"labels from {labels.min()} to {labels.max()}, expected 0 to {classes - 1}")
+    return Split(images, labels)
+
+
+DATASETS = {
+    "digits": _digits,
+    "mnist": partial(_torchvision, datasets.MNIST, 10, False),
+    "cifar10": partial(_torchvision, datasets.CIFAR10, 10, True),
+    "cifar100": partial(_torchvision, datasets.CIFAR100, 100, True),
+    "synthetic": _synthetic,
+}
+
+
+def load(
+    name: str,
+    *,
+    device: str | torch.device = "cpu",
+    validation: float = 0.1,
+    seed: int = 0,
+    root: str | Path = paths.RAW,
+    download: bool = False,
+    statistics: str = "default",
+    **options,
+) -> Data:
+    r"""Load a dataset as tensors, with a seeded validation split.
+
+    Parameters
+    ----------
+    name : {"digits", "mnist", "cifar10", "cifar100", "synthetic"}
+        ``digits`` ships inside scikit-learn (1,797 images, 1x8x8) and ``synthetic`` is made on the spot;
+        the others are read from `root`.
+    device : str or torch.device
+        Where the tensors are put.
+    validation : float in [0, 1)
+        Fraction of the training examples held out, drawn at random. 0 keeps the full training set, in file order,
+        and an empty validation split (for tables of papers that trained on everything).
+    seed : int, at least 0
+        Picks the validation examples. The test split and the images themselves do not depend on it.
+    root : path
+        Folder of the downloaded files; an archive put there is verified and unpacked.
+    download : bool
+        Allow torchvision to fetch missing files from the internet. ``digits`` and ``synthetic`` need none.
+    statistics : str
+        Which published normalisation constants: a key of ``STATISTICS[name]``. ``digits`` and ``synthetic`` have
+        ``"default"`` only, computed per channel from training and validation examples together.
+    **options
+        For ``synthetic``: `shape` (C, H, W), default (3, 32, 32); `classes`, default 10; `size`, the number of
+        examples, default 1000, of which the last fifth is the test split; `noise`, the standard deviation added
+        to the class prototypes, default 1.0; `task`, the seed of prototypes and noise, default 0.
+
+    Returns
+    -------
+    Data
+
+    Raises
+    ------
+    ValueError
+        Unknown dataset or statistics; `validation` outside [0, 1) or leaving a split empty; a negative seed; a
+        device that is not there; an option of ``synthetic`` out of range.
+    TypeError
+        An option the dataset does not have.
+    FileNotFoundError
+        The files are not below `root`. The message names the folder and the remedy.
+    RuntimeError
+        A file is damaged (checksum, format or label range), or the download failed.
+
+    Examples
+    --------
+    >>> data = load("digits")
+    >>> data.shape, data.classes, [len(split.labels) for split in (data.train, data.validation, data.test)]
+    ((1, 8, 8), 10, [1293, 144, 360])
+
+    Notes
+    -----
+    Both full-spectrum papers validate on the last tenth of the training file with training augmentation, or on the
+    test set itself; here validation images are drawn at random from the training file and never augmented
+    (D13, D35). Unpacking and downloading are not safe between processes: load once before starting parallel work.
+    The checksums are torchvision's. It has none for MNIST's unpacked files, of which format, number and label range
+    are checked.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"unknown dataset {name!r}; choose one of {', '.join(DATASETS)}")
+    loader = DATASETS[name]
+    presets = STATISTICS.get(name, ("default",))
+    if statistics not in presets:
+        raise ValueError(f"{name} has no statistics {statistics!r}; choose one of {', '.join(presets)}")
+    if not (isinstance(validation, Real) and 0 <= validation < 1):  # refuses nan as well
+        raise ValueError(f"validation={validation!r}: expected a fraction from 0 up to, not including, 1")
+    _check_seed("seed", seed)
+    device = _available_device(device)
+    parameters = signature(loader).parameters.values()
+    known = [parameter.name for parameter in parameters if parameter.kind is Parameter.KEYWORD_ONLY]
+    for option in options:
+        if option not in known:
+            raise TypeError(f"{name} has no option {option!r}; its options are: {', '.join(known) or 'none'}")
+
+    pool, test, classes, augmented = loader(Path(root).expanduser(), download, **options)
+    count, held_out = len(pool.labels), round(validation * len(pool.labels))
+    if held_out == count or (validation > 0 and held_out == 0):
+        raise ValueError(
+            f"validation={validation!r} of {count} training examples is {held_out}: "
+            f"choose a fraction that leaves examples on both sides, or 0"
+        )
+    if name in STATISTICS:
+        mean, std = STATISTICS[name][statistics]
+    else:
+        std, mean = torch.std_mean(pool.images.double(), dim=(0, 2, 3), correction=0)
+        mean, std = tuple(mean.tolist()), tuple(std.tolist())
+
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(int(seed)))
+    held, kept = order[:held_out].sort().values, order[held_out:].sort().values
+    splits = [Split(pool.images[kept], pool.labels[kept]), Split(pool.images[held], pool.labels[held]), test]
+    train, validation_split, test = (Split(*(part.to(device) for part in split)) for split in splits)
+    return Data(name, train, validation_split, test, classes, mean, std, augmented)
+
+
+def is_count(value, least: int) -> bool:
+    """True for an integer (a bool is none) of at least `least`."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= least
+
+
+def _check_seed(name: str, value: int) -> None:
+    """Raise for what `torch.Generator.manual_seed` would refuse or wrap around."""
+    if not is_count(value, 0) or value >= 2**63:
+        raise ValueError(f"{name}={value!r}: expected an integer from 0 to 2**63 - 1")
+
+
+def _available_device(device: str | torch.device) -> torch.device:
+    """Return the device, after placing one number on it and reading it back."""
+    try:
+        found = torch.device(device)
+        torch.zeros(1, device=found).item()
+    except (RuntimeError, AssertionError, TypeError) as error:
+        here = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        here += ["mps"] if torch.backends.mps.is_available() else []
+        raise ValueError(f"device={str(device)!r} cannot be used here; there are: {', '.join(here)}") from error
+    return found

@@ -1,0 +1,312 @@
+"""What is left of a pruned network: empty layers, weights on complete paths, multiply-adds.
+
+A layer may keep weights that do nothing: no path of kept weights leads from the input through them to the output.
+`effective` finds the others, `diagnose` counts them.  Connectivity is a property of the masks and the architecture,
+so the values of the weights, shifts and running statistics play no part.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+
+from fsp.masks import Masks, check_masks, check_plain
+
+
+class Diagnosis(NamedTuple):
+    """What `diagnose` finds: a table with one row a masked layer, and numbers of the whole network."""
+
+    layers: pd.DataFrame
+    network: dict[str, int | float | bool]
+
+
+def diagnose(model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence[int]) -> Diagnosis:
+    """Count what masks leave of a network: weights, weights on complete paths, multiply-adds.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Maps one tensor to one tensor.  It is left bit-identical, pruned or not.
+    masks : Masks
+    shape : sequence of int
+        Of one input, such as (channels, height, width).
+
+    Returns
+    -------
+    layers : pandas.DataFrame
+        One row a mask, in their order:
+
+        * layer, shape, weights : name, shape and size of the weight
+        * kept, density : weights kept, and as a fraction of `weights`
+        * empty : whether none is kept (the layer has collapsed)
+        * effective, effective_density : kept weights on a complete path, see `effective`; as a fraction of `weights`
+        * flops, flops_kept : multiply-adds of one input, dense and with the kept weights alone
+    network : dict of name to int, float or bool
+        weights, kept, density, effective, effective_density of all masked weights together; empty, the number of
+        empty layers; disconnected, whether no path at all leads from input to output; parameters and
+        parameters_kept, biases and norms included; flops and flops_kept, convolutions and linear layers without a
+        mask included.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As for `effective`.
+
+    Notes
+    -----
+    A multiplication with the addition that follows it is one flop.  Each weight of a convolution counts once for
+    every output position (transposed: every input position), those where it meets padding included, each weight
+    of a linear layer once for every row.  Biases, norms, activations, pooling and the products inside attention are
+    not counted; nor is a weight that the forward pass uses otherwise than in a convolution or linear layer.
+
+    Examples
+    --------
+    >>> from torch import tensor
+    >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+    >>> masks = {
+    ...     "0.weight": tensor([[True, True], [True, False], [False, False]]),
+    ...     "2.weight": tensor([[True, False, True]]),  # the second unit is not read, the third has no input
+    ... }
+    >>> layers, network = diagnose(model, masks, (2,))
+    >>> layers[["layer", "weights", "kept", "effective", "flops_kept"]]
+          layer  weights  kept  effective  flops_kept
+    0  0.weight        6     3          2           3
+    1  2.weight        3     2          1           2
+    >>> network["disconnected"], network["parameters"], network["parameters_kept"]
+    (False, 13, 9)
+
+    References
+    ----------
+    Tanaka, Kunin, Yamins, Ganguli: Pruning neural networks without any data by iteratively conserving synaptic flow.
+    NeurIPS 2020, section 3 (layer-collapse).
+    """
+    walk = _walk(model, masks, shape)
+    rows = []
+    for name, mask in masks.items():
+        weights, kept, effective = mask.numel(), int(mask.sum()), int(walk.effective[name].sum())
+        rows.append(
+            {
+                "layer": name,
+                "shape": tuple(mask.shape),
+                "weights": weights,
+                "kept": kept,
+                "density": kept / weights,
+                "empty": kept == 0,
+                "effective": effective,
+                "effective_density": effective / weights,
+                "flops": weights * walk.positions[name],
+                "flops_kept": kept * walk.positions[name],
+            }
+        )
+    layers = pd.DataFrame(rows)
+    total = {column: int(layers[column].sum()) for column in ("weights", "kept", "effective", "flops", "flops_kept")}
+    parameters = sum(p.numel() for p in model.parameters())
+    network = {
+        "weights": total["weights"],
+        "kept": total["kept"],
+        "density": total["kept"] / total["weights"],
+        "effective": total["effective"],
+        "effective_density": total["effective"] / total["weights"],
+        "empty": int(layers["empty"].sum()),
+        "disconnected": walk.disconnected,
+        "parameters": parameters,
+        "parameters_kept": parameters - total["weights"] + total["kept"],
+        "flops": walk.flops,
+        "flops_kept": walk.flops - total["flops"] + total["flops_kept"],
+    }
+    return Diagnosis(layers, network)
+
+
+def effective(model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence[int]) -> Masks:
+    r"""Masks of the kept weights that lie on a complete path of kept weights, from an input to an output.
+
+    With the kept weights set to 1, the pruned ones and all biases to 0, an input of ones and R the sum of the
+    outputs, the effective weights are those with :math:`m \odot \partial R / \partial m \ne 0`: the SynFlow score
+    without the weights' values.
+
+    Parameters
+    ----------
+    model, masks, shape
+        As for `diagnose`.
+
+    Returns
+    -------
+    Masks
+        Subsets of `masks`, on the devices of the parameters.
+
+    Raises
+    ------
+    ValueError
+        If there are no masks or one is empty of entries, is not bool or fits no parameter; `shape` is no sequence of
+        positive integers; a masked weight is pruned by torch or parametrised; a max-pool is dilated.
+    TypeError
+        If the model does not return one tensor.
+
+    Notes
+    -----
+    R itself overflows float64 in deep networks, so what enters a convolution or linear layer is clipped to 0 or 1,
+    and so are the gradients on their way back: nothing that can be reached is lost, at any depth, and no rounding
+    makes a path.  Activations and norms pass everything on; max-pools become averages, because their gradient goes
+    to one of several equals.  Spatial positions count: the outer weights of a 3×3 kernel on a map of 1×1 meet only
+    padding, so they are never effective, even in a dense network.
+
+    Exact for networks of convolutions, linear layers, element-wise activations, batch norms, pooling, sums and
+    concatenations.  Elsewhere it is a convention:
+
+    * sigmoid, hard sigmoid and softmax are gates, open whatever reaches them (as in squeeze-and-excitation); as the
+      activation of a hidden unit that no input reaches they make the weights behind it count;
+    * in attention every token reads every token, and through `nn.MultiheadAttention` every feature as well;
+    * a parameter that is neither bias, weight nor scale of a layer (class token, position embedding) counts as input;
+    * group, layer and instance norms mix their features; that is no path here;
+    * reductions such as ``amax``, differences and unknown element-wise functions are taken as they are.
+
+    References
+    ----------
+    Vysogorets, Kempe: Connectivity matters: neural network pruning through the lens of effective sparsity.
+    JMLR 24, 2023.
+    """
+    return _walk(model, masks, shape).effective
+
+
+# ---- one pass forward and back -----------------------------------------------------------------------------------
+
+
+class _Walk(NamedTuple):
+    """What one pass through the network finds."""
+
+    effective: Masks
+    positions: dict[str, int]  # how often each weight of a masked tensor is multiplied
+    flops: int  # of all convolutions and linear layers, dense
+    disconnected: bool
+
+
+def _walk(model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence[int]) -> _Walk:
+    """Follow all paths forward and back in one pass."""
+    _check(model, masks, shape)
+    device = next(model.parameters()).device
+    with _undisturbed(model):
+        state = {
+            name: (torch.zeros_like if "bias" in name.rpartition(".")[2] else torch.ones_like)(p, dtype=torch.float64)
+            for name, p in model.named_parameters()
+        }
+        for name, buffer in model.named_buffers():
+            state[name] = buffer.detach().to(torch.float64 if buffer.is_floating_point() else None, copy=True)
+        weights = {name: m.to(state[name].device, torch.float64).requires_grad_() for name, m in masks.items()}
+        ones = torch.ones((1, *shape), dtype=torch.float64, device=device, requires_grad=True)
+        with _Paths() as paths:
+            output = functional_call(model, {**state, **weights}, (ones,))
+        if not isinstance(output, Tensor):
+            raise TypeError(f"the model returns a {type(output).__name__}: wrap it so that it returns its logits alone")
+        gradients = torch.autograd.grad(output.sum(), [ones, *weights.values()], materialize_grads=True)
+    return _Walk(
+        {name: (w.detach() * g) != 0 for (name, w), g in zip(weights.items(), gradients[1:], strict=True)},
+        {name: sum(times for used, times in paths.uses if used is w) for name, w in weights.items()},
+        sum(used.numel() * times for used, times in paths.uses),
+        not gradients[0].any().item(),
+    )
+
+
+def _check(model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence[int]) -> None:
+    """Raise for what cannot be diagnosed."""
+    if not isinstance(shape, Sequence) or not shape or not all(type(n) is int and n >= 1 for n in shape):
+        raise ValueError(f"shape={shape!r}: expected the shape of one input, positive integers such as (3, 32, 32)")
+    if not masks:
+        raise ValueError("there are no masks: fsp.pruning.prune makes them")
+    check_plain(masks)
+    for name, parameter in check_masks(model, masks).items():
+        if parameter.numel() == 0:
+            raise ValueError(f"{name!r} has the shape {tuple(parameter.shape)}: it holds no weight")
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Eval mode with gradients; flags, plain tensors that hooks set, and the random state come back."""
+    before = [(module, dict(vars(module))) for module in model.modules()]
+    devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
+    with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
+        try:
+            model.eval()
+            yield
+        finally:
+            for module, attributes in before:
+                vars(module).update(attributes)
+
+
+class _Clip(torch.autograd.Function):
+    """1 where there is something, 0 where there is nothing; of gradients likewise."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return (x != 0).to(torch.float64)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return (gradient != 0).to(torch.float64)
+
+
+LAYERS = {"linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
+POOLS = {f"max_pool{n}d": getattr(F, f"avg_pool{n}d") for n in (1, 2, 3)}
+ADAPTIVE_POOLS = {f"adaptive_max_pool{n}d": getattr(F, f"adaptive_avg_pool{n}d") for n in (1, 2, 3)}
+GATES = {"sigmoid", "hardsigmoid", "softmax"}
+PASSED_ON = {
+    *("relu", "relu6", "leaky_relu", "prelu", "rrelu", "elu", "selu", "celu", "gelu", "silu", "mish", "hardswish"),
+    *("tanh", "hardtanh", "tanhshrink", "softplus", "softsign", "softshrink", "hardshrink", "threshold", "clamp"),
+    *("log_sigmoid", "logsigmoid", "log_softmax", "normalize", "local_response_norm"),
+    *("batch_norm", "instance_norm", "layer_norm", "group_norm", "rms_norm"),
+    *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "feature_alpha_dropout"),
+}
+
+
+class _Paths(TorchFunctionMode):
+    """While active, functions of torch tell whether a path leads to a place, by 0 and not 0, instead of their value.
+
+    Functions are known by their names, so modules, ``torch.nn.functional`` and methods of tensors are all met.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.uses: list[tuple[Tensor, int]] = []  # each weight met, and how often its entries are multiplied
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name, kwargs = getattr(function, "__name__", "").strip("_"), kwargs or {}
+        if name in LAYERS:
+            return self._layer(function, *args, **kwargs)
+        if name in PASSED_ON:
+            return args[0] if args else kwargs["input"]
+        if name in GATES:
+            return 1 + _Clip.apply(args[0] if args else kwargs["input"])
+        if name in POOLS:
+            return _pooled(POOLS[name], *args, **kwargs)
+        if name in ADAPTIVE_POOLS:
+            return ADAPTIVE_POOLS[name](*args[:2], **{key: kwargs[key] for key in kwargs if key != "return_indices"})
+        if name == "scaled_dot_product_attention":
+            query, key, value = args[:3] if args else (kwargs["query"], kwargs["key"], kwargs["value"])
+            return (1 + _Clip.apply(query @ key.mT)) @ value
+        if name == "multi_head_attention_forward":
+            return self._multihead(*args, **kwargs), None
+        return function(*args, **kwargs)
+
+    def _layer(self, function, input: Tensor, weight: Tensor, *args, **kwargs) -> Tensor:
+        """A convolution or linear layer of what reaches it; remembers how often its weights are used."""
+        output = function(_Clip.apply(input), weight, *args, **kwargs)
+        counted = input if "transpose" in function.__name__ else output
+        self.uses.append((weight, counted.numel() // len(weight)))  # (out, in / groups, ...), transposed (in, ...)
+        return output
+
+    def _multihead(self, query, key, value, width, heads, w, b, bias_k, bias_v, zeros, dropout, projection, *_, **__):
+        """Every feature of every token reads every other, then comes the output projection."""
+        everything = sum(x.mean((0, -1), keepdim=True) for x in (query, key, value))
+        return self._layer(F.linear, everything.expand_as(query), projection)
+
+
+def _pooled(average, input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
+    """The average in place of the maximum: not 0 where any entry of the window is not 0."""
+    if any(d != 1 for d in (dilation if isinstance(dilation, Sequence) else [dilation])):
+        raise ValueError(f"a max-pool has dilation {dilation}: paths are followed through windows without gaps alone")
+    return average(input, kernel_size, stride, padding, ceil_mode)

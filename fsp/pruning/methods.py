@@ -1,0 +1,360 @@
+"""Pruning at initialisation in one call: score, rounds, exact masks.
+
+A method is a function in the dict `METHODS`; `REFERENCES` holds the settings that published code used for it.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+
+import torch
+from torch import nn
+
+from fsp.masks import Masks, check_density, check_scope, keep_counts, keep_top, kept_count, prunable
+from fsp.pruning import allocate, scores
+from fsp.pruning.phew import phew
+
+EachRound = Callable[[int], scores.Batches]
+
+
+def by_score(
+    score: Callable[..., scores.Scores],
+    model: nn.Module,
+    density: float,
+    *,
+    generator: torch.Generator,
+    batches: scores.Batches | EachRound | None = None,
+    exclude: Iterable[str] = (),
+    scope: str = "global",
+    rounds: int = 1,
+    schedule: str = "exponential",
+    invert: bool = False,
+    **options: object,
+) -> Masks:
+    r"""Keep the weights with the highest scores, in one round or several.
+
+    Round k of T prunes to the density :math:`d^{k/T}` ("exponential") or :math:`1 - (1-d)\,k/T` ("linear") and scores
+    anew at the weights that are left; what is pruned stays pruned, but for `fsp.pruning.scores.force`.
+
+    Parameters
+    ----------
+    score : callable
+        From `fsp.pruning.scores`.
+    model, density, batches, generator
+        As for `prune`.
+    exclude : iterable of str
+        Parameters or modules to leave dense, outside the masks.
+    scope : {"global", "layer"}
+        Rank all weights together, or every tensor by itself.
+    rounds : int, >= 1
+    schedule : {"exponential", "linear"}
+    invert : bool
+        Keep the *lowest* scores, ranking upside down (a sanity check): what is pruned stays pruned all the same.  At
+        scope "global", in one round and from the same generator state, this shares no weight with the mask that is
+        not inverted as long as the two together are no more than all weights, ties or not.
+    **options
+        For `score`.
+
+    Returns
+    -------
+    Masks
+
+    References
+    ----------
+    Frankle et al., Pruning neural networks at initialization: why are we missing the mark? ICLR 2021 (inversion).
+    """
+    densities = {
+        "exponential": lambda k: density ** (k / rounds),
+        "linear": lambda k: 1 - (1 - density) * k / rounds,
+    }
+    if schedule not in densities:
+        raise ValueError(f'schedule is "exponential" or "linear", not {schedule!r}')
+    check_scope(scope)
+    if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
+        raise ValueError(f"rounds {rounds!r} is not a whole number of at least 1")
+    if not isinstance(invert, bool):
+        raise ValueError(f"invert is True or False, not {invert!r}")
+    masks = _ones(model, exclude)
+    taken = inspect.signature(score).parameters
+    options |= {n: value for n, value in {"batches": batches, "generator": generator}.items() if n in taken}
+    if density == 1:
+        rounds = 1  # nothing to prune: one look at the scores finds what is wrong with them
+    for k in range(1, rounds + 1):
+        target = density if k == rounds else densities[schedule](k)
+        if callable(batches) and "batches" in taken:
+            options["batches"] = list(batches(k))
+        found = score(model, masks, **options)
+        masks = (_keep_lowest if invert else keep_top)(found, target, scope=scope, generator=generator)
+    return masks
+
+
+def _keep_lowest(found: scores.Scores, density: float, *, scope: str, generator: torch.Generator) -> Masks:
+    """As `keep_top` from the other end of the same ranking, ties included; -inf is still never kept."""
+    keep_top(found, density, scope=scope)  # raises for scores that cannot be ranked
+    ranked = found if scope == "layer" else {"all": torch.cat([s.flatten() for s in found.values()])}
+    alive = {name: ~torch.isneginf(s) for name, s in ranked.items()}
+    spare = {name: int(a.sum()) - kept_count(a.numel(), density) for name, a in alive.items()}
+    top = keep_counts(ranked, spare, generator)
+    lowest = {name: a & ~top[name] for name, a in alive.items()}
+    if scope == "layer":
+        return lowest
+    parts = lowest["all"].split([s.numel() for s in found.values()])
+    return {name: part.view_as(s) for (name, s), part in zip(found.items(), parts, strict=True)}
+
+
+def at_random(
+    allocation: Callable[..., dict[str, float]],
+    model: nn.Module,
+    density: float,
+    *,
+    generator: torch.Generator,
+    batches: scores.Batches | EachRound | None = None,
+    exclude: Iterable[str] = (),
+    **options: object,
+) -> Masks:
+    """Random positions with the exact counts of a layer-wise allocation.
+
+    Parameters
+    ----------
+    allocation : callable
+        From `fsp.pruning.allocate`.
+    model, density, generator
+        As for `prune`.
+    batches
+        Not used.
+    exclude : iterable of str
+        Parameters or modules to leave dense, outside the masks.
+    **options
+        For `allocation`.
+
+    Returns
+    -------
+    Masks
+
+    Raises
+    ------
+    ValueError
+        If the allocation cannot spend exactly the weights that `density` keeps, with the numbers.
+    """
+    masks = _ones(model, exclude)
+    shapes = {name: tuple(m.shape) for name, m in masks.items()}
+    counts = allocate.counts(allocation(shapes, density, **options), shapes, density)
+    return keep_counts(scores.random(model, masks, generator=generator), counts, generator)
+
+
+METHODS: dict[str, Callable[..., Masks]] = {
+    "random": partial(by_score, scores.random),
+    "uniform": partial(at_random, allocate.uniform),
+    "uniform_plus": partial(at_random, allocate.uniform_plus),
+    "er": partial(at_random, allocate.er),
+    "erk": partial(at_random, allocate.erk),
+    "igq": partial(at_random, allocate.igq),
+    "balanced": partial(at_random, allocate.balanced),
+    "pyramidal": partial(at_random, allocate.pyramidal),
+    "smart_ratio": partial(at_random, allocate.smart_ratio),
+    "ratio_of": partial(at_random, allocate.ratio_of),
+    "magnitude": partial(by_score, scores.magnitude),
+    "snip": partial(by_score, scores.snip),
+    "taylor": partial(by_score, scores.taylor),
+    # 60 rounds as in the commands of FORCE's code; its argument parser has 10, other papers take 100 or 300
+    "iterative_snip": partial(by_score, scores.snip, rounds=60),
+    "force": partial(by_score, scores.force, rounds=60),
+    "grasp": partial(by_score, scores.grasp),
+    "synflow": partial(by_score, scores.synflow, rounds=100),
+    "synflow_l2": partial(by_score, scores.synflow_l2, rounds=100),
+    "phew": phew,
+}
+
+SYNFLOW = {"rounds": 100, "schedule": "exponential", "training": False, "dtype": torch.float32}
+FORCE = {"rounds": 60, "schedule": "exponential", "training": True}
+
+# Options of `prune` as in the authors' code.  Not all of it has an option: SNIP's code prunes biases as well and draws
+# the weights anew after pruning, GraSP's draws its classifier anew for scoring and cuts its examples by class.
+REFERENCES: dict[str, dict[str, dict[str, object]]] = {
+    "synflow_repo": {  # Tanaka et al. for all methods: SynFlow in float32, eval mode throughout
+        "random": {"rounds": 1},
+        "magnitude": {"rounds": 1},
+        "snip": {"rounds": 1, "training": False},
+        "grasp": {"rounds": 1, "training": False, "temperature": 200.0},
+        "synflow": SYNFLOW,
+    },
+    "original": {  # each method's own authors
+        "snip": {"rounds": 1, "training": False},
+        "iterative_snip": FORCE,
+        "force": FORCE,
+        "grasp": {"rounds": 1, "training": True, "temperature": 200.0},
+        "synflow": SYNFLOW,
+        "synflow_l2": {"rounds": 100, "schedule": "exponential", "training": False},
+    },
+}
+
+# Options of `fsp.data.scoring_batches`.  SNIP's authors take one training batch, 100 examples of MNIST or 128 of
+# CIFAR; FORCE's fresh batches of 128 in every round: one for CIFAR-10, 10 for CIFAR-100, 20 for TinyImageNet.
+REFERENCE_BATCHES: dict[str, dict[str, dict[str, object]]] = {
+    "synflow_repo": {
+        "snip": {"per_class": 10, "batch_size": 256, "balanced": False, "augmented": True},
+        "grasp": {"per_class": 10, "batch_size": 256, "balanced": False, "augmented": True},
+    },
+    "original": {
+        "snip": {"balanced": False, "augmented": False},
+        "iterative_snip": {"batch_size": 128, "balanced": False},
+        "force": {"batch_size": 128, "balanced": False},
+        "grasp": {"per_class": 10, "balanced": True, "augmented": True},
+    },
+}
+
+
+def batch_options(method: str, reference: str) -> dict[str, object]:
+    """Options of `fsp.data.scoring_batches` for the examples that published code scored on.
+
+    Parameters
+    ----------
+    method : str
+        A key of `METHODS`.
+    reference : str
+        A key of `REFERENCE_BATCHES`.
+
+    Returns
+    -------
+    dict
+        A new one; only what the reference settles.
+
+    Raises
+    ------
+    ValueError
+        If the reference has no such method, or the method scores on no data.
+
+    Examples
+    --------
+    >>> batch_options("snip", "synflow_repo")
+    {'per_class': 10, 'batch_size': 256, 'balanced': False, 'augmented': True}
+    """
+    return _settings(REFERENCE_BATCHES, method, reference, "batches of")
+
+
+def _settings(table: Mapping[str, Mapping[str, dict]], method: str, reference: str, what: str) -> dict[str, object]:
+    """A copy of one entry; raises naming all there are."""
+    if method not in table.get(reference, {}):
+        listed = "; ".join(f"{name!r} for {', '.join(methods)}" for name, methods in table.items())
+        raise ValueError(f"reference {reference!r} has no settings for {what} method {method!r}: there is {listed}")
+    return dict(table[reference][method])
+
+
+def options_of(method: str) -> tuple[str, ...]:
+    """Names of the options that a method takes in `prune`.
+
+    Parameters
+    ----------
+    method : str
+        A key of `METHODS`.
+
+    Returns
+    -------
+    tuple of str
+
+    Examples
+    --------
+    >>> options_of("synflow")
+    ('exclude', 'scope', 'rounds', 'schedule', 'invert', 'shape', 'training', 'dtype', 'forward')
+    >>> options_of("balanced")
+    ('exclude', 'redistribute')
+    """
+    functions = [METHODS[method], *getattr(METHODS[method], "args", ())]  # what a partial is given takes options too
+    names = [name for function in functions for name in inspect.signature(function).parameters]
+    given = {"model", "density", "masks", "shapes", "batches", "generator", "options"}
+    return tuple(dict.fromkeys(name for name in names if name not in given))
+
+
+def prune(
+    model: nn.Module,
+    method: str,
+    density: float,
+    *,
+    batches: scores.Batches | EachRound | None = None,
+    generator: torch.Generator | None = None,
+    reference: str | None = None,
+    **options: object,
+) -> Masks:
+    """Masks that keep exactly the asked fraction of a model's prunable weights; the model is left bit-identical.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Any module with convolutions or linear layers; `fsp.masks.apply_` puts the masks on it afterwards.
+    method : str
+        A key of `METHODS`.
+    density : float, in (0, 1]
+        Fraction of prunable weights kept.
+    batches : sequence of (inputs, labels), or callable, optional
+        Examples that SNIP, GraSP and their like score on; SynFlow and PHEW take the input shape from them.  A callable
+        is asked for them in each round, ``batches(round)`` with rounds from 1: fresh examples every time, as in FORCE.
+    generator : torch.Generator on the CPU, optional
+        Positions of random methods, ties, dropout; default a fresh generator with seed 0.
+    reference : str, optional
+        Key of `REFERENCES`: settings of published code instead of our defaults; `options` go before them.  The
+        examples are settled by `batch_options`.
+    **options
+        Of the method, see `options_of`: among them ``rounds``, ``scope``, ``exclude``, ``temperature``, ``training``,
+        ``forward`` and ``loss`` for models with other outputs and tasks.
+
+    Returns
+    -------
+    Masks
+        Parameter name to bool tensor, True = kept, on the device of the parameter.
+
+    Raises
+    ------
+    ValueError
+        For an unknown method or reference, a density outside (0, 1], missing batches, a model without prunable
+        weights, scores that cannot be ranked, an allocation that cannot reach the density.
+    TypeError
+        For an option that the method does not have, or needs and does not get.
+    RuntimeError
+        If the masks do not have the asked density.
+
+    Notes
+    -----
+    Rounds are exponential; by default 100 for SynFlow and SynFlow-L2 as published, 60 for iterative SNIP and FORCE as
+    in the published commands of FORCE, 1 for all others.
+
+    `fsp.masks.prunable` says what can be pruned.  Of an ``nn.MultiheadAttention`` that is ``out_proj.weight`` alone:
+    ``in_proj_weight`` belongs to no linear layer, stays dense and is not counted.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    >>> masks = prune(model, "synflow", 0.05, shape=(1, 8, 8))
+    >>> int(masks["1.weight"].sum())
+    32
+    """
+    if method not in METHODS:
+        raise ValueError(f"method {method!r} is unknown: use one of {', '.join(METHODS)}")
+    check_density(density)
+    unknown = options.keys() - set(options_of(method))
+    if unknown:
+        raise TypeError(f"method {method!r} has no option {sorted(unknown)}; it has {', '.join(options_of(method))}")
+    if reference is not None:
+        options = _settings(REFERENCES, method, reference, "scores of") | options
+    if generator is None:
+        generator = torch.Generator().manual_seed(0)
+    if callable(batches) and METHODS[method] is phew:
+        batches = batches(1)  # which has no rounds, and looks at their shape alone
+    if batches is not None and not callable(batches):
+        batches = list(batches)
+    masks = METHODS[method](model, density, batches=batches, generator=generator, **options)
+    _check_achieved(masks, density, options.get("scope", "global"))
+    return masks
+
+
+def _ones(model: nn.Module, exclude: Iterable[str]) -> Masks:
+    """Masks that keep every prunable weight."""
+    return {name: torch.ones_like(p, dtype=torch.bool) for name, p in prunable(model, exclude=exclude).items()}
+
+
+def _check_achieved(masks: Masks, density: float, scope: object) -> None:
+    """Raise if the number of kept weights is not the number asked for."""
+    sizes = [m.numel() for m in masks.values()]
+    asked = sum(kept_count(n, density) for n in (sizes if scope == "layer" else [sum(sizes)]))
+    kept = sum(int(m.sum()) for m in masks.values())
+    if kept != asked:
+        raise RuntimeError(f"{kept} of {sum(sizes)} weights are kept where density {density} asks for {asked}")

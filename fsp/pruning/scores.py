@@ -1,0 +1,378 @@
+"""What a weight is worth at initialisation: one function a method, higher = kept.
+
+Every function takes the model, the masks so far and ``batches`` and returns a dict of scores.  Weights that are pruned
+already get ``-inf``, so that a later round cannot bring them back; `force` alone scores them too.  The model, its
+train/eval flags, its running statistics and the global random state are left bit-identical: `fsp.pruning.gradients`.
+
+The methods that run the model share these options.
+
+training : bool
+    Whether norm and dropout layers are in train mode.
+dtype : torch.dtype, optional
+    Precision of the computation; default that of the model, float64 for synaptic flow.
+generator : torch.Generator on the CPU, optional
+    Seeds dropout.
+forward : callable
+    (model, inputs) -> outputs, a tensor; default ``model(inputs)``.  For a model with several outputs, for instance
+    ``lambda model, inputs: model(inputs)["out"]``.  Inputs other than floating-point tensors are passed on as they are.
+loss : callable
+    (outputs, labels) -> scalar, the *mean* over the examples of a batch; default cross entropy.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from fsp.masks import Masks
+from fsp.pruning.gradients import Batches, Forward, Loss, call, flow_gradients, hessian_times, loss_gradients, seed_of
+
+Scores = dict[str, Tensor]
+
+
+def random(model: nn.Module, masks: Masks, *, generator: torch.Generator) -> Scores:
+    """Independent standard normal scores: the topology of a uniformly random mask.
+
+    Parameters
+    ----------
+    model : nn.Module
+    masks : Masks
+    generator : torch.Generator on the CPU
+
+    Returns
+    -------
+    dict of name to Tensor
+        Drawn on the CPU, moved to the masks' devices.
+    """
+    return _alive({name: torch.randn(m.shape, generator=generator).to(m.device) for name, m in masks.items()}, masks)
+
+
+def magnitude(model: nn.Module, masks: Masks) -> Scores:
+    r"""Magnitude, :math:`s = |\theta|`.
+
+    Parameters
+    ----------
+    model : nn.Module
+    masks : Masks
+
+    Returns
+    -------
+    dict of name to Tensor
+    """
+    parameters = dict(model.named_parameters())
+    return _alive({name: parameters[name].detach().abs() for name in masks}, masks)
+
+
+def snip(
+    model: nn.Module,
+    masks: Masks,
+    *,
+    batches: Batches,
+    training: bool = True,
+    dtype: torch.dtype | None = None,
+    generator: torch.Generator | None = None,
+    forward: Forward = call,
+    loss: Loss = cross_entropy,
+) -> Scores:
+    r"""SNIP: how strongly the loss reacts to the removal of a weight.
+
+    .. math:: s = \bigl| \theta \odot \partial L / \partial \theta \bigr|
+
+    with L the mean loss over all examples of `batches` together, at the masked weights.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Maps inputs to logits.
+    masks : Masks
+    batches : sequence of (inputs, labels)
+        On the model's device; see `fsp.data.scoring_batches`.
+    training, dtype, generator, forward, loss
+        See the head of this module.  The Synaptic-Flow repository scores in eval mode.
+
+    Returns
+    -------
+    dict of name to Tensor, >= 0
+
+    Raises
+    ------
+    ValueError
+        Without batches, or if the loss is no scalar.
+    TypeError
+        If a batch is no pair, or the outputs are no tensor.
+
+    References
+    ----------
+    Lee, Ajanthan, Torr: SNIP: single-shot network pruning based on connection sensitivity. ICLR 2019, equations 4-6.
+    """
+    run = {"training": training, "dtype": dtype, "seed": seed_of(generator), "forward": forward, "loss": loss}
+    weights, gradients = loss_gradients(model, masks, list(batches or []), **run)
+    return _alive({name: (weights[name] * g).abs() for name, g in gradients.items()}, masks)
+
+
+def taylor(
+    model: nn.Module,
+    masks: Masks,
+    *,
+    batches: Batches,
+    training: bool = True,
+    dtype: torch.dtype | None = None,
+    generator: torch.Generator | None = None,
+    forward: Forward = call,
+    loss: Loss = cross_entropy,
+) -> Scores:
+    r"""First-order Taylor score of the ICLR'23 benchmark (Taylor1ScorerAbs).
+
+    .. math:: s = \Bigl| \sum_b \theta \odot \partial L_b / \partial \theta \Bigr|
+
+    with :math:`L_b` the mean loss of batch b alone.  It is `snip` but for the weight of a batch: SNIP counts every
+    example alike, this every batch.  With B batches of one size it is B times SNIP, so the masks are the same; with a
+    smaller last batch they differ.
+
+    Parameters
+    ----------
+    model, masks, batches, training, dtype, generator, forward, loss
+        As for `snip`, and so are the errors.
+
+    Returns
+    -------
+    dict of name to Tensor, >= 0
+
+    References
+    ----------
+    Hoang, Liu, Marculescu, Wang: Revisiting pruning at initialization through the lens of Ramanujan graph. ICLR 2023,
+    code.
+    """
+    run = {"training": training, "dtype": dtype, "seed": seed_of(generator), "forward": forward, "loss": loss}
+    weights, gradients = loss_gradients(model, masks, list(batches or []), average=False, **run)
+    return _alive({name: (weights[name] * g).abs() for name, g in gradients.items()}, masks)
+
+
+def force(
+    model: nn.Module,
+    masks: Masks,
+    *,
+    batches: Batches,
+    training: bool = True,
+    dtype: torch.dtype | None = None,
+    generator: torch.Generator | None = None,
+    forward: Forward = call,
+    loss: Loss = cross_entropy,
+) -> Scores:
+    r"""FORCE: what a weight would be worth in the pruned network, if it were there.
+
+    .. math:: s = \left| \theta_0 \odot \frac{\partial L(\theta)}{\partial \theta}
+              \right|_{\theta = \theta_0 \odot c}
+
+    with c the masks: the forward pass uses the pruned network, the gradient is not masked and :math:`\theta_0` is
+    dense.  Scores of pruned weights are not ``-inf``, so that a later round may bring a weight back.  Where nothing is
+    pruned this is SNIP.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Maps inputs to logits.  Its own weights are :math:`\theta_0`: dense, not masked.
+    masks, batches, training, dtype, generator, forward, loss
+        As for `snip`, and so are the errors.
+
+    Returns
+    -------
+    dict of name to Tensor, >= 0
+
+    References
+    ----------
+    de Jorge et al.: Progressive skeletonization: trimming more fat from a network at initialization. ICLR 2021.
+    """
+    run = {"training": training, "dtype": dtype, "seed": seed_of(generator), "forward": forward, "loss": loss}
+    _, gradients = loss_gradients(model, masks, list(batches or []), **run)
+    parameters = dict(model.named_parameters())
+    return {name: (parameters[name].detach().to(g.dtype) * g).abs() for name, g in gradients.items()}
+
+
+def grasp(
+    model: nn.Module,
+    masks: Masks,
+    *,
+    batches: Batches,
+    temperature: float = 200.0,
+    training: bool = True,
+    dtype: torch.dtype | None = None,
+    generator: torch.Generator | None = None,
+    forward: Forward = call,
+    loss: Loss = cross_entropy,
+) -> Scores:
+    r"""GraSP: keep the weights whose removal would reduce the gradient flow most.
+
+    .. math:: s = \theta \odot H g, \qquad g = \partial L / \partial \theta,
+
+    signed, with H the Hessian of L at the masked weights and L the mean loss of the outputs divided by the temperature.
+    Removing weight i changes :math:`g^\top g / 2` by :math:`-\theta_i (Hg)_i` to first order.
+
+    Parameters
+    ----------
+    model, masks, training, dtype, generator, forward, loss
+        As for `snip`, and so are the errors.
+    batches : sequence of (inputs, labels)
+        Used twice, in the same order, with the same dropout.
+    temperature : float, > 0
+
+    Returns
+    -------
+    dict of name to Tensor
+
+    Raises
+    ------
+    ValueError
+        If the temperature is not positive.
+
+    Notes
+    -----
+    The temperature divides the logits, as in the original code; the ICLR'23 benchmark divides log-probabilities,
+    which only rescales the score (D19).
+
+    References
+    ----------
+    Wang, Zhang, Grosse: Picking winning tickets before training by preserving gradient flow. ICLR 2020, equation 8.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature {temperature} is not positive")
+    batches = list(batches or [])
+    run = {"training": training, "dtype": dtype, "seed": seed_of(generator), "forward": forward}
+    run["loss"] = lambda outputs, labels: loss(outputs / temperature, labels)
+    weights, flow = loss_gradients(model, masks, batches, **run)
+    product = hessian_times(flow, model, masks, batches, **run)
+    return _alive({name: weights[name] * hg for name, hg in product.items()}, masks)
+
+
+def synflow(
+    model: nn.Module,
+    masks: Masks,
+    *,
+    batches: Batches | None = None,
+    shape: Sequence[int] | None = None,
+    training: bool = False,
+    dtype: torch.dtype = torch.float64,
+    generator: torch.Generator | None = None,
+    forward: Forward = call,
+) -> Scores:
+    r"""SynFlow: the flow of synaptic strength through a weight, without data.
+
+    .. math:: s = \left| \frac{\partial R}{\partial |\theta|} \odot |\theta| \right|, \qquad
+              R = \mathbf 1^\top f_{|\theta|}(\mathbf 1)
+
+    where every parameter and buffer is replaced by its absolute value, the model is in eval mode, the input is all
+    ones and R is the sum of the outputs.
+
+    Parameters
+    ----------
+    model : nn.Module
+    masks : Masks
+    batches : sequence of (inputs, labels), optional
+        Only the shape of the first input is used.
+    shape : sequence of int, optional
+        Shape of one input, (channels, height, width); instead of `batches`.
+    training, dtype, generator, forward
+        See the head of this module.  In train mode batch norm normalises the one input, as in an example of the
+        ICLR'23 authors; that takes maps larger than 1 x 1.  float32 overflows on a ResNet-34.
+
+    Returns
+    -------
+    dict of name to Tensor, >= 0
+
+    Raises
+    ------
+    ValueError
+        If neither `batches` nor `shape` tells the input shape.
+    TypeError
+        If the outputs are no tensor.
+
+    Warns
+    -----
+    UserWarning
+        In the first round, naming modules that are not positively homogeneous (GELU, SiLU, sigmoid, softmax, layer
+        norm, attention and their like).  Flow is conserved, and layers saved from collapse, only where scaling the
+        input of every activation scales its output; functions called in a ``forward`` are not seen.
+
+    Notes
+    -----
+    Raw outputs, not the log-softmax of the ICLR'23 benchmark (D11), which is
+    ``forward=lambda model, inputs: model(inputs).log_softmax(1)``.
+
+    References
+    ----------
+    Tanaka, Kunin, Yamins, Ganguli: Pruning neural networks without any data by iteratively conserving synaptic flow.
+    NeurIPS 2020, equation 3 and algorithm 1.
+    """
+    run = {"training": training, "dtype": dtype, "seed": seed_of(generator), "forward": forward}
+    weights, gradients = flow_gradients(model, masks, _shape(shape, batches), of=torch.abs, **run)
+    return _alive({name: (weights[name] * g).abs() for name, g in gradients.items()}, masks)
+
+
+def synflow_l2(
+    model: nn.Module,
+    masks: Masks,
+    *,
+    batches: Batches | None = None,
+    shape: Sequence[int] | None = None,
+    training: bool = False,
+    dtype: torch.dtype = torch.float64,
+    generator: torch.Generator | None = None,
+    forward: Forward = call,
+) -> Scores:
+    r"""SynFlow-L2: synaptic flow of the squared weights.
+
+    .. math:: s = \left| \frac{\partial R}{\partial \theta^2} \right| \odot |\theta|, \qquad
+              R = \mathbf 1^\top f_{\theta^2}(\mathbf 1)
+
+    Parameters and buffers of the network are replaced by :math:`\theta^2` and by absolute values.
+
+    Parameters
+    ----------
+    model, masks, batches, shape, training, dtype, generator, forward
+        As for `synflow`, and so are errors and warnings.
+
+    Returns
+    -------
+    dict of name to Tensor, >= 0
+
+    Notes
+    -----
+    The factor is :math:`|\theta|`, not :math:`\theta^2`: these scores are not a flow and do not add up to R.
+
+    References
+    ----------
+    Gebhart, Saxena, Schrater: A unified paths perspective for pruning at initialization. 2021.
+    Patil, Dovrolis: PHEW: constructing sparse networks that learn fast and generalize well without training data.
+    ICML 2021.
+    """
+    run = {"training": training, "dtype": dtype, "seed": seed_of(generator), "forward": forward}
+    _, gradients = flow_gradients(model, masks, _shape(shape, batches), of=torch.square, **run)
+    parameters = dict(model.named_parameters())
+    return _alive({name: parameters[name].detach().to(dtype).abs() * g.abs() for name, g in gradients.items()}, masks)
+
+
+SCORES: dict[str, Callable[..., Scores]] = {
+    "random": random,
+    "magnitude": magnitude,
+    "snip": snip,
+    "taylor": taylor,
+    "force": force,
+    "grasp": grasp,
+    "synflow": synflow,
+    "synflow_l2": synflow_l2,
+}
+
+
+def _alive(scores: Scores, masks: Masks) -> Scores:
+    """Scores with -inf where the masks prune already."""
+    return {name: s.masked_fill(~masks[name], -torch.inf) for name, s in scores.items()}
+
+
+def _shape(shape: Sequence[int] | None, batches: Batches | None) -> Sequence[int]:
+    """Shape of one input, given or read from the first batch."""
+    if shape is not None:
+        return shape
+    if not batches:
+        raise ValueError("SynFlow needs the shape of an input: pass shape=(channels, height, width) or batches")
+    return batches[0][0].shape[1:]

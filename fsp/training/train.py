@@ -1,0 +1,370 @@
+"""One training loop, visible from top to bottom."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from numbers import Real
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.optim import SGD, lr_scheduler
+
+from fsp.data import Data, is_count
+from fsp.data.batching import augment, batches
+from fsp.masks import Masks, hold_
+from fsp.progress import bar
+from fsp.training.resume import Checkpoint, Position, identity
+
+SCHEDULES = ("cosine", "multistep", "one_cycle", "constant")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of one training run; SGD with momentum.
+
+    Attributes
+    ----------
+    epochs : int
+        Passes over the training split.
+    batch_size : int
+        Examples a step; the last batch of an epoch may be smaller.
+    lr : float
+        Peak learning rate.
+    momentum : float
+    nesterov : bool
+        Without effect where `momentum` is 0.
+    weight_decay : float
+        L2 coefficient, on every parameter.
+    schedule : {"cosine", "multistep", "one_cycle", "constant"}
+        Changes the learning rate at every step.  "one_cycle" rises from lr / 100 to lr and falls to lr / 1e6, while the
+        momentum goes from .95 to .85 and back; in a training of one or two steps it is "constant".
+    milestones : tuple of float
+        "multistep": fractions of the training after which the learning rate is multiplied by `gamma`.
+    gamma : float
+    warm_up : float
+        "one_cycle": fraction of the training in which the learning rate rises.
+    label_smoothing : float
+        As in `torch.nn.functional.cross_entropy`; training loss only.
+    augmented : bool, optional
+        Random crop and flip; default what the data set's standard recipe says.
+    bfloat16, channels_last : bool
+        Autocast and memory format; on CUDA only.
+    seed : int
+        Order of the data and augmentation.
+    """
+
+    epochs: int = 30
+    batch_size: int = 128
+    lr: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 5e-4
+    schedule: str = "cosine"
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    gamma: float = 0.1
+    warm_up: float = 0.1
+    label_smoothing: float = 0.0
+    augmented: bool | None = None
+    bfloat16: bool = False
+    channels_last: bool = False
+    seed: int = 0
+
+    def __post_init__(self):
+        def number(name: str, valid: Callable[[float], bool]) -> bool:
+            value = getattr(self, name)
+            return isinstance(value, Real) and not isinstance(value, bool) and valid(value)
+
+        fractions = isinstance(self.milestones, Sequence) and all(
+            isinstance(m, Real) and 0 < m < 1 for m in self.milestones
+        )
+        switches = ("nesterov", "bfloat16", "channels_last")
+        for name, valid, expected in [
+            ("epochs", is_count(self.epochs, 1), "a whole number >= 1"),
+            ("batch_size", is_count(self.batch_size, 1), "a whole number >= 1"),
+            ("lr", number("lr", lambda v: 0 < v < math.inf), "a number > 0"),
+            ("momentum", number("momentum", lambda v: 0 <= v < 1), "in [0, 1)"),
+            ("weight_decay", number("weight_decay", lambda v: 0 <= v < math.inf), "a number >= 0"),
+            ("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
+            ("milestones", fractions, "a list of fractions in (0, 1)"),
+            ("gamma", number("gamma", lambda v: 0 < v <= 1), "in (0, 1]"),
+            ("warm_up", number("warm_up", lambda v: 0 < v < 1), "in (0, 1)"),
+            ("label_smoothing", number("label_smoothing", lambda v: 0 <= v < 1), "in [0, 1)"),
+            ("seed", is_count(self.seed, 0), "a whole number >= 0"),
+            ("augmented", self.augmented in (None, True, False), "True, False or None"),
+            *((name, isinstance(getattr(self, name), bool), "True or False") for name in switches),
+        ]:
+            if not valid:
+                raise ValueError(f"TrainConfig: {name} = {getattr(self, name)!r} is not {expected}")
+
+
+@dataclass
+class History:
+    """What a training run did.
+
+    Attributes
+    ----------
+    epochs : list of dict
+        One entry an epoch: epoch, lr (of its first step), train_loss, validation_accuracy, validation_loss.  An epoch
+        that is skipped has none, and the loss of one that is skipped in part is that of the rest.
+    status : {"finished", "diverged"}
+        Diverged: the training loss or a weight is not finite at the end of the last entry's epoch, and training
+        stopped there.
+    best_epoch : int
+        Epoch with the highest validation accuracy, the earliest of equals; 0 before the first.
+    test_accuracy : float
+        In [0, 1], at the last epoch; ``nan`` if diverged.
+    test_accuracy_best : float
+        In [0, 1], at the best epoch on validation.
+    test_loss : float
+        Mean cross entropy at the last epoch, in nats.
+    steps : int
+        Optimiser steps asked for (RigL replaces some by topology updates); skipped ones do not count.
+    seconds : float
+        Wall time of training and evaluation; of a training that went on from a checkpoint, without what was lost.
+    """
+
+    epochs: list[dict] = field(default_factory=list)
+    status: str = "finished"
+    best_epoch: int = 0
+    test_accuracy: float = math.nan
+    test_accuracy_best: float = math.nan
+    test_loss: float = math.nan
+    steps: int = 0
+    seconds: float = 0.0
+
+
+def steps(data: Data, config: TrainConfig) -> int:
+    """Optimiser steps of a whole training.
+
+    Parameters
+    ----------
+    data : fsp.data.Data
+    config : TrainConfig
+
+    Returns
+    -------
+    int
+    """
+    return config.epochs * math.ceil(len(data.train.labels) / config.batch_size)
+
+
+def fit(
+    model: nn.Module,
+    data: Data,
+    config: TrainConfig,
+    *,
+    masks: Masks | None = None,
+    take_step: Callable[[int, torch.optim.Optimizer], None] | None = None,
+    start_step: int = 0,
+    checkpoint: str | Path | None = None,
+    checkpoint_every_s: float = 300.0,
+) -> History:
+    """Train a model, keep its masks, select on validation, read the test split once at the end.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Maps inputs to logits; trained in place, left in eval mode with the weights of the last epoch.
+    data : fsp.data.Data
+        On the model's device.
+    config : TrainConfig
+    masks : Masks, optional
+        Pruned weights are 0 throughout.  Replacing an entry during training changes the topology.
+    take_step : callable, optional
+        ``take_step(step, optimizer)`` is called instead of ``optimizer.step()`` with the gradients in place and the
+        number of the step, from 1; see `fsp.training.dynamic.stepper`.
+    start_step : int, from 0 to ``steps(data, config) - 1``
+        Skip this many steps: the model has the weights that follow them, and meets from there on the batches, the
+        augmentation and the learning rates that a whole training meets.  See `fsp.pruning.lottery`.
+    checkpoint : path, optional
+        File of the training's state (``.safetensors``), written while it runs and removed when it ends.  If it exists
+        at the start, the training goes on from there, with the masks of that moment put into `masks`.  One training
+        at a time writes to one path.
+    checkpoint_every_s : float, at least 0
+        Seconds between two checkpoints; 0 for one after every step.
+
+    Returns
+    -------
+    History
+
+    Raises
+    ------
+    ValueError
+        If a mask fits no parameter, or `start_step` leaves no step to train; if `checkpoint` is the file of another
+        training, by the names of what differs (a setting, the data, the initial weights or masks ...);
+        `checkpoint_every_s` is out of range, or `take_step` has only one of ``state_dict`` and ``load_state_dict``.
+    TypeError
+        If ``take_step.state_dict()`` holds what is neither a tensor nor JSON.
+    OSError
+        If the checkpoint cannot be written; the one before it stays.
+
+    Warns
+    -----
+    UserWarning
+        If the checkpoint is damaged.  It is set aside as ``<name>.corrupt``, and training starts anew.
+
+    Notes
+    -----
+    Bit-repeatable on the CPU for one seed and one number of threads.  Without a validation split the best epoch is
+    the last one.
+
+    A training that is killed and goes on from its checkpoint is, on the CPU, bit-equal to one that is not: also with
+    momentum, batch norm, dropout (the global random state of torch, and that of the CUDA device, are put back to what
+    they were), augmentation and masks that move.  Call it again with the same settings and data, and the model and
+    masks as they were before the first call.  Buffers that a model leaves out of its ``state_dict`` are not saved.  A
+    `take_step` that remembers something between steps, such as a generator, offers it by two methods, as that of
+    `fsp.training.dynamic.stepper` does: ``state_dict()`` gives a dict of tensors and JSON values, and
+    ``load_state_dict`` takes one back, with tensors on the CPU and tuples as lists.  Without them it counts as one that
+    remembers nothing.
+
+    After `start_step` the optimiser is fresh.  Without momentum the weights end bit-equal to those of the whole
+    training; with momentum they do not, for its buffers at that step are unknown, nor in a model with dropout, which
+    draws from the global random state.
+    """
+    last_step = steps(data, config)
+    if not is_count(start_step, 0) or start_step >= last_step:
+        raise ValueError(
+            f"start_step={start_step!r}: expected a whole number from 0 to {last_step - 1}, for this training has "
+            f"{last_step} steps"
+        )
+    device = next(model.parameters()).device
+    on_cuda = device.type == "cuda"
+    layout = torch.channels_last if config.channels_last and on_cuda else torch.preserve_format
+    model.to(memory_format=layout)
+    nesterov = config.nesterov and config.momentum > 0
+    optimizer = SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=nesterov)
+    schedule = _schedule(optimizer, config, last_step)
+    saved = None
+    if checkpoint is not None:
+        training = identity(model, data, config, masks, take_step, start_step)
+        parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "masks": masks, "take_step": take_step}
+        saved = Checkpoint(checkpoint, checkpoint_every_s, training, **parts)
+    held = hold_(optimizer, model, masks) if masks is not None else None
+    generator = torch.Generator().manual_seed(config.seed)
+    augmented = data.augmented if config.augmented is None else config.augmented
+    history = History()
+    at = Position(history, generator.get_state(), total_loss=torch.zeros((), device=device))
+    if saved is not None:
+        saved.restore(at)
+        generator.set_state(at.order)
+    start = time.perf_counter() - history.seconds
+    size, steps_an_epoch = len(data.train.labels), last_step // config.epochs
+    with bar(
+        total=config.epochs * size, initial=(at.epoch - 1) * size, unit="img", unit_scale=True, delay=3, leave=False
+    ) as progress:
+        for epoch in range(at.epoch, config.epochs + 1):
+            model.train()
+            if at.seen == 0:  # otherwise a checkpoint was written in the middle of this epoch
+                at.epoch, at.lr, at.order = epoch, schedule.get_last_lr()[0], generator.get_state()
+            first = (epoch - 1) * steps_an_epoch + 1
+            for step, (images, labels) in enumerate(
+                batches(data.train, config.batch_size, generator=generator), start=first
+            ):
+                if augmented:
+                    images = augment(images, generator=generator)
+                progress.update(len(labels))
+                if step <= at.step:  # made before the checkpoint; its batch moves the generator on
+                    continue
+                optimizer.zero_grad(set_to_none=True)
+                if step <= start_step:  # without gradients a step moves nothing; the schedule wants to see one
+                    optimizer.step()
+                    schedule.step()
+                    continue
+                inputs = data.normalise(images).to(memory_format=layout)
+                with torch.autocast("cuda", torch.bfloat16, enabled=config.bfloat16 and on_cuda):
+                    loss = cross_entropy(model(inputs), labels, label_smoothing=config.label_smoothing)
+                loss.backward()
+                history.steps += 1
+                if take_step is None:
+                    optimizer.step()
+                else:
+                    take_step(step, optimizer)
+                if step < last_step:
+                    schedule.step()
+                at.step = step
+                at.total_loss += loss.detach() * len(labels)
+                at.seen += len(labels)
+                if saved is not None and saved.due():
+                    history.seconds = time.perf_counter() - start
+                    saved.save(at)
+            if at.seen == 0:
+                continue
+            # one look an epoch: reading the loss at every step would stall a GPU, and a nan stays a nan
+            train_loss = at.total_loss.item() / at.seen
+            at.total_loss.zero_()
+            at.seen = 0
+            validation = evaluate(model, data, "validation")
+            history.epochs.append(
+                {"epoch": epoch, "lr": at.lr, "train_loss": train_loss}
+                | {f"validation_{name}": value for name, value in validation.items()}
+            )
+            progress.set_postfix(refresh=False, loss=f"{train_loss:.3f}", validation=f"{validation['accuracy']:.3f}")
+            if not (math.isfinite(train_loss) and all(p.isfinite().all() for p in model.parameters())):
+                history.status = "diverged"
+                break
+            if validation["accuracy"] > at.best_accuracy or math.isnan(validation["accuracy"]):
+                at.best_accuracy, history.best_epoch = validation["accuracy"], epoch
+                at.best_state = {name: t.detach().clone() for name, t in model.state_dict().items()}
+    if held is not None:
+        held.remove()
+    _read_test(model, data, history, at.best_state)
+    history.seconds = time.perf_counter() - start
+    if saved is not None:
+        saved.remove()
+    return history
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: Data, split: str, *, batch_size: int = 1000) -> dict[str, float]:
+    """Accuracy and loss of a model on one split; leaves the model in eval mode.
+
+    Parameters
+    ----------
+    model : nn.Module
+    data : fsp.data.Data
+    split : {"train", "validation", "test"}
+    batch_size : int
+
+    Returns
+    -------
+    dict
+        ``accuracy`` in [0, 1] and ``loss``, the mean cross entropy in nats; both ``nan`` for an empty split.
+    """
+    model.eval()
+    examples = getattr(data, split)
+    correct = loss = 0.0
+    for images, labels in batches(examples, batch_size):
+        logits = model(data.normalise(images)).float()
+        correct += (logits.argmax(1) == labels).sum().item()
+        loss += cross_entropy(logits, labels, reduction="sum").item()
+    n = len(examples.labels) or math.nan
+    return {"accuracy": correct / n, "loss": loss / n}
+
+
+def _schedule(optimizer: SGD, config: TrainConfig, steps: int) -> lr_scheduler.LRScheduler:
+    """Learning rate schedule over all optimiser steps."""
+    if config.schedule == "cosine":
+        return lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+    if config.schedule == "multistep":
+        return lr_scheduler.MultiStepLR(optimizer, [round(m * steps) for m in config.milestones], config.gamma)
+    if config.schedule == "one_cycle" and steps > 2:
+        rise = max(config.warm_up, 2 / steps)  # the peak is no sooner than the second step
+        return lr_scheduler.OneCycleLR(
+            optimizer, config.lr, steps, pct_start=rise, div_factor=100, final_div_factor=1e4
+        )
+    return lr_scheduler.ConstantLR(optimizer, factor=1.0)
+
+
+def _read_test(model: nn.Module, data: Data, history: History, best_state: dict | None) -> None:
+    """Test accuracy of the best weights on validation and of the last ones; the model keeps the last."""
+    last_state = {name: t.detach().clone() for name, t in model.state_dict().items()}
+    if best_state is not None:
+        model.load_state_dict(best_state)
+        history.test_accuracy_best = evaluate(model, data, "test")["accuracy"]
+        model.load_state_dict(last_state)
+    if history.status == "finished":
+        test = evaluate(model, data, "test")
+        history.test_accuracy, history.test_loss = test["accuracy"], test["loss"]

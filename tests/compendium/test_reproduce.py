@@ -1,0 +1,584 @@
+import json
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import nbformat
+import pandas as pd
+import psutil
+import pytest
+
+from fsp import paths
+from fsp.compendium import execute, renew, report, reproduce
+
+PARAMETERS = """\
+seeds = [0, 1]  # one run each
+rate = 0.5  # a float
+epochs = 3
+wait = 0.0  # seconds a run takes
+name = "digits"
+scheduler = None
+recompute = False
+out_dir = ""
+"""
+# A notebook that keeps the contract with nothing but the standard library, so that it starts fast.
+RUNS = """\
+import csv, os, sys, time
+from fsp.paths import outputs
+place, stem = outputs(out_dir), "{stem}"
+for folder in place:
+    folder.mkdir(parents=True, exist_ok=True)
+print("backend", os.environ["MPLBACKEND"])
+for seed in seeds:
+    record = place.runs / f"{{seed}}.json"
+    if recompute or not record.exists():
+        time.sleep(wait)
+        record.write_text("{{}}")
+        print(f"bar at seed {{seed}}", file=sys.stderr)
+"""
+TABLES = """\
+with open(place.results / f"{stem}.csv", "w") as file:
+    csv.writer(file).writerows([["key", "accuracy", "train_s"], *([f"k{s}", rate + s, time.time()] for s in seeds)])
+head = "claim,paper,section,measured,low,high,n,published,holds,note".split(",")
+row = ["Rate | is half", "P", "4.2", rate, rate - 0.1, rate + 0.1, len(seeds), "", "yes" if rate == 0.5 else "no", ""]
+with open(place.results / f"{stem}.claims.csv", "w") as file:
+    csv.writer(file).writerows([head, row])
+for ending in ("png", "pdf"):
+    (place.figures / f"{stem}.{ending}").write_bytes(b"drawn")
+"""
+CHATTER = "import time\nfor i in range(3):\n    print(i, flush=True)\n    time.sleep(0.3)"
+FAILS = "raise ValueError('method snap: expected one of snip, grasp')"
+
+
+def write_notebook(folder: Path, stem: str, *cells: str, tag: str = "nbval-check-output") -> Path:
+    new = nbformat.v4.new_code_cell
+    parameters = new(PARAMETERS, metadata={"tags": ["parameters"]})
+    checked = new("len(seeds)", metadata={"tags": [tag]})
+    sources = [new(text.replace("{stem}", stem).replace("{{", "{").replace("}}", "}")) for text in cells]
+    notebook = nbformat.v4.new_notebook(cells=[parameters, *sources, checked], metadata=renew.METADATA)
+    folder.mkdir(parents=True, exist_ok=True)
+    nbformat.write(notebook, folder / f"{stem}.ipynb")
+    return folder / f"{stem}.ipynb"
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """A repository of its own, with one notebook."""
+    root = tmp_path / "repository"
+    write_notebook(root / "notebooks", "01_good", RUNS, TABLES)
+    for module in (reproduce, renew, paths):
+        monkeypatch.setattr(module, "ROOT", root)
+    monkeypatch.setattr(paths, "DATA", root / "data")
+    monkeypatch.setattr(reproduce, "NOTEBOOKS", root / "notebooks")
+    monkeypatch.setattr(reproduce, "PROFILES", root / "notebooks" / "profiles")
+    monkeypatch.setenv("FSP_PROGRESS", "0")
+    monkeypatch.setenv("MPLBACKEND", "agg")  # of a shell; in a notebook it would hide the figures
+    return root
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def claim(stem="03_x", text="Gap decides", holds="yes", measured=0.5, low=0.4, high=0.6):
+    row = dict.fromkeys(["notebook", *report.CLAIM_COLUMNS], "")
+    return row | {"notebook": stem, "claim": text, "holds": holds, "measured": measured, "low": low, "high": high}
+
+
+# --- what is refused before anything runs
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "07"], r"no notebook '07': there are 01_good"),
+        (["-p", "sedes", "[1]"], r"no parameter 'sedes': it has seeds, rate, epochs, wait, name, scheduler, recompute"),
+        (["-p", "epochs", "2.5"], r"01_good: epochs is 2.5: expected int, as its default 3"),
+        (["-p", "epochs", "true"], r"epochs is True: expected int"),
+        (["-p", "rate=1e-3"], r"rate is '1e-3': expected float.*write 0.001 or 1.0e-3"),
+        (["-p", "recompute", "1"], r"recompute is 1: expected bool"),
+        (["-p", "seeds", "3"], r"seeds is 3: expected list"),
+        (["-p", "name", "7"], r"name is 7: expected str"),
+        (["-p", "seeds", "[0, x]"], r"seeds holds 'x': expected a list of int, as its default \[0, 1\]"),
+        (["-p", "seeds", "[true]"], r"seeds holds True: expected a list of int"),
+        (["--scheduler", "locl"], r"01_good: scheduler is 'locl': expected None.*\"local\" or the address of a Dask"),
+        (["-p", "scheduler", "10.0.0.1"], r"01_good: scheduler is '10.0.0.1': expected None"),
+        (["--scheduler", "local", "-p", "scheduler", "local"], r"--scheduler and -p scheduler say the same"),
+        (["--workers", "0"], r"0 is no whole number of at least 1"),
+        (["--workers", "1.5"], r"1.5 is no whole number of at least 1"),
+        (["-p", "out_dir", "x"], r"use --out"),
+        (["-p", "epochs"], r"expected -p NAME VALUE or -p NAME=VALUE"),
+        (["-p", "seeds", "[0"], r"'\[0' is not YAML"),
+        (["--profile", "paper"], r"paper.01_good.yaml"),
+        (["--out", "{root}"], r"would overwrite the committed notebooks"),
+        (["--out", "{root}/notebooks/01_good.ipynb"], r"Not a directory|File exists"),
+        (["--timeout", "-1"], r"-1 is no positive number of seconds"),
+        (["--recompute"], r"belongs to --refresh"),
+        (["--check", "-p", "epochs", "1"], r"only --only goes with them"),
+        (["--check", "--workers", "2"], r"only --only goes with them"),
+        (["--refresh", "--resume"], r"only --only goes with them"),
+        (["--check", "--scheduler", "local"], r"only --only goes with them"),
+        (["--refresh"], r"README.md"),
+    ],
+)
+def test_a_wrong_argument_stops_before_any_notebook_runs(root, capsys, arguments, message):
+    before = contents(root)
+    with pytest.raises(SystemExit) as stopped:
+        reproduce.main([argument.replace("{root}", str(root)) for argument in arguments])
+    assert stopped.value.code == 2
+    assert re.search(message, capsys.readouterr().err.replace("\n", " "))
+    assert contents(root) == before
+
+
+def test_a_kernel_that_is_missing_or_another_python_is_refused(root, monkeypatch, capsys):
+    kernel = SimpleNamespace(argv=["/usr/other/bin/python"])
+    with monkeypatch.context() as patched:
+        patched.setattr(execute.KernelSpecManager, "get_kernel_spec", lambda self, name: kernel)
+        with pytest.raises(SystemExit):
+            reproduce.main([])
+    assert f"starts /usr/other/bin/python, not {sys.executable}" in capsys.readouterr().err
+    monkeypatch.setattr(execute, "KERNEL", "python0")
+    with pytest.raises(SystemExit):
+        reproduce.main([])
+    assert "Jupyter knows no kernel python0" in capsys.readouterr().err
+
+
+def test_parameters_come_from_the_profile_then_from_the_command_line(root, tmp_path):
+    profile = root / "notebooks" / "profiles" / "smoke" / "01_good.yaml"
+    profile.parent.mkdir(parents=True)
+    profile.write_text("epochs: 1\nrate: 1\n")
+    chosen = reproduce.plan(root / "notebooks" / "01_good.ipynb", "smoke", {"rate": 0.25, "scheduler": "x"}, tmp_path)
+    assert chosen == {"epochs": 1, "rate": 0.25, "scheduler": "x", "out_dir": str(tmp_path)}
+    profile.write_text("epoch: 1\n")
+    with pytest.raises(ValueError, match="no parameter 'epoch'"):
+        reproduce.plan(root / "notebooks" / "01_good.ipynb", "smoke", {}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "fine", "wrong"),
+    [
+        ("x: Optional[float] = 0.5", [None, 1, 0.1], ["a", True, [1]]),
+        ("x: Optional[str] = None", [None, "a"], [1, ["a"]]),
+        ("x: Union[int, str] = 3", ["auto", 4], [0.5, None]),
+        ("x: Union[int, None] = 3", [None, 4], [0.5, "a"]),
+        ("x: list[float] = [0.1]", [[1, 0.5], []], [0.5, ["a"], [None]]),
+        ("x = [1, 'a']", [[2], ["b", 3]], [[0.5]]),
+        ("x = (1, 2)", [[3, 4]], [3, ["a"]]),
+        ("x = {}", [{"a": [1]}], [[], "a"]),
+        ("x = None", [None, 1, "a"], []),
+        ("x = 2 * 3", [None, 1, "a"], []),
+    ],
+)
+def test_types_are_those_of_annotation_and_default(tmp_path, line, fine, wrong):
+    code = nbformat.v4.new_code_cell(f'{line}\nout_dir = ""', metadata={"tags": ["parameters"]})
+    path = tmp_path / "01_x.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[code], metadata=renew.METADATA), path)
+    for value in fine:
+        assert reproduce.plan(path, "quick", {"x": value}, tmp_path)["x"] == value
+    for value in wrong:
+        with pytest.raises(ValueError, match=r"01_x: x (is|holds) .*: expected"):
+            reproduce.plan(path, "quick", {"x": value}, tmp_path)
+
+
+def test_a_scheduler_goes_to_the_notebooks_that_have_one_and_is_refused_if_none_has(root, tmp_path, capsys):
+    profile = root / "notebooks" / "profiles" / "smoke" / "01_good.yaml"
+    profile.parent.mkdir(parents=True)
+    profile.write_text("scheduler: local\n")
+    with_one, address = root / "notebooks" / "01_good.ipynb", "tcp://10.0.0.1:8786"
+    assert reproduce.plan(with_one, "smoke", {}, tmp_path, scheduler=address)["scheduler"] == address
+    code = nbformat.v4.new_code_cell('out_dir = ""', metadata={"tags": ["parameters"]})
+    without = root / "notebooks" / "02_none.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[code], metadata=renew.METADATA), without)
+    assert reproduce.plan(without, "quick", {}, tmp_path, scheduler=address) == {"out_dir": str(tmp_path)}
+    with pytest.raises(SystemExit):
+        reproduce.main(["--only", "02", "--scheduler", "local", "--out", str(tmp_path / "out")])
+    assert "none of the chosen notebooks has a parameter scheduler" in capsys.readouterr().err
+
+
+def test_the_default_output_folder_is_another_one_for_other_code(root):
+    first = reproduce.default_out("quick")
+    assert first == reproduce.default_out("quick")
+    assert first.parent == root / "reproduced"
+    assert first.name.startswith("quick-")
+    assert len(first.name) == len("quick-") + 8
+    write_notebook(root / "notebooks", "01_good", RUNS, TABLES + "\n# changed")
+    assert reproduce.default_out("quick") != first
+
+
+def test_notebooks_are_chosen_by_number_or_stem_and_run_in_order(root):
+    for stem in ("02_b", "03_c"):
+        write_notebook(root / "notebooks", stem)
+    assert [path.stem for path in reproduce.notebooks(["03_c", "1"])] == ["01_good", "03_c"]
+    assert [path.stem for path in reproduce.notebooks()] == ["01_good", "02_b", "03_c"]
+
+
+# --- running and reporting
+
+
+def test_a_run_reports_claims_differences_and_the_notebook_that_failed(root, tmp_path, capfd):
+    write_notebook(root / "notebooks", "00_bad", FAILS)
+    committed_results = root / "data" / "results"
+    committed_results.mkdir(parents=True)
+    (committed_results / "01_good.csv").write_text("key,accuracy,train_s\nk0,0.5,1.0\nk1,1.25,1.0\nk2,2.5,1.0\n")
+    head = ",".join(report.CLAIM_COLUMNS)
+    (committed_results / "01_good.claims.csv").write_text(f"{head}\nRate | is half,P,4.2,0.7,0.65,0.75,3,,no,\n")
+    repository, out = contents(root), tmp_path / "out"
+
+    assert reproduce.main(["--out", str(out)]) == 1
+    printed = capfd.readouterr()
+    text = (out / "report.md").read_text()
+    assert "| 00_bad | failed |" in text
+    assert "ValueError: method snap: expected one of snip, grasp" in text
+    assert str(out / "notebooks" / "00_bad.ipynb") in text
+    assert "| 01_good | finished |" in text
+    assert r"| Rate \| is half | P 4.2 | 0.5 [0.4, 0.6] | 2 |" in text
+    assert "2 rows compared, 1 missing, 0 not in the committed table: `accuracy`: 1 differ, by at most 0.25" in text
+    assert "verdict 'yes', committed 'no'" in text
+    assert "measured 0.5, committed 0.7 [0.65, 0.75]" in text
+    assert "train_s" not in text
+    assert "01_good  cell 3/5" in printed.out
+    assert "bar at seed 1" in printed.err
+    assert "backend module://matplotlib_inline" in printed.out
+    assert "ValueError: method snap" in printed.out
+    assert str(out / "report.md") in printed.out
+    assert "<table>" in (out / "report.html").read_text()
+    assert {path.name for path in (out / "notebooks").iterdir()} == {"00_bad.ipynb", "01_good.ipynb"}
+    assert contents(root) == repository
+
+
+def test_a_notebook_that_keeps_no_promise_or_takes_too_long_has_failed(root, tmp_path, capfd):
+    write_notebook(root / "notebooks", "01_good", RUNS)
+    stale = tmp_path / "a" / "results" / "01_good.claims.csv"
+    stale.parent.mkdir(parents=True)
+    stale.write_text(",".join(report.CLAIM_COLUMNS) + "\n")
+    assert reproduce.main(["--out", str(tmp_path / "a")]) == 1
+    assert "without writing results/01_good.csv, results/01_good.claims.csv" in capfd.readouterr().out
+
+
+def jobs_of(folder: Path, **cells: str) -> list[execute.Job]:
+    """Notebooks called by keywords, `_01_a` for 01_a, with one cell beside the parameters."""
+    out = folder / "out"
+    sources = [write_notebook(folder, name[1:], text) for name, text in cells.items()]
+    return [execute.Job(source, out / source.name, {"epochs": 1}) for source in sources]
+
+
+def test_a_time_limit_stops_each_notebook_with_its_kernel_and_keeps_what_it_did(tmp_path):
+    kernels = running_kernels()
+    slow = "import time\nprint('came so far', flush=True)\nwhile True: time.sleep(1)"
+    jobs = jobs_of(tmp_path, _01_slow=slow, _02_slower=slow)
+    begin = time.monotonic()
+    ended = [(job.source.stem, error) for job, seconds, error in execute.run(jobs, workers=2, timeout=10)]
+    assert time.monotonic() - begin < 20, "the limits run at the same time"
+    error = "stopped after 10 seconds (--timeout)"
+    assert sorted(ended) == [("01_slow", error), ("02_slower", error)]
+    assert gone(running_kernels() - kernels)
+    assert nbformat.read(jobs[0].target, 4).cells[1].metadata.tags == ["injected-parameters"]
+
+
+def test_a_kernel_or_a_process_that_dies_is_an_error_and_not_a_wait(tmp_path):
+    jobs = jobs_of(tmp_path, _01_dies="import os; os.abort()", _02_kills="import os; os.kill(os.getppid(), 9)")
+    ended = {job.source.stem: error for job, _, error in execute.run(jobs, workers=2)}
+    assert "Kernel died" in ended["01_dies"]
+    assert ended["02_kills"] == "its process ended with exit code -9"
+
+
+MEETS = """\
+import pathlib, time
+place = pathlib.Path(r"{folder}")
+(place / "{own}").touch()
+while not (place / "{other}").exists(): time.sleep(0.05)
+"""
+
+
+def test_notebooks_that_wait_for_each_other_end_where_several_run_at_once(root, tmp_path, capfd):
+    meeting = tmp_path / "meeting"
+    meeting.mkdir()
+    for own, other in (("02_b", "03_c"), ("03_c", "02_b")):  # neither ends without the other
+        meets = MEETS.replace("{folder}", str(meeting)).replace("{own}", own).replace("{other}", other)
+        write_notebook(root / "notebooks", own, RUNS, TABLES, meets)
+    (root / "notebooks" / "01_good.ipynb").unlink()
+    out = tmp_path / "out"
+    assert reproduce.main(["--out", str(out), "--workers", "2", "--timeout", "120"]) == 0
+    text, printed = (out / "report.md").read_text(), capfd.readouterr().out
+    rows = [line.split("|")[1].strip() for line in text.splitlines() if "| finished |" in line]
+    assert rows == ["02_b", "03_c"]
+    assert {f"{stem}  cell {n}/" in printed for stem in rows for n in (1, 5)} == {True}
+    assert "backend" not in printed, "what several kernels print is in their notebooks alone"
+    assert "backend module://matplotlib_inline" in (out / "notebooks" / "02_b.ipynb").read_text()
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 9])
+def test_as_many_notebooks_run_at_once_as_asked_and_no_more(tmp_path, monkeypatch, workers):
+    enough, started, running = threading.Event(), [], []
+
+    def papermill(job, shown, results):
+        started.append((job.source.stem, shown))
+        running.append(sum(thread.name == "notebook" for thread in threading.enumerate()))
+        if len(started) >= min(workers, 4):
+            enough.set()
+        results.send("" if enough.wait(10) and job.source.stem != "3" else "no")
+
+    class Thread(threading.Thread):
+        """In place of a process."""
+
+        kill = terminate = lambda self: None
+
+        def __init__(self, **options):
+            super().__init__(name="notebook", **options)
+
+    def pipe(duplex):
+        receiver, sender = multiprocessing.Pipe(duplex)  # a thread has no copy of its own that may stay open
+        return receiver, SimpleNamespace(send=sender.send, close=lambda: None)
+
+    context = SimpleNamespace(Process=Thread, Pipe=pipe)
+    monkeypatch.setattr(execute, "_papermill", papermill)
+    monkeypatch.setattr(execute.multiprocessing, "get_context", lambda kind: context)
+    jobs = [execute.Job(Path(name), tmp_path / name, {}) for name in "1234"]
+    ended = {job.source.stem: error for job, _, error in execute.run(jobs, workers=workers)}
+    assert ended == {"1": "", "2": "", "3": "no", "4": ""}
+    assert started == [(stem, workers == 1) for stem in "1234"]
+    assert max(running) == min(workers, 4)
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Notebooks are run here and at once; the stems of those that ran."""
+    ran = []
+
+    def run(jobs, *, workers, timeout):
+        for job in jobs:
+            ran.append(job.source.stem)
+            job.target.parent.mkdir(parents=True, exist_ok=True)
+            job.target.touch()
+            code = [cell.source for cell in execute.read(job.source).cells]
+            error = ""
+            try:
+                exec("\n".join([code[0], *(f"{n} = {v!r}" for n, v in job.parameters.items()), *code[1:]]), {})
+            except ValueError as raised:
+                error = str(raised)
+            yield job, 3.0, error
+
+    monkeypatch.setattr(execute, "run", run)
+    return ran
+
+
+def test_resume_leaves_out_what_finished_with_the_same_parameters_and_code(root, tmp_path, in_process):
+    write_notebook(root / "notebooks", "02_bad", FAILS)
+    out = tmp_path / "out"
+
+    def runs(*more):
+        in_process.clear()
+        failed = reproduce.main(["--out", str(out), *more])
+        assert failed == ("02_bad" in in_process)
+        return list(in_process)
+
+    assert runs() == ["01_good", "02_bad"]
+    assert runs("--resume") == ["02_bad"], "what failed runs again"
+    page = (out / "report.md").read_text()
+    assert "| 01_good | finished earlier | 3 |" in page
+    assert "| 02_bad | failed | 3 |" in page
+    assert r"| Rate \| is half | P 4.2 | 0.5 [0.4, 0.6] | 2 |" in page
+
+    good = ("--only", "01", "--resume")
+    assert runs(*good) == []
+    assert runs(*good, "-p", "rate=0.25") == ["01_good"], "other parameters"
+    assert runs(*good) == ["01_good"], "the mark is that of the last parameters"
+    assert runs("--only", "01") == ["01_good"], "without --resume all run"
+    (out / "figures" / "01_good.png").unlink()
+    assert runs(*good) == ["01_good"], "a promised file is missing"
+    (out / "notebooks" / "01_good.ipynb").unlink()
+    assert runs(*good) == ["01_good"], "the executed notebook is missing"
+    for damaged in ("{", "[]", '{"code": 1}'):
+        (out / "finished" / "01_good.json").write_text(damaged)
+        assert runs(*good) == ["01_good"], "the mark is damaged"
+    write_notebook(root / "notebooks", "01_good", RUNS, TABLES + "\n# other code")
+    assert runs(*good) == ["01_good"], "the code is another"
+    assert runs(*good) == []
+    write_notebook(root / "notebooks", "01_good", RUNS, FAILS)
+    in_process.clear()
+    assert reproduce.main(["--out", str(out), *good]) == 1
+    write_notebook(root / "notebooks", "01_good", RUNS, TABLES + "\n# other code")
+    assert runs(*good) == ["01_good"], "a notebook that fails takes its mark with it"
+
+
+def test_ctrl_c_stops_everything_and_the_same_command_continues(root, tmp_path):
+    out = tmp_path / "out"
+    command = [
+        sys.executable,
+        "-m",
+        "fsp.compendium.reproduce",
+        "--out",
+        str(out),
+        "-p",
+        "seeds=[0, 1, 2]",
+        "-p",
+        "wait",
+    ]
+    environment = {**os.environ, "FSP_ROOT": str(root)}
+    first = subprocess.Popen(
+        [*command, "1.5"], env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    wait_until(lambda: (out / "runs" / "0.json").exists() or first.poll() is not None, 120)
+    started = {process.pid for process in psutil.Process(first.pid).children(recursive=True)}
+    begin = time.monotonic()
+    os.killpg(first.pid, signal.SIGINT)
+    errors = first.communicate(timeout=30)[1]
+    assert time.monotonic() - begin < 15
+    assert first.returncode == 130
+    assert f"finished runs are kept in {out / 'runs'}, and the same command continues there" in errors
+    assert "Traceback" not in errors, errors
+    assert len(started) >= 2
+    assert gone(started)
+
+    kept = {path: path.stat().st_mtime_ns for path in (out / "runs").iterdir()}
+    assert 1 <= len(kept) < 3
+    again = subprocess.run([*command, "0"], env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert all(path.stat().st_mtime_ns == written for path, written in kept.items())
+    assert f"reused where they fit: {len(kept)}." in (out / "report.md").read_text()
+    assert "belong to the quick profile" in again.stdout
+
+
+def running_kernels() -> set[int]:
+    """Kernels below this process."""
+    return {
+        process.pid
+        for process in psutil.Process().children(recursive=True)
+        if "ipykernel_launcher" in " ".join(process.cmdline())
+    }
+
+
+def gone(pids: set[int]) -> bool:
+    """Whether processes end within ten seconds (a zombie has ended)."""
+    alive = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+    _, left = psutil.wait_procs(alive, timeout=10)
+    return all(process.status() == psutil.STATUS_ZOMBIE for process in left)
+
+
+def wait_until(condition, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+
+
+# --- the committed notebooks
+
+
+def test_refresh_renews_notebook_tables_and_readme_and_check_changes_nothing(root, tmp_path, capfd):
+    readme = root / "README.md"
+    readme.write_text("# x\n<!-- claims -->\nold\n<!-- /claims -->\nend\n")
+    write_notebook(root / "notebooks", "01_good", RUNS, TABLES, CHATTER)
+    assert reproduce.main(["--refresh"]) == 0
+    notebook = json.loads((root / "notebooks" / "01_good.ipynb").read_text())
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == [1, 2, 3, 4, 5]
+    assert len(code[-2]["outputs"]) == 1
+    assert code[-1]["outputs"][0]["data"]["text/plain"] in ("2", ["2"])
+    assert notebook["metadata"] == renew.METADATA
+    assert not any("execution" in cell["metadata"] for cell in code)
+    assert {path.name for path in (root / "figures").iterdir()} == {"01_good.png", "01_good.pdf"}
+    assert not (root / "data" / "runs").exists()
+    text = readme.read_text()
+    assert text.startswith("# x\n<!-- claims -->\n|  | What its notebook finds |")
+    assert "| [01](notebooks/01_good.ipynb) | 01_good | 1 | 0 | 0 |\n<!-- /claims -->\nend\n" in text
+    page = (root / "data" / "results" / "README.md").read_text()
+    assert "| Claim |" in page
+    assert page.endswith("[01](../../notebooks/01_good.ipynb) |\n")
+
+    # A changed output fails, unless the sanitize file makes both the same.
+    path, sanitize = root / "notebooks" / "01_good.ipynb", root / "tests" / "nbval_sanitize.cfg"
+    path.write_text(path.read_text().replace('"2"', '"5"'))
+    sanitize.parent.mkdir()
+    sanitize.write_text("[number]\nregex: [0-9]\nreplace: N\n")
+    before = contents(root)
+    assert reproduce.main(["--check"]) == 0
+    assert contents(root) == before
+    sanitize.unlink()
+    assert reproduce.main(["--check"]) == 1
+
+    write_notebook(root / "notebooks", "01_good", RUNS, FAILS)
+    before = contents(root)
+    assert reproduce.main(["--refresh", "--recompute"]) == 1
+    assert contents(root) == before
+
+
+def test_the_short_page_counts_the_verdicts_of_each_notebook():
+    claims = pd.DataFrame({"notebook": ["01_a"] * 3 + ["02_b"], "holds": ["yes", "no", "yes", "not decided"]})
+    lines = report.verdicts_table(claims, {"01_a": "A | finds", "02_b": "B", "03_c": "C"}, link="x").splitlines()
+    assert lines[2:] == [
+        r"| [01](x/01_a.ipynb) | A \| finds | 2 | 1 | 0 |",
+        "| [02](x/02_b.ipynb) | B | 0 | 0 | 1 |",
+        "| [03](x/03_c.ipynb) | C | 0 | 0 | 0 |",
+    ]
+
+
+# --- comparing
+
+
+def test_a_text_that_is_missing_in_both_tables_is_the_same():
+    old = pd.DataFrame({"key": ["a", "b", "c"], "part": ["x", None, None]})
+    assert report.compare_rows(old, old).differing == {}
+    assert report.compare_rows(old.assign(part=["x", "y", None]), old).differing == {"part": "1 differ"}
+
+
+def test_rows_are_matched_by_key_whatever_their_order_and_rows_of_one_key_by_position():
+    old = pd.DataFrame({"key": ["a", "a", "b"], "step": [1, 2, 1], "x": [0.1, 0.2, 0.3]})
+    assert report.compare_rows(old.iloc[[2, 0, 1]], old).differing == {}
+    swapped = report.compare_rows(old.iloc[[1, 0, 2]], old)
+    assert swapped.differing == {"step": "2 differ, by at most 1", "x": "2 differ, by at most 0.1"}
+    assert report.compare_rows(old.iloc[:2], old)[:3] == (2, 1, 0)
+    assert report.compare_rows(old, old.iloc[:2])[:3] == (2, 0, 1)
+    assert str(report.compare_rows(old, old)).endswith("same to the printed digits")
+
+
+@pytest.mark.parametrize(
+    ("new", "said"),
+    [
+        ([1000.0009, 2.0], {}),
+        ([1000.01, 2.0], {"x": "1 differ, by at most 0.01"}),
+        ([1000.0, float("nan")], {"x": "1 differ, one is missing"}),
+    ],
+)
+def test_numbers_differ_beyond_a_relative_tolerance_or_where_one_is_missing(new, said):
+    old = pd.DataFrame({"key": ["a", "b"], "x": [1000.0, 2.0]})
+    assert report.compare_rows(old.assign(x=new), old).differing == said
+
+
+def test_text_truth_values_and_columns_of_one_side_are_compared_too():
+    old = pd.DataFrame({"key": ["a", "b"], "status": ["finished", "finished"], "ok": [True, True], "gone": [1, 1]})
+    new = old.assign(status=["finished", "failed"], ok=[False, True], more=0).drop(columns="gone")
+    assert report.compare_rows(new, old).differing == {
+        "status": "1 differ",
+        "ok": "1 differ",
+        "gone": "only in the committed table",
+        "more": "only in the new table",
+    }
+
+
+@pytest.mark.parametrize(
+    ("new", "said"),
+    [
+        ([claim(measured=0.59)], []),
+        ([claim(measured=0.61)], ["measured 0.61, committed 0.5 [0.4, 0.6]: Gap decides"]),
+        ([claim(measured=float("nan"))], ["measured nan, committed 0.5 [0.4, 0.6]: Gap decides"]),
+        ([claim(holds="not decided")], ["verdict 'not decided', committed 'yes': Gap decides"]),
+        ([], ["missing: Gap decides"]),
+        ([claim(), claim(text="Width decides")], ["not committed: Width decides"]),
+    ],
+)
+def test_a_claim_is_the_same_if_its_verdict_is_and_its_value_stays_in_the_committed_interval(new, said):
+    old = pd.DataFrame([claim()])
+    assert report.compare_claims(pd.DataFrame(new, columns=old.columns), old) == said
+
+
+def test_a_committed_claim_without_an_interval_is_compared_by_its_value():
+    old = pd.DataFrame([claim(low=float("nan"), high=float("nan"))])
+    assert report.compare_claims(old, old) == []
+    assert len(report.compare_claims(old.assign(measured=0.5001), old)) == 1

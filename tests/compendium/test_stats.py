@@ -1,0 +1,584 @@
+"""Intervals, correlations and verdicts against scipy, formulas and simulated data with a known answer."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.stats
+
+from fsp.compendium import stats
+from fsp.compendium.stats import (
+    CLAIM_COLUMNS,
+    Estimate,
+    claim,
+    clustered,
+    mean,
+    paired_difference,
+    pearson,
+    rank_correlation,
+    spearman,
+    spearman_difference,
+    verdict,
+)
+
+NAN = math.nan
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+def is_undefined(estimate, n):
+    return np.isnan(estimate[:3]).all() and estimate.n == n
+
+
+# ---- means -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 30])
+@pytest.mark.parametrize("confidence", [0.5, 0.9, 0.95, 0.99])
+def test_the_interval_of_a_mean_is_that_of_student(n, confidence):
+    values = rng(n).normal(3, 2, n)
+    found = mean(values, confidence=confidence)
+    low, high = scipy.stats.t.interval(confidence, n - 1, values.mean(), scipy.stats.sem(values))
+    assert found == pytest.approx((values.mean(), low, high, n), rel=1e-12)
+
+
+@pytest.mark.parametrize(("n", "quantile"), [(2, 12.706), (3, 4.303), (5, 2.776), (10, 2.262), (121, 1.980)])
+def test_half_an_interval_is_the_tabulated_quantile_times_the_standard_error(n, quantile):
+    """Two-sided 95 % points of Student's t for n - 1 degrees of freedom, as in any printed table."""
+    values = np.arange(n, dtype=float)
+    found = mean(values)
+    assert found.high - found.value == pytest.approx(quantile * values.std(ddof=1) / math.sqrt(n), rel=2e-4)
+    assert found.value - found.low == pytest.approx(found.high - found.value)
+
+
+def test_undefined_values_are_left_out_and_n_says_how_many_remain():
+    assert mean([1.0, NAN, 2.0, 3.0, NAN]) == mean([1.0, 2.0, 3.0])
+    assert mean([1.0, NAN, 2.0, 3.0, NAN]).n == 3
+
+
+def test_fewer_than_two_values_have_no_interval():
+    assert is_undefined(mean([]), 0)
+    assert is_undefined(mean([NAN, NAN]), 0)
+    one = mean([7.0, NAN])
+    assert (one.value, one.n) == (7.0, 1)
+    assert math.isnan(one.low)
+    assert math.isnan(one.high)
+
+
+def test_equal_values_have_an_interval_of_no_width():
+    assert mean([2.0, 2.0, 2.0]) == (2.0, 2.0, 2.0, 3)
+
+
+def test_paired_difference_is_the_mean_of_the_differences():
+    a, b = rng(1).normal(size=(2, 12))
+    found = paired_difference(a, b + 0.5)
+    oracle = scipy.stats.ttest_rel(a, b + 0.5).confidence_interval(0.95)
+    assert found == pytest.approx(((a - b).mean() - 0.5, oracle.low, oracle.high, 12))
+    turned = paired_difference(b + 0.5, a)
+    assert turned == pytest.approx((-found.value, -found.high, -found.low, 12))
+
+
+def test_what_pairs_have_in_common_drops_out_of_their_difference():
+    """Between-seed variance is large here, and pairing removes it."""
+    seeds = 100 * rng(2).normal(size=8)
+    gain = 1 + 0.1 * rng(3).normal(size=8)
+    found = paired_difference(seeds + gain, seeds)
+    assert found == pytest.approx(mean(gain))
+    assert found.low > 0
+
+
+def test_a_pair_with_an_undefined_member_is_left_out():
+    assert paired_difference([1.0, 2.0, NAN, 5.0], [0.0, NAN, 1.0, 2.0]) == mean([1.0, 3.0])
+
+
+def test_pairs_need_two_samples_of_one_length():
+    with pytest.raises(ValueError, match="pairs are needed, there are 3 and 1 values"):
+        paired_difference([1.0, 2.0, 3.0], [1.0])
+
+
+@pytest.mark.parametrize("confidence", [95, 1.0, 0.0, -0.5])
+def test_a_confidence_outside_0_and_1_is_refused(confidence):
+    with pytest.raises(ValueError, match=r"confidence"):
+        mean([1.0, 2.0, 3.0], confidence=confidence)
+
+
+# ---- correlations ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Few resamples, for tests of values that need none or of many trials."""
+    monkeypatch.setattr(stats, "RESAMPLES", 200)
+
+
+def samples(n=25, seed=0, ties=False):
+    x, noise = rng(seed).normal(size=(2, n))
+    y = x + noise
+    return (x.round(), y.round()) if ties else (x, y)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("n", [3, 10, 60])
+@pytest.mark.usefixtures("few")
+def test_correlations_are_those_of_scipy(n, ties):
+    x, y = samples(n, n, ties)
+    assert spearman(x, y).value == pytest.approx(scipy.stats.spearmanr(x, y).statistic, abs=1e-12)
+    assert pearson(x, y).value == pytest.approx(scipy.stats.pearsonr(x, y).statistic, abs=1e-12)
+    assert spearman(x, y).n == pearson(x, y).n == n
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [(pearson, scipy.stats.pearsonr), (spearman, scipy.stats.spearmanr)],
+    ids=["pearson", "spearman"],
+)
+@pytest.mark.parametrize("confidence", [0.8, 0.95])
+def test_the_interval_is_the_percentile_bootstrap_of_scipy(ours, theirs, confidence):
+    x, y = samples(30, 4)
+    oracle = scipy.stats.bootstrap(
+        (x, y), lambda a, b: theirs(a, b).statistic, paired=True, vectorized=False, n_resamples=1500,
+        confidence_level=confidence, method="percentile", rng=rng(5),
+    ).confidence_interval  # fmt: skip
+    found = ours(x, y, confidence=confidence)
+    assert (found.low, found.high) == pytest.approx((oracle.low, oracle.high), abs=0.04)
+    assert found.low < found.value < found.high
+
+
+@pytest.mark.parametrize(
+    ("correlation", "truth"), [(pearson, 0.6), (spearman, 6 / math.pi * math.asin(0.3))], ids=["pearson", "spearman"]
+)
+@pytest.mark.usefixtures("few")
+def test_intervals_hold_the_true_correlation_about_as_often_as_they_say(correlation, truth):
+    """Pairs of a normal distribution with correlation 0.6, whose rank correlation is (6/pi) asin(0.6/2)."""
+    draw, hits = rng(6), 0
+    for _ in range(300):
+        x, noise = draw.normal(size=(2, 40))
+        found = correlation(x, 0.6 * x + 0.8 * noise)
+        hits += found.low <= truth <= found.high
+    assert 0.88 <= hits / 300 <= 0.99
+
+
+@pytest.mark.usefixtures("few")
+def test_more_confidence_or_fewer_pairs_widen_the_interval():
+    def width(n, **options):
+        found = spearman(*samples(n, 7), **options)
+        return found.high - found.low
+
+    assert width(50, confidence=0.8) < width(50, confidence=0.95) < width(50, confidence=0.99)
+    assert width(400) < 0.6 * width(50)
+
+
+def test_the_same_data_give_the_same_interval_whatever_was_drawn_before():
+    x, y = samples()
+    first = spearman(x, y)
+    state = repr(np.random.get_state())  # noqa: NPY002
+    pearson(y, x)
+    assert spearman(x, y) == first
+    assert repr(np.random.get_state()) == state  # noqa: NPY002
+
+
+@pytest.mark.usefixtures("few")
+def test_rank_correlation_sees_only_the_order_in_every_resample_too():
+    x, y = samples()
+    assert spearman(np.exp(x), y**3) == spearman(x, y)
+    turned = spearman(-x, y)
+    assert turned == pytest.approx((-spearman(x, y).value, -spearman(x, y).high, -spearman(x, y).low, 25))
+    assert spearman(y, x) == spearman(x, y)
+
+
+@pytest.mark.usefixtures("few")
+def test_pearson_is_blind_to_scale_and_shift():
+    x, y = samples()
+    assert pearson(3 * x - 5, 0.1 * y + 2) == pytest.approx(pearson(x, y))
+
+
+@pytest.mark.parametrize("correlation", [pearson, spearman])
+@pytest.mark.usefixtures("few")
+def test_incomplete_pairs_are_left_out_and_counted(correlation):
+    x, y = samples(20)
+    holed_x, holed_y = np.append(x, [1.0, NAN, NAN]), np.append(y, [NAN, 2.0, NAN])
+    assert correlation(holed_x, holed_y) == correlation(x, y)
+    assert correlation(holed_x, holed_y).n == 20
+
+
+@pytest.mark.parametrize("correlation", [pearson, spearman])
+@pytest.mark.usefixtures("few")
+def test_a_constant_side_has_no_correlation(correlation):
+    changing = [3.0, 1.0, 2.0, 5.0]
+    assert is_undefined(correlation([2.0] * 4, changing), 4)
+    assert is_undefined(correlation(changing, [2.0] * 4), 4)
+    assert is_undefined(correlation([1.0], [2.0]), 1)
+    assert is_undefined(correlation([], []), 0)
+    assert is_undefined(correlation([NAN] * 4, changing), 0)
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("value", [0.5, 0.1])
+def test_a_constant_side_has_no_correlation_whatever_the_rounding_of_its_mean(value):
+    assert is_undefined(pearson([value] * 3, [1.0, 2.0, 4.0]), 3)
+
+
+@pytest.mark.usefixtures("few")
+def test_resamples_without_a_correlation_do_not_count_as_zero():
+    """One value differs: a third of the resamples miss it, are constant and have no correlation."""
+    found = spearman([0.0, 0.0, 0.0, 0.0, 1.0], [0.0, 1.0, 2.0, 3.0, 9.0])
+    assert found.low > 0.2
+
+
+# ---- within groups -----------------------------------------------------------------------------------------------
+
+GROUPS = np.repeat([0.01, 0.05, 0.1], [8, 12, 5])
+
+
+OFFSETS = 1e5 * GROUPS  # so far apart that pooled ranks are those of the groups
+
+
+@pytest.mark.usefixtures("few")
+def test_within_is_the_plain_mean_of_the_correlations_of_each_group():
+    x, y = samples()
+    cuts = np.split(x, [8, 20]), np.split(y, [8, 20])
+    each = [scipy.stats.spearmanr(*cut).statistic for cut in zip(*cuts, strict=True)]
+    found = spearman(x, y, within=GROUPS)
+    assert found.value == pytest.approx(np.mean(each), abs=1e-12)
+    assert found.low < found.value < found.high
+    assert found.n == 25
+
+
+@pytest.mark.usefixtures("few")
+def test_what_separates_the_groups_changes_nothing_within_them():
+    x, y = samples()
+    far = spearman(x + OFFSETS, y + OFFSETS, within=GROUPS)
+    assert far == spearman(x, y, within=GROUPS) == spearman(x + OFFSETS, y - OFFSETS, within=GROUPS)
+    assert spearman(x + OFFSETS, y + OFFSETS).value > 0.8
+
+
+@pytest.mark.usefixtures("few")
+def test_within_is_not_fooled_by_simpsons_paradox():
+    """In each group y falls with x, while the group with the larger x has the larger y."""
+    x = np.array([1, 2, 3, 4, 11, 12, 13, 14.0])
+    y = np.array([4, 3, 2, 1, 14, 13, 12, 11.0])
+    group = ["low"] * 4 + ["high"] * 4
+    assert spearman(x, y).value > 0.5
+    assert spearman(x, y, within=group) == (-1.0, -1.0, -1.0, 8)
+
+
+@pytest.mark.usefixtures("few")
+def test_one_group_is_no_group_and_the_order_of_rows_does_not_move_the_value():
+    x, y = samples()
+    assert spearman(x, y, within=["all"] * 25) == spearman(x, y)
+    order = rng(8).permutation(25)
+    shuffled = spearman(x[order], y[order], within=GROUPS[order])
+    assert shuffled.value == pytest.approx(spearman(x, y, within=GROUPS).value, abs=1e-12)
+
+
+@pytest.mark.usefixtures("few")
+def test_a_group_without_a_correlation_is_left_out_of_the_mean():
+    x, y = samples(20)
+    constant = np.append(x, [5.0] * 4), np.append(y, [1.0, 2, 3, 4])
+    found = spearman(*constant, within=[0] * 20 + [1] * 4)
+    assert found.value == spearman(x, y).value
+    assert is_undefined(spearman([5.0] * 4, [1.0, 2, 3, 4], within=[0, 0, 1, 1]), 4)
+
+
+@pytest.mark.usefixtures("few")
+def test_pairs_of_no_group_are_left_out():
+    assert spearman([1.0, 2, 3, 9, 8], [1.0, 2, 3, 1, 2], within=[1, 1, 1, NAN, NAN]) == (1.0, 1.0, 1.0, 3)
+
+
+def test_the_interval_within_groups_is_narrower_for_more_groups():
+    x, y = samples(240, 9)
+    few_cases = spearman(x[:24], y[:24], within=np.arange(24) // 12)
+    many = spearman(x, y, within=np.arange(240) // 12)
+    assert many.high - many.low < 0.5 * (few_cases.high - few_cases.low)
+
+
+# ---- differences of correlations ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("within", [None, GROUPS])
+@pytest.mark.usefixtures("few")
+def test_spearman_difference_is_that_of_the_two_correlations(within):
+    a, y = samples(25, 10)
+    b = rng(11).normal(size=25)
+    found = spearman_difference(a, b, y, within=within)
+    expected = spearman(a, y, within=within).value - spearman(b, y, within=within).value
+    assert found.value == pytest.approx(expected, abs=1e-12)
+    assert found.n == 25
+    turned = spearman_difference(b, a, y, within=within)
+    assert turned == pytest.approx((-found.value, -found.high, -found.low, 25))
+
+
+def test_spearman_difference_is_positive_where_the_first_ranks_better():
+    y = np.arange(40.0)
+    better, worse = y + rng(12).normal(size=40), rng(13).normal(size=40)
+    assert spearman_difference(better, worse, y).low > 0
+    assert spearman_difference(worse, better, y).high < 0
+
+
+@pytest.mark.usefixtures("few")
+def test_triples_are_resampled_together_so_that_equals_differ_by_nothing():
+    x, y = samples()
+    assert spearman_difference(x, np.exp(x), y) == (0.0, 0.0, 0.0, 25)
+
+
+@pytest.mark.usefixtures("few")
+def test_incomplete_triples_are_left_out():
+    a, y = samples(20)
+    b = rng(14).normal(size=20)
+    holed = [np.append(v, extra) for v, extra in ((a, [NAN, 1, 1]), (b, [1, NAN, 1]), (y, [1, 1, NAN]))]
+    assert spearman_difference(*holed) == spearman_difference(a, b, y)
+
+
+# ---- rank correlation given other quantities ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("within", [None, GROUPS])
+@pytest.mark.usefixtures("few")
+def test_with_nothing_given_the_rank_correlation_is_spearmans(within):
+    x, y = samples()
+    assert rank_correlation(x, y, within=within) == pytest.approx(spearman(x, y, within=within).value, abs=1e-12)
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_partial_rank_correlation_is_that_of_the_inverse_of_the_rank_correlation_matrix(k):
+    columns = rng(20).normal(size=(30, 2 + k)) @ rng(21).normal(size=(2 + k, 2 + k))
+    inverse = np.linalg.inv(np.corrcoef(scipy.stats.rankdata(columns, axis=0).T))
+    expected = -inverse[0, 1] / math.sqrt(inverse[0, 0] * inverse[1, 1])
+    x, y, *given = columns.T
+    assert rank_correlation(x, y, given=np.transpose(given)) == pytest.approx(expected, abs=1e-12)
+
+
+def test_one_given_quantity_may_be_a_plain_sequence_and_only_its_order_counts():
+    x, y = samples()
+    z = x + y + rng(22).normal(size=25)
+    first = rank_correlation(x, y, given=z)
+    assert first == rank_correlation(x, y, given=np.exp(z)[:, None]) == rank_correlation(x, y, given=list(z))
+    assert first != pytest.approx(rank_correlation(x, y), abs=0.05)
+
+
+def test_what_two_quantities_owe_to_a_third_is_taken_away():
+    """Both are the third plus noise of their own: strongly correlated, and not at all once it is given."""
+    common, a, b = rng(23).normal(size=(3, 4000))
+    x, y = common + a, common + b
+    assert rank_correlation(x, y) > 0.4
+    assert abs(rank_correlation(x, y, given=common)) < 0.05
+    assert rank_correlation(x, y, given=b) > 0.6
+
+
+def test_partial_correlations_are_each_groups_own():
+    x, y = samples()
+    z = y + rng(24).normal(size=25)
+    cuts = [np.split(side, [8, 20]) for side in (x, y, z)]
+    each = [rank_correlation(a, b, given=c) for a, b, c in zip(*cuts, strict=True)]
+    assert rank_correlation(x, y, given=z, within=GROUPS) == pytest.approx(np.mean(each), abs=1e-12)
+
+
+def test_a_side_that_the_given_fix_has_no_correlation():
+    x, y = samples()
+    assert math.isnan(rank_correlation(x, y, given=x))
+    assert math.isnan(rank_correlation(x, y, given=np.transpose([y, x])))
+    assert math.isnan(rank_correlation(np.ones(25), y, given=x))
+
+
+@pytest.mark.parametrize(("n", "defined"), [(5, False), (6, True)])
+def test_a_regression_without_degrees_of_freedom_left_has_no_correlation(n, defined):
+    """Three quantities and a mean leave one of five cases, and one degree of freedom correlates with anything."""
+    x, y, *given = rng(25).normal(size=(5, n))
+    assert math.isnan(rank_correlation(x, y, given=np.transpose(given))) is not defined
+
+
+def test_given_quantities_that_repeat_each_other_count_once():
+    x, y = samples()
+    z = rng(26).normal(size=25)
+    twice = rank_correlation(x, y, given=np.transpose([z, 2 * z, z**3]))
+    assert twice == pytest.approx(rank_correlation(x, y, given=z), abs=1e-9)
+
+
+def test_cases_with_a_hole_anywhere_are_left_out():
+    x, y = samples()
+    z = rng(27).normal(size=25)
+    holed = [np.append(v, extra) for v, extra in ((x, [NAN, 1, 1]), (y, [1, NAN, 1]), (z, [1, 1, NAN]))]
+    assert rank_correlation(*holed[:2], given=holed[2]) == rank_correlation(x, y, given=z)
+    assert math.isnan(rank_correlation([], []))
+
+
+def test_sides_of_different_length_are_refused():
+    with pytest.raises(ValueError, match="samples of one length are needed"):
+        rank_correlation([1, 2, 3], [1, 2])
+    with pytest.raises(ValueError, match="samples of one length are needed"):
+        rank_correlation([1, 2, 3], [1, 2, 3], given=[1, 2])
+
+
+# ---- whole groups resampled --------------------------------------------------------------------------------------
+
+
+def crossed(seeds, methods, seed=30, *, of_seed=0.0, of_method=0.0, noise=1.0):
+    """A table of one value for every seed and method: the sum of their effects and noise."""
+    draw = rng(seed)
+    effects = of_seed * draw.normal(size=(seeds, 1)) + of_method * draw.normal(size=(1, methods))
+    values = effects + noise * draw.normal(size=(seeds, methods))
+    index = pd.MultiIndex.from_product([range(seeds), [f"m{i}" for i in range(methods)]], names=["seed", "method"])
+    return pd.DataFrame({"value": values.ravel()}, index=index).reset_index()
+
+
+def of_mean(table):
+    return table["value"].mean()
+
+
+def test_the_value_is_that_of_the_table_and_n_its_rows():
+    table = crossed(6, 4)
+    found = clustered(of_mean, table, by=["seed", "method"])
+    assert found.value == pytest.approx(table["value"].mean())
+    assert found.n == 24
+    assert found.low < found.value < found.high
+    assert found == clustered(of_mean, table, by=["seed", "method"])
+
+
+def test_groups_of_one_row_make_it_the_ordinary_bootstrap():
+    x, y = samples(30, 4)
+    table = pd.DataFrame({"x": x, "y": y, "case": range(30)})
+    found = clustered(lambda t: rank_correlation(t["x"], t["y"]), table, by=["case"])
+    assert found == pytest.approx(spearman(x, y), abs=0.04)
+
+
+def test_rows_of_one_group_move_together():
+    """Twenty copies of each row say nothing new."""
+    table = crossed(8, 1)
+    copies = pd.concat([table] * 20)
+    once, often = (clustered(of_mean, t, by=["seed"]) for t in (table, copies))
+    assert often[:3] == pytest.approx(once[:3])
+    rowwise = clustered(of_mean, copies.assign(case=range(160)), by=["case"])
+    assert rowwise.high - rowwise.low < 0.4 * (often.high - often.low)
+
+
+@pytest.mark.parametrize("effect", ["of_seed", "of_method"])
+def test_what_levels_have_in_common_widens_the_interval_of_the_column_they_are_drawn_by(effect):
+    table = crossed(12, 12, **{effect: 3.0})
+    widths = {by: np.ptp(clustered(of_mean, table, by=by)[1:3]) for by in (("seed",), ("method",), ("seed", "method"))}
+    matters, other = (("seed",), ("method",)) if effect == "of_seed" else (("method",), ("seed",))
+    assert widths[matters] > 2 * widths[other]
+    assert widths["seed", "method"] > 0.9 * widths[matters]
+
+
+def test_crossed_intervals_hold_the_truth_where_both_columns_have_effects(monkeypatch):
+    monkeypatch.setattr(stats, "GROUP_RESAMPLES", 120)
+    tables = [crossed(8, 8, 100 + i, of_seed=1.0, of_method=1.0) for i in range(60)]
+    found = [clustered(of_mean, table, by=["seed", "method"]) for table in tables]
+    assert np.mean([e.low <= 0 <= e.high for e in found]) >= 0.85
+    by_row = [clustered(of_mean, table.assign(case=range(64)), by=["case"]) for table in tables]
+    assert np.mean([e.low <= 0 <= e.high for e in by_row]) < 0.75
+
+
+def test_the_order_of_rows_does_not_matter():
+    table = crossed(5, 4)
+    assert clustered(of_mean, table.iloc[::-1], by=["seed"]) == pytest.approx(clustered(of_mean, table, by=["seed"]))
+
+
+def test_fewer_than_three_levels_have_no_interval():
+    found = clustered(of_mean, crossed(2, 9), by=["seed", "method"])
+    assert np.isnan([found.low, found.high]).all()
+    assert found.n == 18
+
+
+def test_resamples_where_the_statistic_is_undefined_are_left_out():
+    table = crossed(6, 1)
+
+    def undefined_without_the_first_seed(t):
+        return t["value"].max() if (t["seed"] == 0).any() else NAN
+
+    assert not np.isnan(clustered(undefined_without_the_first_seed, table, by=["seed"])).any()
+    assert np.isnan(clustered(lambda t: NAN, table, by=["seed"])[:3]).all()
+
+
+@pytest.mark.parametrize("by", [[], ["sede"], ["seed", "hole"]])
+def test_columns_to_draw_by_must_be_there_and_filled(by):
+    table = crossed(3, 3).assign(hole=NAN)
+    with pytest.raises(ValueError, match="expected columns without missing values, of seed, method, value, hole"):
+        clustered(of_mean, table, by=by)
+
+
+# ---- shapes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: spearman([1, 2, 3], [1, 2]),
+        lambda: pearson([1, 2, 3], [1, 2]),
+        lambda: pearson(np.ones((2, 2)), np.ones((2, 2))),
+        lambda: spearman(1.0, 2.0),
+        lambda: spearman([1, 2, 3], [1, 2, 3], within=[0, 1]),
+        lambda: spearman_difference([1, 2, 3], [1, 2, 3], [1, 2]),
+    ],
+)
+def test_samples_of_other_shapes_are_refused_with_their_shapes(call):
+    with pytest.raises(ValueError, match=r"one-dimensional samples of one length are needed, not of shapes \[\("):
+        call()
+
+
+# ---- verdicts and claims -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "above", "below"),
+    [
+        (0.6, 0.9, "yes", "no"),
+        (0.1, 0.4, "no", "yes"),
+        (0.4, 0.6, "not decided", "not decided"),
+        (0.5, 0.9, "not decided", "not decided"),  # it holds the bound
+        (0.1, 0.5, "not decided", "not decided"),
+        (0.5, 0.5, "not decided", "not decided"),
+        (NAN, NAN, "not decided", "not decided"),
+        (-math.inf, 0.4, "no", "yes"),
+    ],
+)
+def test_a_verdict_needs_the_whole_interval_on_one_side(low, high, above, below):
+    estimate = Estimate((low + high) / 2, low, high, 9)
+    assert verdict(estimate, above=0.5) == above
+    assert verdict(estimate, below=0.5) == below
+
+
+def test_a_bound_of_zero_is_a_bound():
+    assert verdict(Estimate(0.2, 0.1, 0.3, 9), above=0) == "yes"
+    assert verdict(Estimate(0.2, 0.1, 0.3, 9), below=0) == "no"
+    assert verdict(Estimate(-0.2, -0.3, -0.1, 9), below=0) == "yes"
+
+
+def test_a_value_without_an_interval_decides_nothing():
+    assert verdict(mean([0.9]), above=0.5) == "not decided"
+
+
+@pytest.mark.parametrize("bounds", [{}, {"above": 0.1, "below": 0.9}])
+def test_a_claim_has_one_bound(bounds):
+    with pytest.raises(ValueError, match="one bound"):
+        verdict(Estimate(0.5, 0.4, 0.6, 3), **bounds)
+
+
+def test_a_claim_is_a_row_with_the_columns_of_the_claims_table_in_order():
+    row = claim(
+        "A beats B", Estimate(0.8, 0.7, 0.9, 30), "yes", paper="P", section="4.2", published=".83", note="small"
+    )
+    assert tuple(row) == CLAIM_COLUMNS
+    assert CLAIM_COLUMNS == (
+        "claim", "paper", "section", "measured", "low", "high", "n", "published", "holds", "note"
+    )  # fmt: skip
+    assert tuple(row.values()) == ("A beats B", "P", "4.2", 0.8, 0.7, 0.9, 30, ".83", "yes", "small")
+    assert claim("A", Estimate(1, 1, 1, 1), "no", paper="P")["section"] == ""
+
+
+@pytest.mark.parametrize("holds", ["Yes", "", True, "undecided"])
+def test_a_claim_holds_or_not_or_is_not_decided(holds):
+    with pytest.raises(ValueError, match=r'"yes", "no" or "not decided", not '):
+        claim("A beats B", Estimate(0.8, 0.7, 0.9, 30), holds, paper="P")
+
+
+def test_an_estimate_prints_with_its_interval_and_n():
+    assert str(Estimate(0.8349, 0.7, 0.905, 30)) == "0.83 [0.70, 0.91] (n = 30)"
+
+
+@pytest.mark.parametrize(("n", "expected"), [(1, "not decided"), (2, "not decided"), (3, "yes")])
+def test_fewer_than_three_observations_decide_nothing(n, expected):
+    assert verdict(Estimate(0.8, 0.7, 0.9, n), above=0.5) == expected

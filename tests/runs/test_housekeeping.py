@@ -1,0 +1,193 @@
+"""What ``python -m fsp.runs`` lists, and what it deletes."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from fsp.files import replacing
+from fsp.runs import key, sweep
+from fsp.runs.housekeeping import main, orphans
+from fsp.runs.locks import claim
+from fsp.runs.provenance import provenance
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch):
+    monkeypatch.setenv("FSP_PROGRESS", "0")
+
+
+def run(config):
+    if config["seed"] == 2:
+        raise ArithmeticError("two is too many")
+    return [{"step": i, "y": config["density"] * i} for i in range(3)]
+
+
+CONFIGS = [
+    {"method": method, "density": density, "seed": seed}
+    for method, density, seed in [("snip", 0.05, 0), ("snip", 0.1, 1), ("synflow", 0.05, 0), ("synflow", 1, 2)]
+]
+SHORT = [key(config)[:12] for config in CONFIGS]
+
+
+@pytest.fixture
+def store(tmp_path):
+    with pytest.warns(UserWarning, match="1 of 4 runs failed"):
+        sweep(run, CONFIGS, store=tmp_path)
+    return tmp_path
+
+
+def listed(capsys, store, *words):
+    assert main(["list", *words, "--store", str(store)]) == 0
+    out = capsys.readouterr().out
+    return [name for name in SHORT if name in out], out
+
+
+def test_all_records_are_listed_with_their_configs_and_counted(store, capsys):
+    names, out = listed(capsys, store)
+    assert names == SHORT
+    assert f"4 records, 1 failed, in {store}" in out
+    assert "ArithmeticError" not in out
+    (line,) = [line for line in out.splitlines() if SHORT[1] in line]
+    assert line.split()[:3] == ["snip", "0.10", "1"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["method=snip"], [0, 1]),
+        (["method='snip'"], [0, 1]),
+        (["density=0.05"], [0, 2]),
+        (["density=5e-2"], [0, 2]),
+        (["density=1.0"], [3]),
+        (["density=True"], []),
+        (["method=synflow", "seed=0"], [2]),
+        (["--status", "finished"], [0, 1, 2]),
+        (["seed=2", "--status", "failed"], [3]),
+        (["method=grasp"], []),
+    ],
+)
+def test_records_are_chosen_by_config_entries_and_status(store, capsys, words, expected):
+    assert listed(capsys, store, *words)[0] == [SHORT[index] for index in expected]
+
+
+def test_failed_records_come_with_their_tracebacks(store, capsys):
+    names, out = listed(capsys, store, "--status", "failed")
+    assert names == SHORT[3:]
+    assert f"{SHORT[3]} exception: {{'method': 'synflow', 'density': 1, 'seed': 2}}" in out
+    assert "in run" in out
+    assert "ArithmeticError: two is too many" in out
+
+
+def test_what_cannot_be_listed_is_named(store, capsys, tmp_path):
+    assert main(["list", "methods=snip", "--store", str(store)]) == 2
+    assert "no record has an entry 'methods': there are density, method, seed" in capsys.readouterr().err
+    for words, named in [
+        (["list", "snip", "--store", str(store)], "'snip': expected entry=value"),
+        (["list", "--store", str(tmp_path / "none")], f"no folder {tmp_path / 'none'}"),
+    ]:
+        with pytest.raises(SystemExit):
+            main(words)
+        assert named in capsys.readouterr().err
+
+
+def test_a_damaged_record_is_reported_and_the_others_are_listed(store, capsys):
+    (store / f"{key(CONFIGS[0])}.json").write_text("{")
+    assert main(["list", "--store", str(store)]) == 0
+    out, err = capsys.readouterr()
+    assert [name for name in SHORT if name in out] == SHORT[1:]
+    assert f"{key(CONFIGS[0])}.json is not a whole run record" in err
+
+
+def test_a_run_in_work_is_listed_with_its_process(store, capsys):
+    with claim(store / f"{key({'x': 1})}.json"):
+        _, out = listed(capsys, store)
+    assert f"in work: {key({'x': 1})[:12]} on " in out
+    assert f"process {os.getpid()}" in out
+    assert "in work" not in listed(capsys, store)[1]
+
+
+def test_nothing_that_is_in_use_is_an_orphan(store):
+    (store / "notes.json").write_text("mine")
+    (store / ".hidden").write_text("mine")
+    record = store / f"{'a' * 64}.json"
+    with claim(store / ".sweep-ab.lock"), claim(record), replacing(record) as temporary:
+        assert temporary.exists()
+        assert [path for paths in orphans(store).values() for path in paths] == []
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from fsp.runs.locks import claim
+from fsp.files import replacing
+store = Path(sys.argv[1])
+with claim(store / f"{'b' * 64}.json"), claim(store / ".sweep-cd.lock"), replacing(store / f"{'b' * 64}.json"):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("answer", ["y", "", "--yes"])
+def test_prune_deletes_what_a_killed_process_and_damage_left_behind_and_asks_first(store, capsys, monkeypatch, answer):
+    records = {path: path.read_bytes() for path in store.iterdir()}
+    killed = subprocess.run([sys.executable, "-c", KILLED, store])
+    assert killed.returncode == -signal.SIGKILL
+    (store / f"{key(CONFIGS[0])}.json.corrupt").write_text("{")
+    left = set(store.iterdir()) - records.keys()
+    assert len(left) == 4
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda text: asked.append(text) or answer)
+    assert main(["prune", "--store", str(store), *(["--yes"] if answer == "--yes" else [])]) == 0
+    out = capsys.readouterr().out
+    assert "3 temporary files of killed processes" in out
+    assert "1 damaged records that were set aside" in out
+    assert len(asked) == (0 if answer == "--yes" else 2)
+    after = set(store.iterdir())
+    assert after == records.keys() | (left if answer == "" else set())
+    assert {path: path.read_bytes() for path in records} == records
+    if answer:
+        main(["prune", "--store", str(store)])
+        assert "nothing to delete" in capsys.readouterr().out
+
+
+def test_what_runs_kept_goes_when_they_need_it_no_more(store, capsys):
+    finished, failed, unknown = key(CONFIGS[1]), key({"x": "failed"}), "a" * 64
+    mine, other = provenance()["code"][:8], "0" * 8
+    with pytest.warns(UserWarning, match="1 of 1 runs failed"):
+        sweep(lambda c: 1 / 0, [{"x": "failed"}], store=store)
+    folders = {
+        who: store / f"{who}.scratch-{code}" for who, code in [(finished, mine), (failed, mine), (unknown, mine)]
+    }
+    old = store / f"{unknown}.scratch-{other}"
+    for folder in (*folders.values(), old):
+        (folder / "deep").mkdir(parents=True)
+        (folder / "deep" / "weights").write_bytes(bytes(10))
+    with claim(store / f"{unknown}.json"):
+        assert not any(old in paths for paths in orphans(store).values())
+        main(["prune", "--yes", "--store", str(store)])
+    assert "1 folders of runs that finished" in capsys.readouterr().out
+    assert [folder.exists() for folder in folders.values()] == [False, True, True]
+    main(["prune", "--yes", "--store", str(store)])
+    assert [folder.exists() for folder in (*folders.values(), old)] == [False, True, True, False]
+    main(["prune", "--yes", "--unfinished", "--store", str(store)])
+    assert "2 folders of unfinished runs" in capsys.readouterr().out
+    assert not list(store.glob("*.scratch-*"))
+
+
+def test_records_of_other_code_go_only_when_asked_for(store, capsys):
+    path = store / f"{key(CONFIGS[1])}.json"
+    path.write_text(path.read_text().replace(provenance()["code"], "0" * 64))
+    main(["prune", "--yes", "--store", str(store)])
+    assert path.exists()
+    main(["prune", "--yes", "--other-code", "--store", str(store)])
+    assert "1 records made by other versions" in capsys.readouterr().out
+    assert sorted(p.stem[:12] for p in store.iterdir()) == sorted([SHORT[0], *SHORT[2:]])
+
+
+def test_the_command_line_starts_as_a_module(store):
+    words = [sys.executable, "-m", "fsp.runs", "list", "seed=0", "--store", store]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert "2 records, 0 failed" in done.stdout
+    assert done.stderr == ""

@@ -1,0 +1,574 @@
+"""A training that is interrupted, at any moment, and called again ends bit-equal to one that is not."""
+
+import copy
+import dataclasses
+import json
+import multiprocessing
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save, save_file
+from torch import nn
+
+from fsp.data import Split, load
+from fsp.pruning.methods import prune
+from fsp.training import resume, train
+from fsp.training.dynamic import PRESETS, stepper
+from fsp.training.train import TrainConfig, fit
+
+STEPS_AN_EPOCH, EPOCHS = 5, 3
+STEPS = STEPS_AN_EPOCH * EPOCHS
+
+
+class Killed(Exception):
+    """Ends a training from outside."""
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch):
+    monkeypatch.setenv("FSP_PROGRESS", "0")
+
+
+@pytest.fixture(autouse=True)
+def _own_global_random_state():
+    with torch.random.fork_rng(devices=[]):
+        yield
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def task(**options):
+    """70 training, 10 validation and 20 test images of three classes, 4x4."""
+    return load("synthetic", **{"shape": (1, 4, 4), "classes": 3, "size": 100, "validation": 0.125} | options)
+
+
+def small(seed=0):
+    """Linear, batch norm, ReLU, dropout, Linear: 16 inputs, 8 hidden units, 3 classes."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3))
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.4, generator=seeded(seed + parameter.numel()))
+    return net
+
+
+def config(**options):
+    defaults = {"epochs": EPOCHS, "batch_size": 16, "lr": 0.1, "augmented": True, "seed": 3, "milestones": (0.2, 0.6)}
+    return TrainConfig(**defaults | options)
+
+
+CASES = {
+    "plain": {"momentum": 0.0, "augmented": False},
+    "cosine": {},
+    "multistep": {"schedule": "multistep", "nesterov": False},
+    "one_cycle": {"schedule": "one_cycle"},
+    "constant": {"schedule": "constant", "label_smoothing": 0.1},
+    "pruned": {"pruned": True, "weight_decay": 0.1},
+    "set": {"pruned": True, "moves": "set"},
+    "rigl": {"pruned": True, "moves": "rigl", "schedule": "one_cycle"},
+    "late": {"start_step": 7, "momentum": 0.9},
+    "diverging": {"lr": 1e4, "schedule": "constant"},
+}
+
+
+class Training:
+    """One training as a fresh process would make it: the model, masks and hook of the case, and another global seed."""
+
+    def __init__(self, case, global_seed=0, **options):
+        options = CASES[case] | options
+        pruned, moves, start = options.pop("pruned", False), options.pop("moves", None), options.pop("start_step", 0)
+        self.net, self.data, self.config = small(), task(), config(**options)
+        self.masks = prune(self.net, "random", 0.4, generator=seeded()) if pruned else None
+        self.take_step = None
+        if moves:
+            settings = dataclasses.replace(PRESETS[moves], update_every=2)
+            steps = train.steps(self.data, self.config)
+            self.take_step = stepper(self.net, self.masks, settings, steps, generator=seeded(5))
+        self.start, self.made = start, 0
+        torch.manual_seed(global_seed)
+
+    def run(self, path=None, *, until=None, **options):
+        """Train; `until` is the step before which it is killed."""
+
+        def count(net, inputs):
+            if net.training:
+                if until is not None and self.made == until:
+                    raise Killed
+                self.made += 1
+
+        hook = self.net.register_forward_pre_hook(count)
+        options = {"checkpoint_every_s": 0} | options
+        try:
+            self.history = fit(
+                self.net,
+                self.data,
+                self.config,
+                masks=self.masks,
+                take_step=self.take_step,
+                start_step=self.start,
+                checkpoint=path,
+                **options,
+            )
+        finally:
+            hook.remove()
+        return self.outcome()
+
+    def outcome(self):
+        """Weights, buffers, masks and history without the wall time, comparable with ==; the bits of floats, too."""
+        tensors = self.net.state_dict() | {f"mask {name}": m for name, m in (self.masks or {}).items()}
+        history = dataclasses.asdict(self.history) | {"seconds": None}
+        random_state = torch.get_rng_state()
+        bits = {name: t.reshape(-1).view(torch.uint8).tolist() for name, t in (tensors | {"rng": random_state}).items()}
+        return bits, repr(history), self.take_step and self.take_step.exploration()
+
+
+def killed(case, path, until, **options):
+    with pytest.raises(Killed):
+        Training(case, options.pop("global_seed", 0)).run(path, until=until, **options)
+
+
+# ---- interrupted and not -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_training_killed_before_any_step_ends_bit_equal_to_an_uninterrupted_one(case, tmp_path):
+    whole = Training(case)
+    expected = whole.run()
+    for step in range(1, whole.made):
+        path = tmp_path / f"{step}.safetensors"
+        killed(case, path, step)
+        again = Training(case, global_seed=99)
+        assert again.run(path) == expected, f"killed after {step} steps"
+        assert again.made == whole.made - step, "steps that were made before the kill are not made again"
+
+
+@pytest.mark.parametrize("case", ["one_cycle", "set"])
+@pytest.mark.parametrize("every", [2, 4, 7])
+def test_steps_since_the_last_checkpoint_are_made_again_and_nothing_else(case, every, tmp_path, monkeypatch):
+    expected = Training(case).run()
+    clock = iter(range(10**6))
+    monkeypatch.setattr(resume.time, "monotonic", lambda: next(clock))
+    for step in range(1, STEPS):
+        path = tmp_path / f"{step}.safetensors"
+        killed(case, path, step, checkpoint_every_s=every)
+        again = Training(case, global_seed=99 if path.exists() else 0)
+        kept = position(path)["step"] if path.exists() else 0
+        assert step - every <= kept <= step
+        assert again.run(path, checkpoint_every_s=every) == expected
+        assert again.made == STEPS - kept
+
+
+def position(path):
+    with safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()["fsp_checkpoint"])["at"]
+
+
+@pytest.mark.parametrize(
+    ("split", "time", "left"),
+    [("validation", 1, 2), ("validation", 2, 1), ("validation", 3, 0), ("test", 1, 0), ("test", 2, 0)],
+)
+def test_a_training_killed_while_it_evaluates_goes_on_bit_equal(split, time, left, tmp_path, monkeypatch):
+    expected = Training("pruned").run()
+    path, asked, evaluate = tmp_path / "c.safetensors", [], train.evaluate
+
+    def dies(model, data, name, **options):
+        asked.append(name)
+        if name == split and asked.count(name) == time:
+            raise Killed
+        return evaluate(model, data, name, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "evaluate", dies)
+        killed("pruned", path, None)
+    again = Training("pruned", global_seed=99)
+    assert again.run(path) == expected
+    assert again.made == left * STEPS_AN_EPOCH
+
+
+def test_a_training_may_be_killed_many_times(tmp_path):
+    expected, path = Training("set").run(), tmp_path / "c.safetensors"
+    for seed, more in enumerate([1, 3, 1, 5, 2]):  # steps until the next kill
+        killed("set", path, more, global_seed=seed)
+    assert position(path)["step"] == 12
+    assert Training("set", global_seed=99).run(path) == expected
+
+
+def test_a_kill_in_the_middle_of_a_write_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+    expected, path = Training("cosine").run(), tmp_path / "c.safetensors"
+    write, written = Path.write_bytes, []
+
+    def torn(file, content):
+        written.append(file)
+        write(file, content[:1000] if len(written) == 8 else content)
+        if len(written) == 8:
+            raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", torn)
+        killed("cosine", path, None)
+    assert position(path)["step"] == 7
+    assert Training("cosine", global_seed=99).run(path) == expected
+
+
+def test_checkpoints_change_nothing_in_a_training_that_is_not_killed(tmp_path):
+    for case in ("set", "late", "one_cycle"):
+        assert Training(case).run(tmp_path / "c.safetensors") == Training(case).run()
+
+
+def in_a_process(path, result, started, until):
+    """Body of a process: a training of 200 steps and its outcome as a file, or a wait for the kill before `until`."""
+    torch.set_num_threads(1)
+    started.set()
+    try:
+        found = Training("set", epochs=40).run(path, until=until)
+    except Killed:
+        time.sleep(600)
+    result.write_text(repr(found))
+
+
+def test_a_process_killed_by_the_system_again_and_again_gives_the_result_of_one_that_is_not(tmp_path):
+    processes, chance = multiprocessing.get_context("forkserver"), random.Random(0)
+    processes.set_forkserver_preload(
+        ["fsp.training", "fsp.pruning", "fsp.training.dynamic", "pytest"]
+    )  # so that each starts at once
+    path, reached = tmp_path / "c.safetensors", [0]
+
+    def start(path, result, until):
+        started = processes.Event()
+        process = processes.Process(target=in_a_process, args=(path, tmp_path / result, started, until))
+        process.start()
+        assert started.wait(120)
+        return process
+
+    def written():
+        return path.stat().st_mtime_ns if path.exists() else None
+
+    for _ in range(5):
+        before, process = written(), start(path, "resumed", until=35)
+        while process.is_alive() and written() == before:  # its first checkpoint, so that there is some progress
+            time.sleep(1e-3)
+        time.sleep(chance.uniform(0, 0.03))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        reached.append(position(path)["step"])
+    assert reached == sorted(set(reached)), "each process goes on where the one before it was"
+    for each, result in ((path, "resumed"), (tmp_path / "whole.safetensors", "whole")):
+        start(each, result, until=None).join()
+    assert (tmp_path / "resumed").read_text() == (tmp_path / "whole").read_text()
+    assert {p.name for p in tmp_path.iterdir()} == {"whole", "resumed"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_dropout_and_memory_format_go_on_where_they_were(tmp_path):
+    def training(seed):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.3), nn.Flatten())
+        net.append(nn.Linear(32, 3))
+        for parameter in net.parameters():
+            nn.init.normal_(parameter, std=0.4, generator=seeded(parameter.numel()))
+        torch.cuda.manual_seed(seed)
+        return net.cuda()
+
+    def run(net, **options):
+        return fit(net, task(device="cuda"), config(channels_last=True), **options)
+
+    path, nets = tmp_path / "c.safetensors", (training(0), training(0), training(9))
+    run(nets[0])
+
+    def dies(net, inputs, count=[]):  # noqa: B006
+        count.append(net.training)
+        if sum(count) == 9:
+            raise Killed
+
+    nets[1].register_forward_pre_hook(dies)
+    with pytest.raises(Killed):
+        run(nets[1], checkpoint=path, checkpoint_every_s=0)
+    run(nets[2], checkpoint=path)
+    assert nets[2][0].weight.is_contiguous(memory_format=torch.channels_last)
+    for whole, resumed in zip(nets[0].parameters(), nets[2].parameters(), strict=True):
+        torch.testing.assert_close(resumed, whole, rtol=1e-4, atol=1e-5)
+
+
+# ---- the file ----------------------------------------------------------------------------------------------------
+
+
+def test_the_file_is_gone_when_training_ends_and_so_are_leftovers_of_killed_writers(tmp_path):
+    path = tmp_path / "run.safetensors"
+    leftover = tmp_path / ".run-a1b2c3_9.safetensors"
+    others = [".run-x.safetensors", "run-a1b2c3_9.safetensors", ".run-a1b2c3_9.safetensors.old", ".run"]
+    for name in [leftover.name, *others]:
+        (tmp_path / name).write_bytes(b"")
+    for case in ("plain", "diverging"):
+        killed(case, path, 2)
+        assert path.exists()
+        Training(case).run(path)
+        assert {p.name for p in tmp_path.iterdir()} == set(others)
+
+
+def test_a_checkpoint_is_written_when_it_is_due_and_not_before(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(resume, "save", lambda *a, **k: written.append(a) or save(*a, **k))
+    Training("plain").run(tmp_path / "c.safetensors", checkpoint_every_s=300)
+    assert written == []
+    clock = iter(range(10**6))
+    monkeypatch.setattr(resume.time, "monotonic", lambda: next(clock))
+    Training("plain").run(tmp_path / "c.safetensors", checkpoint_every_s=3)
+    assert len(written) == STEPS // 3  # the clock is read at the start, at every step, and after every write
+    Training("plain").run(tmp_path / "c.safetensors", checkpoint_every_s=0)
+    assert len(written) == STEPS // 3 + STEPS
+
+
+def test_the_file_holds_masks_momentum_and_best_weights_and_a_header_to_read(tmp_path):
+    path = tmp_path / "made" / "here" / "c.safetensors"
+    killed("pruned", path, 12)
+    tensors = load_file(path)
+    masks = Training("pruned").masks
+    assert all(torch.equal(tensors[f"masks/{name}"], mask) for name, mask in masks.items())
+    assert sum(name.startswith("optimizer/") for name in tensors) == len(list(small().parameters()))
+    assert {name.removeprefix("best/") for name in tensors if name.startswith("best/")} == small().state_dict().keys()
+    assert position(path)["step"] == 12
+    assert position(path)["epoch"] == 3
+    assert position(path)["seen"] == 32
+
+
+def test_the_wall_time_of_the_parts_is_added_up(tmp_path):
+    path = tmp_path / "c.safetensors"
+    training = Training("plain")
+    clock = iter(range(0, 10**6, 10))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(training.time, "perf_counter", lambda: next(clock))
+        with pytest.raises(Killed):
+            training.run(path, until=4)  # the clock is read once at the start and at each of four checkpoints
+    again = Training("plain")
+    again.run(path, checkpoint_every_s=300)
+    assert 40 < again.history.seconds < 50
+
+
+def test_the_bar_stands_where_the_training_does(tmp_path, monkeypatch):
+    class Bar:
+        def __init__(self, **options):
+            self.n, self.total = options["initial"], options["total"]
+            bars.append(self)
+
+        __enter__ = lambda self: self  # noqa: E731
+        __exit__ = set_postfix = lambda self, *a, **k: None
+
+        def update(self, n):
+            self.n += n
+
+    bars = []
+    killed("plain", tmp_path / "c.safetensors", 12)
+    monkeypatch.setattr(train, "bar", Bar)
+    Training("plain").run(tmp_path / "c.safetensors")
+    assert bars[0].n == bars[0].total == EPOCHS * 70
+
+
+def test_the_masks_of_the_moment_are_put_into_the_dict_that_is_given(tmp_path):
+    path = tmp_path / "c.safetensors"
+    first = Training("set")
+    initial = copy.deepcopy(first.masks)
+    with pytest.raises(Killed):
+        first.run(path, until=6)
+    again = Training("set")
+    given = again.masks
+    assert all(torch.equal(given[name], initial[name]) for name in initial)
+    with pytest.raises(Killed):
+        again.run(path, until=0)
+    assert given is again.masks
+    assert all(torch.equal(given[name], first.masks[name]) for name in initial)
+    assert not all(torch.equal(given[name], initial[name]) for name in initial)
+
+
+# ---- what is refused ---------------------------------------------------------------------------------------------
+
+
+def _other_weights(training):
+    training.net = small(1)
+
+
+def _other_model(training):
+    training.net = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+
+
+def _other_examples(training):
+    labels = training.data.train.labels.flip(0)
+    training.data = dataclasses.replace(training.data, train=Split(training.data.train.images, labels))
+
+
+OTHERS = {
+    "config.lr": lambda t: setattr(t, "config", config(lr=0.2)),
+    "config.epochs": lambda t: setattr(t, "config", config(epochs=4)),
+    "config.milestones": lambda t: setattr(t, "config", config(milestones=(0.3,))),
+    "config.seed": lambda t: setattr(t, "config", config(seed=4)),
+    "examples": _other_examples,
+    "mean": lambda t: setattr(t, "data", dataclasses.replace(t.data, mean=(0.3,))),
+    "augmented": lambda t: setattr(t, "data", dataclasses.replace(t.data, augmented=not t.data.augmented)),
+    "initial_weights": _other_weights,
+    "parameters": _other_model,
+    "masks": lambda t: setattr(t, "masks", prune(t.net, "random", 0.4, generator=seeded(9))),
+    "take_step": lambda t: setattr(t, "take_step", lambda step, optimizer: optimizer.step()),
+    "start_step": lambda t: setattr(t, "start", 2),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_checkpoint_of_another_training_is_refused_by_the_name_of_what_differs(name, tmp_path):
+    path = tmp_path / "c.safetensors"
+    killed("cosine", path, 4)
+    before = path.read_bytes()
+    other = Training("cosine")
+    OTHERS[name](other)
+    weights = copy.deepcopy(other.net.state_dict())
+    with pytest.raises(
+        ValueError, match=rf"is the checkpoint of another training: .*\b{name} is .* there and"
+    ) as error:
+        other.run(path)
+    if name.startswith(("config", "start")):
+        assert str(error.value).count(" there and ") == 1, "what is the same is not named"
+    assert other.made == 0
+    assert all(torch.equal(t, weights[key]) for key, t in other.net.state_dict().items())
+    assert path.read_bytes() == before
+    assert Training("cosine", 99).run(path) == Training("cosine").run()
+
+
+def test_a_model_that_was_trained_already_is_refused(tmp_path):
+    path, training = tmp_path / "c.safetensors", Training("plain")
+    with pytest.raises(Killed):
+        training.run(path, until=4)
+    with pytest.raises(ValueError, match=r"initial_weights is .* with the weights it had before the first call"):
+        training.run(path)
+
+
+def _flip(content, at):
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
+DAMAGES = {
+    "empty": lambda content: b"",
+    "text": lambda content: b"not a checkpoint at all, by no means",
+    "short": lambda content: content[: len(content) // 2],
+    "one bit of a tensor": lambda content: _flip(content, len(content) - 5),
+    "one digit of the header": lambda content: content.replace(b'\\"step\\": 4', b'\\"step\\": 5'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_set_aside_with_a_warning_and_training_starts_anew(damage, tmp_path):
+    path = tmp_path / "c.safetensors"
+    killed("cosine", path, 4)
+    broken = DAMAGES[damage](path.read_bytes())
+    assert broken != path.read_bytes()
+    path.write_bytes(broken)
+    again = Training("cosine")
+    with pytest.warns(UserWarning, match=r"is no whole checkpoint .*; set aside as c.safetensors.corrupt") as warned:
+        assert again.run(path) == Training("cosine").run()
+    assert warned[0].filename == __file__
+    assert again.made == STEPS
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"c.safetensors.corrupt": broken}
+
+
+def test_a_safetensors_file_of_something_else_is_set_aside_and_not_lost(tmp_path):
+    path = tmp_path / "masks.safetensors"
+    save_file({"w": torch.ones(3)}, path)
+    with pytest.warns(UserWarning, match="no whole checkpoint"):
+        Training("plain").run(path)
+    assert torch.equal(load_file(tmp_path / "masks.safetensors.corrupt")["w"], torch.ones(3))
+
+
+@pytest.mark.parametrize("every", [-1, float("nan"), float("inf"), "300", True, None])
+def test_an_interval_that_is_no_number_of_seconds_is_refused(every, tmp_path):
+    with pytest.raises(ValueError, match=r"checkpoint_every_s=.*: expected a number of seconds of at least 0"):
+        Training("plain").run(tmp_path / "c.safetensors", checkpoint_every_s=every)
+
+
+def test_a_place_that_cannot_be_written_to_is_an_error_before_training(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file" / "c.safetensors", tmp_path):
+        training = Training("plain")
+        with pytest.raises(OSError, match=str(tmp_path)):
+            training.run(path)
+        assert training.made == 0
+
+
+class Remembers:
+    """A hook with a state."""
+
+    def __init__(self, **state):
+        self.kept, self.given = state, None
+
+    def __call__(self, step, optimizer):
+        optimizer.step()
+
+    def state_dict(self):
+        return self.kept
+
+    def load_state_dict(self, state):
+        self.given = state
+
+
+def test_what_a_hook_offers_comes_back_tensors_and_json_alike(tmp_path):
+    path = tmp_path / "c.safetensors"
+    offered = {"a/b": torch.tensor([1.5, float("nan")]), "bits": torch.ones(2, 3, dtype=torch.bool)}
+    offered |= {"n": 3, "list": [1, [2.5, None]], "text": "é", "empty": {}}
+    first, again = Training("plain"), Training("plain")
+    first.take_step, again.take_step = Remembers(**offered), Remembers()
+    with pytest.raises(Killed):
+        first.run(path, until=3)
+    with pytest.raises(Killed):
+        again.run(path, until=0)
+    found = again.take_step.given
+    assert found.keys() == offered.keys()
+    for name, value in offered.items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(found[name], value, rtol=0, atol=0, equal_nan=True)
+        else:
+            assert found[name] == value
+
+
+@pytest.mark.parametrize("value", [{1, 2}, object(), torch.float32])
+def test_a_hook_whose_state_cannot_be_saved_is_refused_before_training(value, tmp_path):
+    training = Training("plain")
+    training.take_step = Remembers(fine=1, odd=value)
+    with pytest.raises(
+        TypeError, match=r"take_step\.state_dict\(\)\['odd'\] is .*: expected a tensor or what JSON can hold"
+    ):
+        training.run(tmp_path / "c.safetensors")
+    assert training.made == 0
+
+
+@pytest.mark.parametrize("name", ["state_dict", "load_state_dict"])
+def test_a_hook_with_one_half_of_the_two_functions_is_refused(name, tmp_path):
+    def take_step(step, optimizer):
+        optimizer.step()
+
+    setattr(take_step, name, dict)
+    training = Training("plain")
+    training.take_step = take_step
+    with pytest.raises(ValueError, match="has only one of `state_dict` and `load_state_dict`"):
+        training.run(tmp_path / "c.safetensors")
+
+
+def test_weights_that_two_layers_share_are_saved_and_stay_shared(tmp_path):
+    def tied():
+        net = nn.Sequential(nn.Flatten(), nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 3))
+        for parameter in net.parameters():
+            nn.init.normal_(parameter, std=0.2, generator=seeded(parameter.numel()))
+        net[2].weight = net[1].weight
+        return net
+
+    trainings = [Training("cosine") for _ in range(3)]
+    for training in trainings:
+        training.net = tied()
+    expected = trainings[0].run()
+    with pytest.raises(Killed):
+        trainings[1].run(tmp_path / "c.safetensors", until=8)
+    torch.manual_seed(0)
+    assert trainings[2].run(tmp_path / "c.safetensors") == expected
+    assert trainings[2].net[1].weight is trainings[2].net[2].weight

@@ -1,0 +1,709 @@
+"""The training loop against hand-written loops and formulas, and the rules of selection: validation selects, test is
+read once, at the end."""
+
+import copy
+import dataclasses
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fsp.data import Split, load
+from fsp.data.batching import augment, batches
+from fsp.pruning.methods import prune
+from fsp.training import train
+from fsp.training.train import SCHEDULES, TrainConfig, evaluate, fit
+
+FIELDS = ("epochs", "status", "best_epoch", "test_accuracy", "test_accuracy_best", "test_loss", "steps")
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch):
+    monkeypatch.setenv("FSP_PROGRESS", "0")
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def task(**options):
+    """70 training, 10 validation and 20 test images of three classes, 4x4."""
+    return load("synthetic", **{"shape": (1, 4, 4), "classes": 3, "size": 100, "validation": 0.125} | options)
+
+
+def small(seed=0, *middle):
+    """Linear, middle, ReLU, Linear: 16 inputs, 8 hidden units, 3 classes."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), *middle, nn.ReLU(), nn.Linear(8, 3))
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.4, generator=seeded(seed + parameter.numel()))
+    return net
+
+
+def state(net):
+    return {name: t.detach().clone() for name, t in net.state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def outcome(history):
+    """All of a History but the wall time; repr, because nan is not equal to itself."""
+    return repr([getattr(history, name) for name in FIELDS])
+
+
+# ---- training ----------------------------------------------------------------------------------------------------
+
+
+def test_training_lowers_the_loss_and_learns_separable_data():
+    data = task(noise=0.3, size=300)
+    history = fit(small(), data, TrainConfig(epochs=8, batch_size=16, lr=0.05))
+    losses = [entry["train_loss"] for entry in history.epochs]
+    assert losses[-1] < 0.1 * losses[0]
+    assert history.status == "finished"
+    assert history.test_accuracy > 0.95
+    assert history.steps == 8 * math.ceil(len(data.train.labels) / 16)
+    assert [entry["epoch"] for entry in history.epochs] == list(range(1, 9))
+    assert history.seconds > 0
+
+
+def by_hand(net, data, config, masks, augmented):
+    """The whole training in plain tensor operations, at a constant learning rate; the mean loss of each epoch."""
+    parameters = dict(net.named_parameters())
+    momenta, losses, generator = {}, [], seeded(config.seed)
+    for name in masks:
+        parameters[name].data *= masks[name]
+    for _ in range(config.epochs):
+        total = torch.zeros(())
+        for images, labels in batches(data.train, config.batch_size, generator=generator):
+            if augmented:
+                images = augment(images, generator=generator)
+            loss = nn.functional.cross_entropy(net(data.normalise(images)), labels)
+            gradients = torch.autograd.grad(loss, parameters.values())
+            for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
+                gradient = gradient.add(parameter.data, alpha=config.weight_decay)
+                momenta[name] = gradient if name not in momenta else momenta[name] * config.momentum + gradient
+                direction = gradient.add(momenta[name], alpha=config.momentum) if config.nesterov else momenta[name]
+                parameter.data.add_(direction, alpha=-config.lr)
+                if name in masks:
+                    parameter.data *= masks[name]
+                    momenta[name] = momenta[name] * masks[name]
+            total += loss.detach() * len(labels)
+        losses.append(total.item() / len(data.train.labels))
+    return losses
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize("augmented", [False, True])
+def test_fit_equals_a_hand_written_loop_to_the_last_bit(nesterov, pruned, augmented):
+    data, net = task(), small(1)
+    config = TrainConfig(3, 16, 0.05, 0.9, nesterov, 5e-3, "constant", augmented=augmented, seed=7)
+    masks = prune(net, "random", 0.3, generator=seeded()) if pruned else {}
+    twin = copy.deepcopy(net)
+    history = fit(net, data, config, masks=masks or None)
+    losses = by_hand(twin, data, config, masks, augmented)
+    assert same(state(net), state(twin))
+    assert [entry["train_loss"] for entry in history.epochs] == losses
+
+
+def test_one_seed_gives_one_result_and_another_seed_another():
+    results = []
+    for seed in (3, 3, 4):
+        net = small()
+        history = fit(net, task(), TrainConfig(epochs=3, batch_size=16, seed=seed, augmented=True))
+        results.append((outcome(history), state(net)))
+    (first, weights), (again, weights_again), (other, weights_other) = results
+    assert first == again
+    assert same(weights, weights_again)
+    assert first != other
+    assert not same(weights, weights_other)
+
+
+def test_training_leaves_every_global_random_state_alone():
+    net, data = small(), task()
+    masks = prune(net, "random", 0.4)
+    before = torch.get_rng_state(), random.getstate(), repr(np.random.get_state())  # noqa: NPY002
+    fit(net, data, TrainConfig(epochs=2, augmented=True), masks=masks)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    assert repr(np.random.get_state()) == before[2]  # noqa: NPY002
+
+
+def test_dropout_of_a_model_draws_from_the_global_state_which_therefore_decides_the_result():
+    results = []
+    with torch.random.fork_rng():
+        for seed in (0, 0, 1):
+            torch.manual_seed(seed)
+            before = torch.get_rng_state()
+            results.append(outcome(fit(small(0, nn.Dropout(0.5)), task(), TrainConfig(epochs=2, batch_size=16))))
+            assert not torch.equal(torch.get_rng_state(), before)
+    assert results[0] == results[1] != results[2]
+
+
+def test_every_step_sees_the_next_batch_of_the_seeded_order():
+    data, seen = task(), []
+    net = small()
+    net.register_forward_pre_hook(lambda net, inputs: seen.append(inputs[0].clone()) if net.training else None)
+    fit(net, data, TrainConfig(epochs=2, batch_size=32, seed=5))
+    generator = seeded(5)
+    expected = [data.normalise(x) for _ in range(2) for x, _ in batches(data.train, 32, generator=generator)]
+    assert [len(x) for x in seen] == [32, 32, 6] * 2
+    assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
+
+
+# ---- masks -------------------------------------------------------------------------------------------------------
+
+
+def test_pruned_weights_are_zero_at_every_step_and_free_afterwards():
+    net, seen = small(), []
+    masks = prune(net, "random", 0.4, generator=seeded())
+    caught = {}
+
+    def step(number, optimizer):
+        optimizer.step()
+        caught["optimizer"] = optimizer
+        seen.append(all((net.get_parameter(name)[~mask] == 0).all() for name, mask in masks.items()))
+
+    config = TrainConfig(epochs=4, batch_size=16, momentum=0.9, weight_decay=0.1)
+    fit(net, task(), config, masks=masks, take_step=step)
+    assert seen == [True] * 20
+    for name, mask in masks.items():
+        weight = net.get_parameter(name)
+        assert (weight[~mask] == 0).all()
+        assert (weight[mask] != 0).all()
+
+    # the masks are released: a further step of the same optimiser moves pruned weights
+    optimizer = caught["optimizer"]
+    optimizer.param_groups[0]["lr"] = 0.1
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert all((net.get_parameter(name)[~mask] != 0).all() for name, mask in masks.items())
+
+
+def test_masks_given_are_not_changed_and_dense_masks_change_nothing():
+    net, twin = small(), small()
+    masks = prune(net, "random", 0.4, generator=seeded())
+    before = {name: mask.clone() for name, mask in masks.items()}
+    fit(small(), task(), TrainConfig(epochs=1), masks=masks)
+    assert same(masks, before)
+    dense = {name: torch.ones_like(mask) for name, mask in masks.items()}
+    fit(net, task(), TrainConfig(epochs=2), masks=dense)
+    fit(twin, task(), TrainConfig(epochs=2))
+    assert same(state(net), state(twin))
+
+
+def test_a_mask_that_fits_no_parameter_is_refused_before_training():
+    net = small()
+    before = state(net)
+    with pytest.raises(ValueError, match=r"mask 'elsewhere\.weight' belongs to no parameter"):
+        fit(net, task(), TrainConfig(epochs=1), masks={"elsewhere.weight": torch.ones(2, 2, dtype=torch.bool)})
+    assert same(state(net), before)
+
+
+# ---- schedules ---------------------------------------------------------------------------------------------------
+
+
+def rates(config, *, size=100):
+    """Learning rate and momentum with which each step of a training is made."""
+    used = []
+
+    def step(number, optimizer):
+        group = optimizer.param_groups[0]
+        used.append((group["lr"], group["momentum"]))
+        assert number == len(used)
+        optimizer.step()
+
+    data = task(size=size)
+    history = fit(small(), data, config, take_step=step)
+    assert history.steps == len(used) == config.epochs * math.ceil(len(data.train.labels) / config.batch_size)
+    return np.array(used).T
+
+
+def half_cosine(start, end, phase):
+    return start + (end - start) * (1 - np.cos(np.pi * phase)) / 2
+
+
+def one_cycle(steps, warm_up, first, peak, last):
+    """Both halves are cosines; the peak is at step warm_up * steps - 1, the end at the last step, counted from 0."""
+    t, top = np.arange(steps), warm_up * steps - 1
+    up, down = half_cosine(first, peak, t / top), half_cosine(peak, last, (t - top) / (steps - 1 - top))
+    return np.where(t <= top, up, down)
+
+
+def test_cosine_schedule_falls_from_the_peak_to_zero_over_all_steps():
+    lr, momentum = rates(TrainConfig(epochs=6, batch_size=16, lr=0.2, schedule="cosine"))
+    steps = np.arange(30)
+    np.testing.assert_allclose(lr, 0.1 * (1 + np.cos(np.pi * steps / 30)), rtol=1e-12)
+    assert (momentum == 0.9).all()
+
+
+@pytest.mark.parametrize(
+    ("milestones", "gamma", "drops"), [((0.5, 0.75), 0.1, (20, 30)), ((0.3,), 0.2, (12,)), ((0.8, 0.2), 0.5, (8, 32))]
+)
+def test_multistep_schedule_drops_at_its_fractions_of_the_training(milestones, gamma, drops):
+    config = TrainConfig(epochs=8, batch_size=16, lr=0.1, schedule="multistep", milestones=milestones, gamma=gamma)
+    lr, _ = rates(config)
+    expected = [0.1 * gamma ** sum(step >= drop for drop in drops) for step in range(40)]
+    np.testing.assert_allclose(lr, expected, rtol=1e-12)
+
+
+def test_constant_schedule_keeps_the_rate_to_the_last_bit():
+    lr, momentum = rates(TrainConfig(epochs=3, batch_size=16, lr=0.3, momentum=0.8, schedule="constant"))
+    assert set(lr) == {0.3}
+    assert set(momentum) == {0.8}
+
+
+@pytest.mark.parametrize(("epochs", "warm_up"), [(20, 0.1), (10, 0.3), (4, 0.5)])
+def test_one_cycle_schedule_rises_to_the_peak_and_falls_to_nothing_with_momentum_against_it(epochs, warm_up):
+    lr, momentum = rates(TrainConfig(epochs=epochs, batch_size=16, lr=0.1, schedule="one_cycle", warm_up=warm_up))
+    peak = lr.argmax()
+    assert abs(peak - (warm_up * 5 * epochs - 1)) <= 1
+    assert (np.diff(lr)[:peak] > 0).all()
+    assert (np.diff(lr)[peak:] < 0).all()
+    assert lr[0] == pytest.approx(1e-3)
+    assert lr[peak] == pytest.approx(0.1, rel=1e-2)
+    assert lr[-1] < 0.03 * lr[peak]
+    np.testing.assert_allclose((momentum - 0.85) / 0.1, 1 - (lr - 1e-3) / (0.1 - 1e-3), atol=0.02)
+
+
+@pytest.mark.parametrize(("epochs", "warm_up"), [(20, 0.1), (10, 0.3), (4, 0.5)])
+def test_one_cycle_schedule_is_that_of_prune_and_tune(epochs, warm_up):
+    lr, momentum = rates(TrainConfig(epochs=epochs, batch_size=16, lr=0.1, schedule="one_cycle", warm_up=warm_up))
+    steps = 5 * epochs
+    np.testing.assert_allclose(lr, one_cycle(steps, warm_up, 1e-3, 0.1, 1e-7), rtol=1e-9)
+    np.testing.assert_allclose(momentum, one_cycle(steps, warm_up, 0.95, 0.85, 0.95), rtol=1e-9)
+
+
+def test_one_cycle_of_ten_epochs_on_cifar_has_the_published_values():
+    """3,910 steps (batch 128, 50,000 images): 1e-3 at the start, .1 at step 390, 1e-7 at the last one."""
+    lr, momentum = rates(TrainConfig(epochs=391, batch_size=16, lr=0.1, schedule="one_cycle"), size=212)
+    assert len(lr) == 3910
+    assert lr[0] == pytest.approx(1e-3)
+    assert lr[390] == pytest.approx(0.1)
+    assert lr.argmax() == momentum.argmin() == 390
+    assert lr[-1] == pytest.approx(1e-7)
+    assert (momentum[0], momentum[390], momentum[-1]) == pytest.approx((0.95, 0.85, 0.95))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("steps", [1, 2, 3, 8, 9, 10, 11, 19, 20, 21])
+def test_every_schedule_works_for_trainings_of_a_few_steps(schedule, steps):
+    lr, momentum = rates(TrainConfig(epochs=steps, batch_size=1000, schedule=schedule))
+    assert ((lr > 0) & (lr <= 0.1 + 1e-12)).all()
+    assert ((momentum > 0.85 - 1e-12) & (momentum < 0.95 + 1e-12)).all()
+
+
+@pytest.mark.parametrize("steps", [3, 8, 9, 10, 11, 20])
+def test_one_cycle_has_its_start_its_peak_and_its_end_in_short_trainings_too(steps):
+    lr, momentum = rates(TrainConfig(epochs=steps, batch_size=1000, lr=0.1, schedule="one_cycle"))
+    assert lr[[0, 1, -1]] == pytest.approx([1e-3, 0.1, 1e-7])
+    assert momentum[[0, 1, -1]] == pytest.approx([0.95, 0.85, 0.95])
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_one_cycle_without_room_for_a_cycle_is_constant(steps):
+    lr, momentum = rates(TrainConfig(epochs=steps, batch_size=1000, lr=0.1, momentum=0.8, schedule="one_cycle"))
+    assert set(lr) == {0.1}
+    assert set(momentum) == {0.8}
+
+
+# ---- starting at a later step ------------------------------------------------------------------------------------
+
+
+def watched(net, data, config, **options):
+    """Number, learning rate, momentum and inputs of each step, the states after them, and the history."""
+    made, states, inputs = [], [], []
+    hook = net.register_forward_pre_hook(lambda net, x: inputs.append(x[0].clone()) if net.training else None)
+
+    def step(number, optimizer):
+        group = optimizer.param_groups[0]
+        made.append((number, group["lr"], group["momentum"], inputs[-1]))
+        optimizer.step()
+        states.append(state(net))
+
+    history = fit(net, data, config, take_step=step, **options)
+    hook.remove()
+    return made, states, history
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("start", [1, 5, 7, 14])  # in the first of three epochs of five steps, at its end, later, last
+@pytest.mark.parametrize("momentum", [0, 0.9])
+def test_a_training_that_starts_later_sees_the_batches_and_rates_of_a_whole_one(schedule, start, momentum):
+    config = TrainConfig(3, 16, 0.1, momentum, schedule=schedule, milestones=(0.2, 0.6), augmented=True, seed=3)
+    whole, states, _ = watched(small(0, nn.BatchNorm1d(8)), task(), config)
+    net = small(0, nn.BatchNorm1d(8))
+    net.load_state_dict(states[start - 1])
+    late, _, history = watched(net, task(), config, start_step=start)
+    assert [entry[:3] for entry in late] == [entry[:3] for entry in whole[start:]]
+    assert all(torch.equal(a[3], b[3]) for a, b in zip(late, whole[start:], strict=True))
+    assert history.steps == 15 - start
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize("start", [0, 1, 5, 7, 14])
+def test_without_momentum_a_training_that_starts_later_ends_bit_equal_to_the_whole_one(start, pruned):
+    config = TrainConfig(3, 16, 0.1, momentum=0, augmented=True, weight_decay=5e-3, seed=3)
+    net = small(0, nn.BatchNorm1d(8))
+    masks = prune(net, "random", 0.5) if pruned else None
+    states = [state(net)]
+    _, later, whole = watched(net, task(), config, masks=masks)
+    twin = small(1, nn.BatchNorm1d(8))
+    twin.load_state_dict([*states, *later][start])
+    late = fit(twin, task(), config, masks=masks, start_step=start)
+    assert same(state(twin), state(net))
+    skipped = start // 5
+    assert [entry["epoch"] for entry in late.epochs] == [1, 2, 3][skipped:]
+    assert [entry["lr"] for entry in late.epochs] == [entry["lr"] for entry in whole.epochs][skipped:]
+    for a, b in zip(late.epochs, whole.epochs[skipped:], strict=True):
+        assert a["validation_loss"] == b["validation_loss"]
+    whole_epochs = slice(math.ceil(start / 5) - skipped, None)
+    assert late.epochs[whole_epochs] == whole.epochs[skipped:][whole_epochs]
+    assert late.test_accuracy == whole.test_accuracy
+
+
+def test_the_loss_of_a_partly_skipped_epoch_is_the_mean_over_the_rest():
+    data, net = task(), small()
+    config = TrainConfig(epochs=1, batch_size=16, lr=1e-30, weight_decay=0)
+    history = fit(net, data, config, start_step=3)
+    order = torch.randperm(70, generator=seeded(config.seed))[48:]
+    with torch.no_grad():
+        logits = net(data.normalise(data.train.images[order]))
+    expected = nn.functional.cross_entropy(logits, data.train.labels[order]).item()
+    assert history.epochs[0]["train_loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_skipped_steps_move_nothing_although_gradients_are_left_from_before():
+    net, data = small(0, nn.BatchNorm1d(8)), task()
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before, seen = state(net), []
+    net.register_forward_pre_hook(lambda net, x: seen.append(state(net)) if not seen else None)
+    fit(net, data, TrainConfig(epochs=2, batch_size=16), start_step=6)
+    assert same(seen[0], before)
+
+
+@pytest.mark.filterwarnings("error")
+def test_skipping_steps_gives_no_warning():
+    fit(small(), task(), TrainConfig(epochs=2, batch_size=16), start_step=6)
+
+
+@pytest.mark.parametrize("start", [-1, 10, 1.0, "3", True, None])
+def test_a_first_step_that_leaves_nothing_to_train_is_refused_before_training(start):
+    net = small()
+    before = state(net)
+    with pytest.raises(ValueError, match=rf"start_step={start!r}: expected a whole number from 0 to 9"):
+        fit(net, task(), TrainConfig(epochs=2, batch_size=16), start_step=start)
+    assert same(state(net), before)
+
+
+# ---- loss and evaluation -----------------------------------------------------------------------------------------
+
+
+def log_softmax(logits):
+    shifted = logits - logits.max(1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+
+
+def test_label_smoothing_is_in_the_training_loss_and_nowhere_else():
+    data, net = task(), small()
+    config = TrainConfig(epochs=1, lr=1e-30, label_smoothing=0.3, weight_decay=0)
+    before = state(net)
+    history = fit(net, data, config)
+    assert same(state(net), before)  # at this rate nothing moves, so each loss is that of the initial weights
+
+    def losses(split):
+        images = data.normalise(split.images).flatten(1).double().numpy()
+        w1, b1, w2, b2 = (p.detach().double().numpy() for p in net.parameters())
+        log_p = log_softmax(np.maximum(images @ w1.T + b1, 0) @ w2.T + b2)
+        plain = -log_p[np.arange(len(log_p)), split.labels.numpy()]
+        return plain.mean(), (0.7 * plain - 0.3 * log_p.mean(1)).mean()
+
+    assert history.epochs[0]["train_loss"] == pytest.approx(losses(data.train)[1], rel=1e-5)
+    assert history.epochs[0]["validation_loss"] == pytest.approx(losses(data.validation)[0], rel=1e-5)
+    assert history.test_loss == pytest.approx(losses(data.test)[0], rel=1e-5)
+    assert abs(losses(data.train)[1] - losses(data.train)[0]) > 0.01
+
+
+def four_images():
+    """Two inputs straight to two logits; classes 0 1 1 0, of which the third is wrong."""
+    images = torch.tensor([[3.0, 1.0], [0.0, 2.0], [1.0, 0.0], [5.0, 5.5]]).view(4, 2, 1, 1)
+    labels = torch.tensor([0, 1, 1, 1])
+    split = Split(images, labels)
+    data = dataclasses.replace(task(), test=split, mean=(0.0, 0.0), std=(1.0, 1.0), classes=2)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(2, 2, bias=False))
+    nn.init.eye_(net[1].weight)
+    return net, data
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 1000])
+def test_evaluate_equals_a_calculation_by_hand(batch_size):
+    net, data = four_images()
+    margins = [2, 2, -1, 0.5]  # logit of the right class minus the other
+    found = evaluate(net, data, "test", batch_size=batch_size)
+    assert found["accuracy"] == 0.75
+    assert found["loss"] == pytest.approx(sum(math.log1p(math.exp(-m)) for m in margins) / 4, rel=1e-6)
+
+
+def test_evaluate_uses_running_statistics_and_leaves_the_weights_alone_in_eval_mode():
+    net, data = small(0, nn.BatchNorm1d(8)), task()
+    fit(net, data, TrainConfig(epochs=1, batch_size=16))
+    net.train()
+    before = state(net)
+    found = [evaluate(net, data, "validation", batch_size=size) for size in (1, 4, 1000)]
+    assert not net.training
+    assert same(state(net), before)
+    assert all(p.requires_grad for p in net.parameters())
+    assert len({f["accuracy"] for f in found}) == 1
+    np.testing.assert_allclose([f["loss"] for f in found], found[0]["loss"], rtol=1e-5)
+
+
+def test_evaluate_reads_the_split_it_is_asked_for():
+    net, data = four_images()
+    wrong = dataclasses.replace(data, train=Split(data.test.images, 1 - data.test.labels))
+    assert evaluate(net, wrong, "train")["accuracy"] == 0.25
+    assert evaluate(net, wrong, "test")["accuracy"] == 0.75
+
+
+def test_an_empty_split_has_no_accuracy_and_no_loss():
+    found = evaluate(small(), task(validation=0), "validation")
+    assert found.keys() == {"accuracy", "loss"}
+    assert all(math.isnan(value) for value in found.values())
+
+
+# ---- selection on validation, test read once ---------------------------------------------------------------------
+
+
+def scripted(monkeypatch, net, accuracies):
+    """Replace evaluate: validation accuracies as given, and a note of split and weights for each call."""
+    calls, left = [], iter(accuracies)
+
+    def read(model, data, split, **options):
+        assert model is net
+        model.eval()
+        calls.append((split, state(model)))
+        accuracy = next(left) if split == "validation" else len(calls) / 100
+        return {"accuracy": accuracy, "loss": 1.0}
+
+    monkeypatch.setattr(train, "evaluate", read)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "best"),
+    [
+        ([0.5, 0.8, 0.8, 0.7], 2),
+        ([0.9, 0.1, 0.9, 0.9], 1),
+        ([0.1, 0.2, 0.3, 0.4], 4),
+        ([0.0, 0.0, 0.0, 0.0], 1),
+        ([math.nan] * 4, 4),
+    ],
+)
+def test_the_best_epoch_is_the_first_with_the_highest_validation_accuracy(monkeypatch, accuracies, best):
+    net = small(0, nn.BatchNorm1d(8))
+    calls = scripted(monkeypatch, net, accuracies)
+    history = fit(net, task(), TrainConfig(epochs=4, batch_size=16))
+    splits, weights = zip(*calls, strict=True)
+    assert splits == ("validation",) * 4 + ("test",) * 2  # test is read only when training is over
+    assert history.best_epoch == best
+    assert [repr(e["validation_accuracy"]) for e in history.epochs] == [repr(a) for a in accuracies]
+    # first the weights (and batch-norm statistics) of the best epoch are tested, then those of the last
+    assert same(weights[4], weights[best - 1])
+    assert same(weights[5], weights[3])
+    assert (history.test_accuracy_best, history.test_accuracy) == (0.05, 0.06)
+    assert same(state(net), weights[3])
+    assert not net.training
+
+
+def test_real_accuracies_select_the_epoch_and_the_test_accuracy_is_that_of_its_weights():
+    data = task(noise=2.0, size=300, task=2)
+    config = TrainConfig(epochs=12, batch_size=8, lr=0.1, schedule="constant")
+    net = small()
+    history = fit(net, data, config)
+    accuracies = [entry["validation_accuracy"] for entry in history.epochs]
+    assert history.best_epoch == 1 + int(np.argmax(accuracies))
+    assert 1 < history.best_epoch < 12, "the example should have its best epoch in between"
+    assert history.test_accuracy == evaluate(net, data, "test")["accuracy"]
+    shorter = small()
+    fit(shorter, data, dataclasses.replace(config, epochs=history.best_epoch))
+    assert history.test_accuracy_best == evaluate(shorter, data, "test")["accuracy"] != history.test_accuracy
+
+
+def test_nothing_but_the_test_numbers_depends_on_the_test_split():
+    data, config = task(), TrainConfig(epochs=4, batch_size=16)
+    other = dataclasses.replace(data, test=Split(-data.test.images, data.test.labels.flip(0)))
+    nets = small(), small()
+    first, second = fit(nets[0], data, config), fit(nets[1], other, config)
+    assert same(state(nets[0]), state(nets[1]))
+    assert (first.epochs, first.best_epoch) == (second.epochs, second.best_epoch)
+    assert first.test_accuracy != second.test_accuracy
+
+
+def test_training_without_a_validation_split_reports_the_last_epoch():
+    history = fit(small(), task(validation=0), TrainConfig(epochs=3))
+    assert all(math.isnan(e["validation_accuracy"]) and math.isnan(e["validation_loss"]) for e in history.epochs)
+    assert history.best_epoch == 3
+    assert history.test_accuracy_best == history.test_accuracy
+    assert 0 <= history.test_accuracy <= 1
+    assert history.status == "finished"
+
+
+# ---- divergence --------------------------------------------------------------------------------------------------
+
+
+def test_a_training_that_diverges_stops_and_its_record_says_so(monkeypatch):
+    read, evaluate = [], train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda m, d, split: read.append(split) or evaluate(m, d, split))
+    history = fit(small(), task(), TrainConfig(epochs=50, batch_size=16, lr=1e6, schedule="constant"))
+    assert history.status == "diverged"
+    assert len(history.epochs) < 50
+    assert not math.isfinite(history.epochs[-1]["train_loss"])
+    assert all(math.isfinite(entry["train_loss"]) for entry in history.epochs[:-1])
+    assert history.steps == 5 * len(history.epochs)
+    assert math.isnan(history.test_accuracy)
+    assert math.isnan(history.test_loss)
+    assert history.best_epoch < len(history.epochs)
+    assert read.count("test") == (history.best_epoch > 0)  # nothing is tested but the best epoch before
+
+
+def breaks_at(net, when):
+    """Steps that end in broken weights."""
+
+    def step(number, optimizer):
+        optimizer.step()
+        if number == when:
+            net[1].weight.data.fill_(math.nan)
+
+    return step
+
+
+def test_after_divergence_the_best_epoch_before_it_is_still_reported():
+    net, twin, config = small(), small(), TrainConfig(epochs=6, batch_size=16, schedule="constant", lr=0.05)
+    history = fit(net, task(), config, take_step=breaks_at(net, 12))  # in the third epoch
+    whole = fit(twin, task(), dataclasses.replace(config, epochs=2))
+    assert history.status == "diverged"
+    assert [math.isfinite(entry["train_loss"]) for entry in history.epochs] == [True, True, False]
+    assert (history.best_epoch, history.test_accuracy_best) == (whole.best_epoch, whole.test_accuracy_best)
+    assert math.isnan(history.test_accuracy)
+
+
+@pytest.mark.parametrize("validation", [0.125, 0])
+def test_weights_that_break_in_the_very_last_step_count_as_diverged(validation):
+    net, data = small(), task(validation=validation)
+    last = 2 * math.ceil(len(data.train.labels) / 16)
+    history = fit(net, data, TrainConfig(epochs=2, batch_size=16), take_step=breaks_at(net, last))
+    assert history.status == "diverged"
+    assert math.isnan(history.test_accuracy)
+
+
+# ---- recipes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("of_data", [False, True])
+@pytest.mark.parametrize("asked", [None, False, True])
+def test_images_are_augmented_when_the_recipe_or_the_config_says_so(monkeypatch, of_data, asked):
+    sizes = []
+
+    def note(images, *, generator):
+        sizes.append(len(images))
+        return augment(images, generator=generator)
+
+    monkeypatch.setattr(train, "augment", note)
+    data = dataclasses.replace(task(), augmented=of_data)
+    fit(small(), data, TrainConfig(epochs=2, batch_size=32, augmented=asked))
+    wanted = of_data if asked is None else asked
+    assert sizes == ([32, 32, 6] * 2 if wanted else [])  # training images only: evaluation is never augmented
+
+
+def test_without_cuda_autocast_and_memory_format_change_nothing():
+    conv = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+    for parameter in conv.parameters():
+        nn.init.normal_(parameter, generator=seeded(parameter.numel()))
+    results = []
+    for fast in (False, True):
+        net = copy.deepcopy(conv)
+        history = fit(net, task(), TrainConfig(epochs=2, batch_size=16, bfloat16=fast, channels_last=fast))
+        results.append((outcome(history), state(net)))
+    assert results[0][0] == results[1][0]
+    assert same(results[0][1], results[1][1])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("fast", [False, True])
+def test_on_cuda_bfloat16_and_channels_last_are_used_when_asked_and_learn_as_well(fast):
+    data = load("digits", device="cuda")
+    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.ReLU())
+    net.extend([nn.Flatten(), nn.Linear(256, 10)])
+    for parameter in net.parameters():
+        if parameter.ndim > 1:
+            nn.init.kaiming_normal_(parameter, generator=seeded(parameter.numel()))
+    net.cuda()
+    masks, seen = prune(net, "random", 0.5, generator=seeded()), set()
+
+    def note(conv, inputs, output):
+        if net.training:
+            seen.add((output.dtype, output.is_contiguous(memory_format=torch.channels_last)))
+
+    net[3].register_forward_hook(note)
+    config = TrainConfig(epochs=5, lr=0.05, bfloat16=fast, channels_last=fast)
+    history = fit(net, data, config, masks=masks)
+    assert seen == {(torch.bfloat16 if fast else torch.float32, fast)}
+    assert all(parameter.dtype == torch.float32 for parameter in net.parameters())
+    assert net[3].weight.is_contiguous(memory_format=torch.channels_last) == fast
+    assert all((net.get_parameter(name)[~mask] == 0).all() for name, mask in masks.items())
+    assert history.test_accuracy > 0.85
+
+
+# ---- bad settings ------------------------------------------------------------------------------------------------
+
+REFUSED = {
+    "epochs": [0, -1, 2.0, "3"],
+    "batch_size": [0, 16.0, None],
+    "lr": [0, -0.1, math.nan, math.inf],
+    "momentum": [-0.1, 1, math.nan],
+    "weight_decay": [-1e-4, math.inf, math.nan],
+    "schedule": ["cosin", "", None],
+    "milestones": [(0.5, 1.0), (0,), (math.nan,)],
+    "gamma": [0, 1.5, -0.1],
+    "warm_up": [0, 1, math.nan],
+    "label_smoothing": [-0.1, 1],
+    "seed": [-1, 0.5],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, bad in REFUSED.items() for value in bad])
+def test_a_setting_out_of_range_is_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=rf"TrainConfig: {name} = ") as error:
+        TrainConfig(**{name: value})
+    assert repr(value) in str(error.value)
+
+
+def test_an_unknown_schedule_gets_the_list_of_schedules():
+    with pytest.raises(ValueError, match="cosine, multistep, one_cycle, constant"):
+        TrainConfig(schedule="step")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("lr", "0.1"), ("milestones", 0.5), ("warm_up", None), ("epochs", True), ("seed", True)]
+)
+def test_a_setting_of_the_wrong_type_is_refused_by_name(name, value):
+    with pytest.raises((TypeError, ValueError), match=rf"TrainConfig: {name} = "):
+        TrainConfig(**{name: value})
+
+
+def test_training_without_momentum_needs_one_setting_only():
+    nets = small(), small()
+    for net, nesterov in zip(nets, (True, False), strict=True):
+        fit(net, task(), TrainConfig(epochs=2, momentum=0, nesterov=nesterov))
+    assert same(state(nets[0]), state(nets[1]))
+
+
+def test_settings_cannot_be_changed_afterwards():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TrainConfig().lr = 1.0
