@@ -185,8 +185,8 @@ class Graph:
 # ---- from a module to its graph ----------------------------------------------------------------------------------
 
 # What leaves every channel in its place, whatever it does to its map: modules by defining file, functions by name
-SAME_MODULES = ("activation", "batchnorm", "dropout", "instancenorm", "linear", "normalization", "padding", "pooling")
-SAME_MODULES = {f"torch.nn.modules.{name}" for name in (*SAME_MODULES, "upsampling")}
+SAME_MODULES = {"activation", "batchnorm", "dropout", "instancenorm", "linear", "normalization", "padding", "pooling"}
+SAME_MODULES |= {"upsampling"}
 ELEMENTWISE = {"relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "elu", "selu", "celu", "gelu", "silu", "mish"}
 ELEMENTWISE |= {"hardtanh", "hardswish", "hardsigmoid", "sigmoid", "tanh", "softplus", "softsign", "logsigmoid"}
 ELEMENTWISE |= {"softmax", "log_softmax", "clamp", "neg", "abs", "exp", "sqrt", "pow", "square", "mul", "mul_", "imul"}
@@ -291,11 +291,8 @@ def _relate(n: fx.Node, module: nn.Module | None, sources: list[fx.Node]) -> tup
     plain = isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == shapes[0][0]
     kept = plain and value.shape[1] == shapes[0][1]
     if isinstance(module, PRUNABLE):
-        if (
-            plain
-            and not getattr(module, "transposed", False)
-            and (value.ndim == 2 or not isinstance(module, nn.Linear))
-        ):
+        by_unit = value.ndim == 2 if isinstance(module, nn.Linear) else not module.transposed
+        if plain and by_unit:
             return "layer", [0]
     elif plain and name in CONCATENATIONS:
         if _dims(n, value.ndim, 0) == {1} and sum(s[1] for s in shapes) == value.shape[1]:
@@ -311,7 +308,7 @@ def _relate(n: fx.Node, module: nn.Module | None, sources: list[fx.Node]) -> tup
             return "same", [sides[0]]
     elif kept and (
         name in ELEMENTWISE | PER_CHANNEL | RESHAPES | SUMS
-        or any(cls.__module__ in SAME_MODULES for cls in type(module).__mro__)
+        or any(cls.__module__.removeprefix("torch.nn.modules.") in SAME_MODULES for cls in type(module).__mro__)
         or (name in REDUCTIONS and not _dims(n, len(shapes[0]), None) & {0, 1})
         or (name == "getitem" and isinstance(n.args[1], tuple) and n.args[1][:2] == (slice(None),) * 2)
     ):
