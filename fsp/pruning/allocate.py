@@ -312,8 +312,8 @@ def smart_ratio(shapes: Shapes, density: float, *, vgg: bool = False, classifier
     kept = kept_count(sum(sizes.values()), density)
     if not math.floor(cost) <= kept < room + cost + 1:  # a part of a weight is rounding
         raise ValueError(
-            f"smart_ratio keeps from {cost:.1f} weights ({classifier} of the {sizes[last]} of the classifier {last!r}) to "
-            f"{room + cost:.1f}, but density {density} keeps {kept}: use another density or another classifier="
+            f"smart_ratio keeps from {cost:.1f} weights ({classifier} of the {sizes[last]} of the classifier {last!r}) "
+            f"to {room + cost:.1f}, but density {density} keeps {kept}: use another density or another classifier="
         )
     ratios = {}
     for i, name in enumerate(others, start=1):

@@ -85,8 +85,9 @@ def diagnose(model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence[int]
 
     *Multiply-adds.*  A multiplication with the addition that follows it is one flop.  Each weight of a convolution
     counts once for every output position (transposed: every input position), those where it meets padding included,
-    each weight of a linear layer once for every row.  Biases, norms, activations, pooling and the products inside attention are
-    not counted; nor is a weight that the forward pass uses otherwise than in a convolution or linear layer.
+    each weight of a linear layer once for every row.  Biases, norms, activations, pooling and the products inside
+    attention are not counted; nor is a weight that the forward pass uses otherwise than in a convolution or linear
+    layer.
 
     Examples
     --------

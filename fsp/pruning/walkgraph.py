@@ -185,8 +185,8 @@ class Graph:
 # ---- from a module to its graph ----------------------------------------------------------------------------------
 
 # What leaves every channel in its place, whatever it does to its map: modules by defining file, functions by name
-SAME_MODULES = {"activation", "batchnorm", "dropout", "instancenorm", "linear", "normalization", "padding", "pooling"}
-SAME_MODULES |= {"upsampling"}
+SAME_MODULES = ("activation", "batchnorm", "dropout", "instancenorm", "linear", "normalization", "padding", "pooling")
+SAME_MODULES = {f"torch.nn.modules.{name}" for name in (*SAME_MODULES, "upsampling")}
 ELEMENTWISE = {"relu", "relu_", "relu6", "leaky_relu", "leaky_relu_", "elu", "selu", "celu", "gelu", "silu", "mish"}
 ELEMENTWISE |= {"hardtanh", "hardswish", "hardsigmoid", "sigmoid", "tanh", "softplus", "softsign", "logsigmoid"}
 ELEMENTWISE |= {"softmax", "log_softmax", "clamp", "neg", "abs", "exp", "sqrt", "pow", "square", "mul", "mul_", "imul"}
@@ -308,7 +308,7 @@ def _relate(n: fx.Node, module: nn.Module | None, sources: list[fx.Node]) -> tup
             return "same", [sides[0]]
     elif kept and (
         name in ELEMENTWISE | PER_CHANNEL | RESHAPES | SUMS
-        or any(cls.__module__.removeprefix("torch.nn.modules.") in SAME_MODULES for cls in type(module).__mro__)
+        or any(cls.__module__ in SAME_MODULES for cls in type(module).__mro__)
         or (name in REDUCTIONS and not _dims(n, len(shapes[0]), None) & {0, 1})
         or (name == "getitem" and isinstance(n.args[1], tuple) and n.args[1][:2] == (slice(None),) * 2)
     ):
