@@ -337,7 +337,5 @@ def _available_device(device: str | torch.device) -> torch.device:
         torch.zeros(1, device=found).item()
     except (RuntimeError, AssertionError, TypeError) as error:
         here = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-        if torch.backends.mps.is_available():
-            here.append("mps")
-        raise ValueError(f"device={str(device)!r} cannot be used here; there are: {', '.join(here)}") from error
+        raise ValueError(f"device={str(device)!r} cannot be used here: {error}; try {' or '.join(here)}") from error
     return found

@@ -23,16 +23,9 @@ from fsp.models.vgg import vgg
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "mlp": mlp,
     "lenet300": lenet300,
-    "resnet8": partial(cifar_resnet, 8),
-    "resnet20": partial(cifar_resnet, 20),
-    "resnet32": partial(cifar_resnet, 32),
-    "resnet56": partial(cifar_resnet, 56),
-    "resnet110": partial(cifar_resnet, 110),
-    "resnet18": partial(resnet, 18),
-    "resnet34": partial(resnet, 34),
-    "vgg11": partial(vgg, 11),
-    "vgg16": partial(vgg, 16),
-    "vgg19": partial(vgg, 19),
+    **{f"resnet{depth}": partial(cifar_resnet, depth) for depth in (8, 20, 32, 56, 110)},
+    **{f"resnet{depth}": partial(resnet, depth) for depth in (18, 34)},
+    **{f"vgg{depth}": partial(vgg, depth) for depth in (11, 16, 19)},
 }
 
 

@@ -291,8 +291,7 @@ def _relate(n: fx.Node, module: nn.Module | None, sources: list[fx.Node]) -> tup
     plain = isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == shapes[0][0]
     kept = plain and value.shape[1] == shapes[0][1]
     if isinstance(module, PRUNABLE):
-        by_unit = value.ndim == 2 if isinstance(module, nn.Linear) else not module.transposed
-        if plain and by_unit:
+        if plain and (value.ndim == 2 if isinstance(module, nn.Linear) else not module.transposed):
             return "layer", [0]
     elif plain and name in CONCATENATIONS:
         if _dims(n, value.ndim, 0) == {1} and sum(s[1] for s in shapes) == value.shape[1]:

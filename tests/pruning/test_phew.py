@@ -14,9 +14,10 @@ from networks import generator, same, size, total
 from scipy.stats import chisquare
 from torch import nn
 
-from fsp.masks import PRUNABLE, density, kept_count, prunable
+from fsp.masks import density, kept_count, prunable
 from fsp.models import build
 from fsp.pruning import walkgraph
+from fsp.pruning.diagnosis import follow_paths
 from fsp.pruning.phew import _accept, _close, _walks, phew
 
 SHAPE = (3, 8, 8)
@@ -69,28 +70,15 @@ def graph_of(model, shape, identity="residual", kernels=False):
     return walkgraph.graph_of(model, prunable(model), shape, identity, kernels)
 
 
-def off_path(model, masks, shape):
-    """Kernels that are kept and carry no flow: every kept kernel is set to ones, norms and biases to identities."""
-    model = copy.deepcopy(model).double().eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.reset_running_stats()
-        for name, p in module.named_parameters(recurse=False):
-            p.data.fill_(float(name == "weight" and not isinstance(module, PRUNABLE)))
-    parameters = dict(model.named_parameters())
-    for name, mask in masks.items():
-        kernel = mask.flatten(2).any(2) if mask.ndim > 2 else mask
-        parameters[name].data += kernel.view(*kernel.shape, *[1] * (mask.ndim - 2))
-    model(torch.ones(1, *shape, dtype=torch.float64)).sum().backward()
-    flow = {name: (p.grad * p).detach() for name, p in parameters.items()}
-    assert all(f.isfinite().all() for f in flow.values())
-    dead = {}
-    for name, mask in masks.items():
-        flowing, kept = flow[name].flatten(1) != 0, mask.flatten(1)
-        if mask.ndim > 2:
-            flowing, kept = (t.view(*mask.shape[:2], -1).any(2) for t in (flowing, kept))
-        dead[name] = int((kept & ~flowing).sum())
-    return dead
+def assert_on_paths(model, masks, shape):
+    """Every kept kernel lies on a path of kept kernels, whatever its positions meet."""
+    kept = {name: mask.view(*mask.shape[:2], -1).any(2) for name, mask in masks.items()}
+    whole = {
+        n: kernels.view(*kernels.shape, *[1] * (masks[n].ndim - 2)).expand_as(masks[n]) for n, kernels in kept.items()
+    }
+    found = follow_paths(model, whole, shape).effective
+    for name, kernels in kept.items():
+        assert torch.equal(found[name].view(*kernels.shape, -1).any(2), kernels)
 
 
 # ---- counts and paths --------------------------------------------------------------------------------------------
@@ -113,7 +101,7 @@ def test_exactly_the_asked_number_is_kept_and_every_kept_weight_lies_on_a_path(n
     )
     assert total(masks) == kept_count(size(model), asked)
     if asked < 1:
-        assert set(off_path(model, masks, shape).values()) == {0}
+        assert_on_paths(model, masks, shape)
     if kernels:
         assert all(len(set(k.tolist())) == 1 for m in masks.values() if m.ndim > 2 for k in m.flatten(2).flatten(0, 1))
 
