@@ -80,7 +80,7 @@ def augment(
 
 
 def _mirrored(side: int, padding: int, device: torch.device) -> Tensor:
-    """Indices of one axis, reflected at both ends: side 3, padding 2 gives 2 1 0 1 2 1 0."""
+    """Indices of one axis, reflected at both ends: for example, side 3, padding 2 gives 2 1 0 1 2 1 0."""
     index = torch.arange(-padding, side + padding, device=device).abs()
     return side - 1 - (side - 1 - index).abs()
 

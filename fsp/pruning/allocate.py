@@ -2,7 +2,7 @@ r"""Density per layer: how a total budget of weights is shared out before positi
 
 Each function takes the shapes of the prunable tensors (PyTorch order: outputs, inputs, *kernel) and a network
 density, and returns real-valued layer densities that spend the budget; `counts` rounds them to whole weights.  All are
-called alike, ``allocation(shapes, density, **options)``, and refuse a density outside (0, 1] with a ValueError.
+called as ``allocation(shapes, density, **options)`` and raise a ValueError for a density outside (0, 1].
 Shapes come in forward order, as `fsp.masks.prunable` gives them for the networks of `fsp.models`: `uniform_plus`,
 `pyramidal` and `smart_ratio` depend on it.
 
@@ -38,7 +38,7 @@ def uniform(shapes: Shapes, density: float) -> dict[str, float]:
 
 
 def uniform_plus(shapes: Shapes, density: float) -> dict[str, float]:
-    """Uniform with both ends spared: a first convolution is dense, the last layer keeps a fifth or more.
+    """Uniform, except that a first convolution is dense and the last layer keeps a fifth or more.
 
     The first layer is dense if it is a convolution (a tensor with a kernel), the last has the density
     ``max(density, 0.2)``, and all others share what is left at one density.

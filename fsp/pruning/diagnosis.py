@@ -58,7 +58,7 @@ def diagnose(model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence[int]
     Raises
     ------
     ValueError
-        If there are no masks or one is empty of entries, is not bool or fits no parameter; `shape` is no sequence of
+        If there are no masks, or a mask has no entries, is not bool or fits no parameter; `shape` is no sequence of
         positive integers; a masked weight is pruned by torch or parametrised; a max-pool is dilated.
     TypeError
         If the model does not return one tensor.
@@ -195,7 +195,7 @@ def follow_paths(model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence[
 
 
 class _Clip(torch.autograd.Function):
-    """1 where there is something, 0 where there is nothing; of gradients likewise."""
+    """1 where an entry is not 0, else 0; gradients are clipped in the same way."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-r"""How a score runs a model: gradients at masked weights, with the model left bit-identical.
+"""How a score runs a model: gradients at masked weights, with the model left bit-identical.
 
 Everything is computed on detached copies of the parameters and buffers.  The model's train/eval flags, its running
 statistics, the plain attributes of its modules and the global random state are put back.
@@ -118,7 +118,7 @@ def loss_gradients(
 def _hessian_times(
     vector: Mapping[str, Tensor], loss: Callable[[], Tensor], weights: dict[str, Tensor]
 ) -> Sequence[Tensor]:
-    """Hessian of the loss of one batch times a vector.  Its graph goes with the function, before the next batch's."""
+    """Hessian of the loss of one batch times a vector; a function, so that the graph is freed before the next batch."""
     leaves = list(weights.values())
     with sdpa_kernel(SDPBackend.MATH), _Composed():  # fused attention has no second derivative
         value = loss()
@@ -214,10 +214,10 @@ class _Run(nn.Module):
 
 
 def _outputs(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Tensor, forward: Forward) -> Tensor:
-    """Outputs of the model with other parameters and buffers in the place of its own."""
+    """Outputs of the model with the given parameters and buffers instead of its own."""
     first = {id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
-    # Each place that holds a tensor is named once: functional_call ties by name, which would put a tensor into a module
-    # used twice two times over and leave it there.
+    # Every place that holds a tensor is named exactly once.  functional_call ties by name: in a module that is used
+    # twice it would replace a tensor twice, and put the replacement back at the end.
     placed = {
         f"model.{name}": tensors[first[id(t)]]
         for prefix, module in model.named_modules()
@@ -271,9 +271,9 @@ def _rest(model: nn.Module, masks: Masks, dtype: torch.dtype | None) -> dict[str
 
 @contextmanager
 def undisturbed(model: nn.Module, *, training: bool, seed: int = 0) -> Iterator[None]:
-    """Train or eval mode, gradients on, random numbers from `seed`; afterwards all is as it was.
+    """Train or eval mode, gradients on, random numbers from `seed`; on leaving, model and random state are restored.
 
-    Also the plain tensors that hooks set, such as the weight of a layer that torch has pruned.
+    That includes the plain attributes of modules, such as the weight that a pruned layer of torch computes in a hook.
     """
     before = [(module, dict(vars(module))) for module in model.modules()]
     devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})

@@ -36,7 +36,7 @@ def by_score(
     r"""Keep the weights with the highest scores, in one round or several.
 
     Round k of T prunes to the density :math:`d^{k/T}` ("exponential") or :math:`1 - (1-d)\,k/T` ("linear") and scores
-    anew at the weights that are left; what is pruned stays pruned, but for `fsp.pruning.scores.force`.
+    anew at the weights that are left; what is pruned stays pruned, except with `fsp.pruning.scores.force`.
 
     Parameters
     ----------
@@ -51,9 +51,9 @@ def by_score(
     rounds : int, >= 1
     schedule : {"exponential", "linear"}
     invert : bool
-        Keep the *lowest* scores, ranking upside down (a sanity check): what is pruned stays pruned all the same.  At
-        scope "global", in one round and from the same generator state, this shares no weight with the mask that is
-        not inverted as long as the two together are no more than all weights, ties or not.
+        Keep the *lowest* scores (a sanity check); what is pruned stays pruned.  At scope "global", in one round and
+        from the same generator state, this mask and the one that is not inverted have no weight in common, ties or
+        not, as long as the two together keep no more than all weights.
     **options
         For `score`.
 
@@ -86,7 +86,7 @@ def by_score(
 
 
 def _keep_lowest(found: scores.Scores, density: float, *, scope: str, generator: torch.Generator) -> Masks:
-    """As `keep_top` from the other end of the same ranking, ties included; -inf is still never kept."""
+    """Like `keep_top`, but the lowest scores of the same ranking (ties included); -inf is still never kept."""
     keep_top(found, density, scope=scope)  # raises for scores that cannot be ranked
     ranked = found if scope == "layer" else {"all": torch.cat([s.flatten() for s in found.values()])}
     alive = {name: ~torch.isneginf(s) for name, s in ranked.items()}
@@ -118,7 +118,7 @@ def at_random(
     model, density, generator
         As for `prune`.
     batches
-        Not used.
+        Ignored.
     exclude : iterable of str
         Parameters or modules to leave dense, outside the masks.
     **options
@@ -202,7 +202,10 @@ def options_of(method: str) -> tuple[str, ...]:
     ('exclude', 'redistribute')
     """
     names = []
-    for function in [METHODS[method], *getattr(METHODS[method], "args", ())]:  # what a partial is given has options too
+    for function in [
+        METHODS[method],
+        *getattr(METHODS[method], "args", ()),
+    ]:  # the function in a partial has options too
         for parameter in inspect.signature(function).parameters.values():
             named = get_args(parameter.annotation) if get_origin(parameter.annotation) is Unpack else ()
             names += named[0].__annotations__ if named else [parameter.name]
@@ -231,8 +234,9 @@ def prune(
     density : float, in (0, 1]
         Fraction of prunable weights kept.
     batches : sequence of (inputs, labels), or callable, optional
-        Examples that SNIP, GraSP and their like score on; SynFlow and PHEW take the input shape from them.  A callable
-        is asked for them in each round, ``batches(round)`` with rounds from 1: fresh examples every time, as in FORCE.
+        Examples that SNIP, GraSP and similar methods score on; SynFlow and PHEW only take the input shape from them.
+        A callable is called in each round, ``batches(round)`` with rounds from 1, and gives fresh examples, as in
+        FORCE.
     generator : torch.Generator on the CPU, optional
         Positions of random methods, ties, dropout; default a fresh generator with seed 0.
     reference : str, optional

@@ -68,7 +68,7 @@ def phew(
     Raises
     ------
     ValueError
-        If neither `batches` nor `shape` tells the input shape; `density`, `identity`, `kernels`, `generator` or a
+        If neither `batches` nor `shape` gives the input shape; `density`, `identity`, `kernels`, `generator` or a
         weight is not valid; the count is smaller than one complete path or larger than the number of weights on
         paths; the model cannot be traced or does something to channels that walks cannot follow (named in the message).
     RuntimeError
@@ -89,8 +89,8 @@ def phew(
     gives the probability that a walk from a unit adds j new weights, for each unit and j.
 
     *High densities.*  Weights near 0 are hardly ever passed, so walks saturate: after a batch of 131,072 that adds
-    fewer than 1% of its number, or of what is missing if that is less, a RuntimeError tells how far they came.  On one
-    core a ResNet-20 reaches .99 in seconds and VGG-16 .9 in less than a minute; nearer to 1 expect the error.
+    fewer than 1% of its number, or of what is missing if that is less, a RuntimeError says how many are missing.
+    On one core a ResNet-20 reaches .99 in seconds and VGG-16 .9 in less than a minute; nearer to 1 expect the error.
 
     *Paths are paths of channels.*  A kernel position that only ever sees padding counts like any other.  The draw of
     a unit followed by that of a position in its kernel, as published, is the one draw above.

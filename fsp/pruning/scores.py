@@ -1,6 +1,7 @@
-"""What a weight is worth at initialisation: one function a method, higher = kept.
+"""Scores of weights at initialisation: one function a method, higher = kept.
 
-Every function takes the model, the masks so far and ``batches`` and returns a dict of scores.  Weights that are pruned
+Every function takes the model and the masks so far, and ``batches`` and ``generator`` if it needs them, and returns a
+dict of scores.  Weights that are pruned
 already get ``-inf``, so that a later round cannot bring them back; `force` alone scores them too.  The model, its
 train/eval flags, its running statistics and the global random state are left bit-identical: `fsp.pruning.gradients`.
 
@@ -135,7 +136,7 @@ def taylor(
 def force(
     model: nn.Module, masks: Masks, *, batches: Batches, generator: Generator | None = None, **run: Unpack[LossRun]
 ) -> Scores:
-    r"""FORCE: what a weight would be worth in the pruned network, if it were there.
+    r"""FORCE: the SNIP score that a weight, pruned or not, has in the pruned network.
 
     .. math:: s = \left| \theta_0 \odot \frac{\partial L(\theta)}{\partial \theta}
               \right|_{\theta = \theta_0 \odot c}
@@ -252,7 +253,7 @@ def synflow(
     Raises
     ------
     ValueError
-        If neither `batches` nor `shape` tells the input shape.
+        If neither `batches` nor `shape` gives the input shape.
     TypeError
         If the outputs are no tensor.
 

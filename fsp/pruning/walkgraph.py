@@ -208,7 +208,7 @@ class _Tracer(fx.Tracer):
 
 
 class _Shapes(fx.Interpreter):
-    """Notes the value of every node, which has a shape and no data."""
+    """Keeps the value of every node, a tensor with a shape and no data."""
 
     def run_node(self, n: fx.Node) -> object:
         n.meta["value"] = super().run_node(n)
@@ -331,7 +331,7 @@ def _dims(n: fx.Node, ndim: int, default: int | None) -> set[int]:
 
 
 def _drop_identities(graph: Graph, sums: list[int]) -> None:
-    """Forget an addend that the other one is computed from: walks take the residual branch."""
+    """Remove the edge of an addend that the other one is computed from: walks take the residual branch."""
     ancestors: list[set[int]] = []
     for node in range(len(graph.units)):
         ancestors.append(set().union(*({e.source} | ancestors[e.source] for e in graph.into(node))))
@@ -342,7 +342,10 @@ def _drop_identities(graph: Graph, sums: list[int]) -> None:
 
 
 def _tidy(graph: Graph) -> None:
-    """Only edges that lead to the output, features as units of an input that is flattened first, no unit unfed."""
+    """Keep only edges that lead to the output; units of an input that is flattened first are its features.
+
+    Raises if a unit of a node comes from no other node.
+    """
     alive = {len(graph.units) - 1}
     for edge in sorted(graph.edges, key=lambda e: -e.target):
         alive |= {edge.source} if edge.target in alive else set()

@@ -169,12 +169,6 @@ def test_uniform_plus_spares_a_first_convolution_and_the_last_layer():
     assert uniform_plus(shapes, 0.5) == pytest.approx({"stem": 1, "body": 350 / 800, "point": 350 / 800, "head": 0.5})
 
 
-def test_uniform_plus_does_not_spare_a_first_linear_layer():
-    shapes = {"fc1": (30, 30), "fc2": (10, 10)}
-    assert uniform_plus(shapes, 0.1) == pytest.approx({"fc1": 80 / 900, "fc2": 0.2})
-    assert uniform_plus(shapes, 0.3) == pytest.approx({"fc1": 0.3, "fc2": 0.3})
-
-
 def test_uniform_plus_spends_all_it_has_on_the_two_ends():
     shapes = {"stem": (10, 1, 5, 2), "body": (20, 40), "head": (10, 10)}
     densities = uniform_plus(shapes, 0.12)  # 120 of 1000: the stem and a fifth of the head

@@ -396,47 +396,21 @@ def test_the_table_counts_by_layer_and_the_network_adds_up():
     kept = {"0.weight": torch.zeros(2, 1, 2, 2, dtype=torch.bool), "3.weight": torch.ones(3, 8, dtype=torch.bool)}
     kept["0.weight"][0, 0, 0, 0] = True
     layers, network = diagnose(model, kept, (1, 3, 3))
-    assert layers.to_dict("records") == [
-        {
-            "layer": "0.weight",
-            "shape": (2, 1, 2, 2),
-            "weights": 8,
-            "kept": 1,
-            "density": 1 / 8,
-            "empty": False,
-            "effective": 1,
-            "effective_density": 1 / 8,
-            "flops": 32,
-            "flops_kept": 4,
-        },
-        {
-            "layer": "3.weight",
-            "shape": (3, 8),
-            "weights": 24,
-            "kept": 24,
-            "density": 1.0,
-            "empty": False,
-            "effective": 12,  # of the four positions of the one channel that is left
-            "effective_density": 0.5,
-            "flops": 24,
-            "flops_kept": 24,
-        },
-    ]
-    assert network == {
-        "weights": 32,
-        "kept": 25,
-        "density": 25 / 32,
-        "effective": 13,
-        "effective_density": 13 / 32,
-        "empty": 0,
-        "disconnected": False,
-        "parameters": 32 + 2 + 4 + 3,
-        "parameters_kept": 25 + 2 + 4 + 3,
-        "flops": 56,
-        "flops_kept": 28,
+    fractions = layers.pop("density").tolist(), layers.pop("effective_density").tolist()
+    assert fractions == (
+        [1 / 8, 1],
+        [1 / 8, 1 / 2],
+    )  # of the linear layer the four positions of the channel that is left
+    columns = ["layer", "shape", "weights", "kept", "empty", "effective", "flops", "flops_kept"]
+    assert layers.to_dict("split", index=False) == {
+        "columns": columns,
+        "data": [["0.weight", (2, 1, 2, 2), 8, 1, False, 1, 32, 4], ["3.weight", (3, 8), 24, 24, False, 12, 24, 24]],
     }
+    fractions = {"density": density(kept), "effective_density": 13 / 32}
+    counts = {"weights": 32, "kept": 25, "effective": 13, "empty": 0, "flops": 56, "flops_kept": 28}
+    parameters = {"parameters": 32 + 2 + 4 + 3, "parameters_kept": 25 + 2 + 4 + 3}
+    assert network == fractions | counts | parameters | {"disconnected": False}
     assert {type(value) for value in network.values()} == {int, float, bool}
-    assert network["density"] == density(kept)
 
 
 # ---- the model stays as it was -----------------------------------------------------------------------------------
@@ -481,13 +455,6 @@ class WithHelper(nn.Linear):
 def test_the_network_is_the_one_that_is_evaluated():
     kept = {"weight": torch.ones(2, 2, dtype=torch.bool)}
     assert diagnose(WithHelper(2, 2).train(), kept, (2,)).network["effective"] == 4
-
-
-def test_a_pass_that_fails_gives_the_flags_back():
-    model = build("mlp", (1, 8, 8), 10)
-    with pytest.raises(RuntimeError):
-        diagnose(model, all_kept(model), (1, 9, 9))
-    assert all(module.training for module in model.modules())
 
 
 def test_layers_pruned_by_torch_outside_the_masks_count_with_their_masks_and_stay_as_they_were():

@@ -45,7 +45,7 @@ class Concatenated(nn.Module):
 def grouped():
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 12, 3, groups=4),
-        nn.Dropout(), nn.Conv2d(12, 12, 1, groups=12), nn.Flatten(), nn.Linear(48, 10),
+        nn.Dropout(), nn.Conv2d(12, 12, 1, groups=12), nn.Flatten(), nn.Linear(48, 10)
     )  # fmt: skip
 
 
@@ -181,12 +181,6 @@ def test_the_model_and_the_global_random_state_stay_as_they_are():
     assert flags == [m.training for m in model.modules()]
     assert torch.equal(state, torch.get_rng_state())
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
-
-
-def test_the_shape_of_the_input_comes_from_the_batches_too():
-    batches = [(torch.zeros(2, *SHAPE), torch.zeros(2).long())]
-    a = phew(MODELS["resnet8"], 0.1, batches=batches, generator=generator())
-    assert same(a, phew(MODELS["resnet8"], 0.1, shape=SHAPE, generator=generator()))
 
 
 # ---- the law of a walk -------------------------------------------------------------------------------------------
@@ -504,8 +498,8 @@ def test_an_operation_that_walks_cannot_follow_is_named(something, message):
          SHAPE, "operation ConstantPad3d"),
         (nn.Sequential(nn.Linear(6, 4), nn.LSTM(4, 4)), (6,), "operation LSTM"),
         (Between(nn.Linear(6, 4), lambda y: nn.functional.pad(y, (1, 1), "reflect"), nn.Linear(6, 2)), (6,), "on pad"),
-        (Between(nn.Conv2d(3, 3, 1), lambda y: y.mean(1), nn.Conv1d(3, 2, 1)), (3, 3, 5), "operation mean"),
-    ],
+        (Between(nn.Conv2d(3, 3, 1), lambda y: y.mean(1), nn.Conv1d(3, 2, 1)), (3, 3, 5), "operation mean")
+    ]
 )  # fmt: skip
 def test_a_module_that_walks_cannot_follow_is_named(model, shape, message):
     with pytest.raises(ValueError, match=message):

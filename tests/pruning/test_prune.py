@@ -17,7 +17,7 @@ from networks import asked, generator, same, size, total
 from torch import nan, nn
 from torch.nn.functional import cross_entropy
 
-from fsp.masks import apply_, density, layer_densities, prunable
+from fsp.masks import apply_, layer_densities, prunable
 from fsp.models import build
 from fsp.pruning import scores
 from fsp.pruning.allocate import ALLOCATIONS
@@ -130,11 +130,7 @@ def networks(draw):
     return model, batches_of(shape, classes=3, n=6)
 
 
-@given(
-    networks(),
-    st.sampled_from(list(METHODS)),
-    st.floats(1e-4, 1).map(lambda d: float(f"{d:.4g}")),
-)
+@given(networks(), st.sampled_from(list(METHODS)), st.floats(1e-4, 1).map(lambda d: float(f"{d:.4g}")))
 @settings(max_examples=100, deadline=None, derandomize=True)
 def test_every_method_is_exact_on_any_small_network(network, method, asked_density):
     model, batches = network
@@ -440,15 +436,12 @@ def test_a_reference_stands_for_its_options_and_an_option_goes_before_it(referen
     assert same(make(reference=reference, **fewer), make(**REFERENCES[reference][method] | fewer))
 
 
-def test_the_synflow_repository_scores_in_eval_mode_and_single_precision():
+def test_the_synflow_repository_scores_in_eval_mode():
     model, data = MODELS["resnet8"], BATCHES["resnet8"]
     for method in ("snip", "grasp"):
         by_repository = prune(model, method, 0.1, batches=data, reference="synflow_repo")
         assert same(by_repository, prune(model, method, 0.1, batches=data, training=False))
         assert not same(by_repository, prune(model, method, 0.1, batches=data))
-    deep = build("resnet34", (3, 32, 32), 10, init="kaiming_normal_fan_out")
-    with pytest.raises(ValueError, match=r"nan or inf.*float64"):
-        prune(deep, "synflow", 0.1, shape=(3, 32, 32), reference="synflow_repo", rounds=1)
 
 
 def test_settings_that_do_not_exist_are_refused_naming_those_that_do():
@@ -526,16 +519,11 @@ def test_a_hundred_rounds_of_synflow_empty_only_the_projections_of_a_resnet_18(r
 
 
 TORCHVISION = {
-    "resnet18": torchvision.models.resnet18,
     "mobilenet": lambda: torchvision.models.mobilenet_v3_small(num_classes=10),
     "vit": lambda: torchvision.models.VisionTransformer(32, 16, 2, 2, 32, 64, num_classes=10),
     "vgg11": lambda: torchvision.models.vgg11(num_classes=10),
 }
-NETWORKS = [
-    "mobilenet",
-    "vit",
-    pytest.param("vgg11", marks=pytest.mark.slow),
-]  # VGG-11: 129 million weights
+NETWORKS = ["mobilenet", "vit", pytest.param("vgg11", marks=pytest.mark.slow)]  # VGG-11: 129 million weights
 
 
 @pytest.fixture(scope="module")
@@ -545,38 +533,16 @@ def torchvision_network(request):
         return TORCHVISION[request.param]()
 
 
-@pytest.mark.parametrize("torchvision_network", ["resnet18"], indirect=True)
-@pytest.mark.parametrize("method", ["random", "erk", "snip", "force", "grasp", "synflow", "phew"])
-def test_a_torchvision_network_can_be_pruned(torchvision_network, method):
-    model = torchvision_network
-    assert size(model) == 11_678_912  # 11,689,512 parameters less 9,600 of batch norms and 1,000 biases
-    kept = prune(model, method, 0.1, batches=batches_of(COLOUR, n=4), **brief(method, model, rounds=1))
-    assert total(kept) == 1_167_892
-    assert density(kept) == 1_167_892 / 11_678_912
-
-
 @pytest.mark.filterwarnings("ignore:synaptic flow is not conserved")
 @pytest.mark.parametrize("torchvision_network", NETWORKS, indirect=True)
 @pytest.mark.parametrize("method", [*SCORED, "random", "erk", "igq"])
-def test_other_torchvision_networks_can_be_pruned(torchvision_network, method):
+def test_torchvision_networks_can_be_pruned(torchvision_network, method):
     assert_exact(torchvision_network, method, 0.02, batches_of(COLOUR, n=4))
 
 
 def test_of_attention_only_the_projection_of_the_outputs_is_prunable():
     names = list(prunable(nn.Sequential(nn.MultiheadAttention(4, 2), nn.Linear(4, 2))))
     assert names == ["0.out_proj.weight", "1.weight"]
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("method", SCORED)
-def test_shared_and_frozen_weights_are_pruned_and_stay_shared_and_frozen(method, training):
-    shared = nn.Linear(8, 8)
-    model = nn.Sequential(shared, nn.ReLU(), shared, nn.Linear(8, 3)).train(training)
-    model[3].requires_grad_(False)
-    assert_exact(model, method, 0.3, batches_of((8,), classes=3))
-    assert size(model) == 64 + 24
-    assert model[0] is model[2]
-    assert [p.requires_grad for p in model.parameters()] == [True, True, False, False]
 
 
 def test_a_network_that_does_not_conserve_flow_is_warned_of_once_in_all_rounds():
@@ -605,8 +571,7 @@ def test_a_model_with_several_outputs_and_a_task_of_its_own_is_pruned():
     for method in ON_DATA:
         kept = prune(Pair(), method, 0.4, batches=[(x[:7], targets[:7]), (x[7:], targets[7:])], **task)
         assert total(kept) == asked(72, 0.4)
-        if method != "grasp":
-            assert not kept["spread.weight"].any()
+        assert method == "grasp" or not kept["spread.weight"].any()
     kept = prune(Pair(), "synflow", 0.4, shape=(6,), forward=task["forward"])
     assert not kept["spread.weight"].any()
 
