@@ -16,10 +16,9 @@ import pandas as pd
 from scipy import sparse
 from torch import Tensor, nn
 
-from fsp.spectrum.engine import top_two
-from fsp.spectrum.graph import PLAIN, RULES, Rules, Wiring, blocks, dense_enough, rules_of, wiring_of
-from fsp.spectrum.network import Coordinate, coordinates
-from fsp.spectrum.quantities import mean
+from fsp.spectrum.definitions import PLAIN, RULES, Rules, Wiring, blocks, is_valid, mean, rules_of, wiring_of
+from fsp.spectrum.fast import top_two
+from fsp.spectrum.full_spectrum import Coordinate, coordinates
 
 
 def layer_table(
@@ -178,7 +177,7 @@ class _Graph(NamedTuple):
         return self.delta_s_bound - self.sigma2
 
     def is_valid(self, rules: Rules, left: str) -> bool:
-        return dense_enough(self.edges, self.n_left, self.n_right, rules, left=left)
+        return is_valid(self.edges, self.n_left, self.n_right, rules, left=left)
 
 
 NO_GRAPH = _Graph(0, 0, 0, math.nan, math.nan)  # every quantity of it is nan
@@ -210,7 +209,7 @@ def _nested(B: sparse.csr_array, degrees: np.ndarray, rules: Rules) -> Iterator[
         alike = degrees == degree
         if np.count_nonzero(alike) >= rules.group_size and degree >= rules.left_degree:
             K = _without_isolated(B[alike])
-            if dense_enough(K.nnz, *K.shape, rules):
+            if is_valid(K.nnz, *K.shape, rules):
                 yield K
 
 

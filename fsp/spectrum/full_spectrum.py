@@ -14,10 +14,20 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
-from fsp.spectrum.batched import layer_coordinates
-from fsp.spectrum.engine import Layer, measured
-from fsp.spectrum.graph import PLAIN, Rules, Wiring, biadjacency, rules_of, wiring_of
-from fsp.spectrum.quantities import imdb, imsg, mean, ramanujan_gap, weighted_gap
+from fsp.spectrum.definitions import (
+    PLAIN,
+    Rules,
+    Wiring,
+    biadjacency,
+    imdb,
+    imsg,
+    mean,
+    ramanujan_gap,
+    rules_of,
+    weighted_gap,
+    wiring_of,
+)
+from fsp.spectrum.fast import Layer, dense_coordinates, sparse_coordinates
 
 TASK = 20_000  # kept weights that keep a thread busy long enough
 
@@ -143,9 +153,9 @@ def population(
     On the CPU, layers are measured in as many threads as `torch.get_num_threads` says.  Neither their number nor the
     other masks change a bit of a result.
     """
-    rules, wirings = rules_of(rules), {}
+    rules, wirings = rules_of(rules), wiring_of(weights)
     if isinstance(weights, nn.Module):
-        weights, wirings = dict(weights.named_parameters(remove_duplicate=False)), wiring_of(weights)
+        weights = dict(weights.named_parameters(remove_duplicate=False))
     if not masks_list:
         raise ValueError("there is no mask to measure: the list is empty")
     names = list(masks_list[0])
@@ -161,7 +171,7 @@ def population(
                 raise error if len(masks_list) == 1 else ValueError(f"mask {i}: {error}") from None
     if device is not None and torch.device(device).type != "cpu":
         found = [
-            layer_coordinates(
+            dense_coordinates(
                 torch.stack([masks[name].bool() for masks in masks_list]).to(device),
                 weights[name].to(device),
                 rules,
@@ -173,9 +183,7 @@ def population(
         return torch.stack(found, 1).cpu()
     on_cpu = {name: weights[name].detach().cpu() for name in names}
     layers = [
-        Layer(masks[name].bool().cpu(), on_cpu[name], wirings.get(name, PLAIN))
-        for masks in masks_list
-        for name in names
+        (masks[name].bool().cpu(), on_cpu[name], wirings.get(name, PLAIN)) for masks in masks_list for name in names
     ]
     tasks = [part for start in range(0, len(layers), len(names)) for part in _parts(layers, start, start + len(names))]
     threads = torch.get_num_threads()
@@ -186,7 +194,7 @@ def population(
             threadpool_limits(1),
             ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
         ):
-            results = pool.map(lambda task: measured([layers[i] for i in task], rules), tasks)
+            results = pool.map(lambda task: sparse_coordinates([layers[i] for i in task], rules), tasks)
             for task, values in zip(tasks, results, strict=True):
                 found[task] = torch.tensor(values, dtype=torch.float64)
     finally:
@@ -197,12 +205,12 @@ def population(
 def _parts(layers: list[Layer], start: int, stop: int) -> list[list[int]]:
     """Indices of one network's layers in tasks of at least `TASK` kept weights, the largest layers first."""
     parts, kept = [], TASK
-    for i in sorted(range(start, stop), key=lambda i: -layers[i].mask.numel()):
+    for i in sorted(range(start, stop), key=lambda i: -layers[i][0].numel()):
         if kept >= TASK:
             parts.append([])
             kept = 0
         parts[-1].append(i)
-        kept += int(layers[i].mask.sum())
+        kept += int(layers[i][0].sum())
     return parts
 
 
@@ -245,39 +253,6 @@ def distance(a: Mapping[str, Coordinate], b: Mapping[str, Coordinate]) -> float:
     if a.keys() != b.keys():
         raise ValueError(f"coordinates of different layers: {sorted(a.keys() ^ b.keys())} are in one only")
     return mean([math.dist(_zeroed(a[name]), _zeroed(b[name])) for name in a])
-
-
-def anchor_distance(
-    masks: Mapping[str, Tensor],
-    weights: Mapping[str, Tensor] | nn.Module,
-    anchor: Mapping[str, Tensor] | nn.Module,
-    *,
-    rules: str | Rules = "fsp2023",
-) -> float:
-    """Distance of a network from what its dense initial weights are under the same mask (D5).
-
-    Topology cancels: what is left is how far training has moved the weighted gaps.
-
-    Parameters
-    ----------
-    masks : dict of parameter name to mask
-    weights : dict of parameter name to weights, or the model itself
-        After training, or at the start of a ticket.
-    anchor : dict of parameter name to weights, or a copy of the model made before training
-        Dense initial weights.
-    rules : {"iclr2023", "fsp2023"} or Rules
-
-    Returns
-    -------
-    float
-        Unit: that of the weights.
-
-    Raises
-    ------
-    ValueError
-        As for `coordinates`.
-    """
-    return distance(coordinates(masks, weights, rules=rules), coordinates(masks, anchor, rules=rules))
 
 
 def layer_mean(coordinates: Mapping[str, Coordinate]) -> Coordinate:
