@@ -273,16 +273,23 @@ def subgraph_factor(n_left, n_right, rules: Rules, *, maximum: Callable = max):
     return maximum(n_left, n_right) / (n_left + n_right - 1) if rules.cheeger else 1.0
 
 
-def narc_2023a(
-    edges: int, n_left: int, n_right: int, sigma2: float, n_inputs: int, n_outputs: int, times: int
+def whole_narc(
+    edges: int, n_left: int, n_right: int, sigma2: float, shape: tuple[int, int], rules: Rules, times: int
 ) -> float:
-    """NaRC of [2]_, formula (a) of `narc`, each edge counted `times`."""
-    spread = (sigma2**2 / 4 + 1) * math.sqrt(n_left * n_right)
-    return (spread - abs(times * edges - edges * n_right / n_outputs)) / (n_inputs * n_outputs)
+    """NaRC of a whole layer of `shape` (inputs, outputs), isolated vertices too, each edge counted `times`: see `narc`.
+
+    The other numbers are of the graph without isolated vertices.
+    """
+    if not rules.cheeger:
+        spread = (sigma2**2 / 4 + 1) * math.sqrt(n_left * n_right)
+        return (spread - abs(times * edges - edges * n_right / shape[1])) / (shape[0] * shape[1])
+    if rules.whole_left == "outputs":
+        n_left, n_right = n_right, n_left
+    return narc_2023b(edges, n_left, n_right, sigma2, n_left + n_right, times)
 
 
 def narc_2023b(edges: int, n_left: int, n_right: int, sigma2: float, vertices: int, times: int) -> float:
-    """NaRC of [1]_, formula (b) of `narc`, each edge counted `times`, of a graph among `vertices` vertices."""
+    """NaRC of [1]_, formula (b) of `narc`, each edge counted `times`, `vertices` the N of the formula."""
     spread = sigma2 * math.sqrt(n_left * n_right)
     return (spread - abs(times * edges - edges * n_right / vertices)) / vertices
 
@@ -493,11 +500,5 @@ def narc(B: Tensor, *, rules: str | Rules = "iclr2023", edge_count: str = "direc
     K = whole_graph(B, rules)
     if K is None:
         return math.nan
-    edges, n_left, n_right = counts(K)
     sigma2 = singular_values(K)[1].item()
-    times = 2 if edge_count == "directed" else 1
-    if not rules.cheeger:
-        return narc_2023a(edges, n_left, n_right, sigma2, *B.shape, times)
-    if rules.whole_left == "outputs":
-        n_left, n_right = n_right, n_left
-    return narc_2023b(edges, n_left, n_right, sigma2, n_left + n_right, times)
+    return whole_narc(*counts(K), sigma2, B.shape, rules, 2 if edge_count == "directed" else 1)

@@ -131,7 +131,7 @@ def _saved(K: Graph) -> float:
 def _alone(K: Graph) -> tuple[float, float]:
     """Two largest singular values of one graph, from the dense Gram matrix of its smaller side."""
     m, n = K.shape
-    if min(m, n) == 1:
+    if min(m, n) < 2:
         return float(np.sqrt(np.square(K.data, dtype=np.float64).sum())), 0.0
     dense = K.toarray()
     if dense.dtype == bool:  # single precision is exact for counts of common neighbours
@@ -159,40 +159,20 @@ def _together(graphs: list[Graph]) -> list[tuple[float, float] | None]:
     return [None if math.isnan(pair[0]) else tuple(pair) for pair in values]
 
 
-def edges_of(mask: Tensor, wiring: Wiring) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[int, int]]:
-    """Kept weights of a layer as edges, output by output.
-
-    Parameters
-    ----------
-    mask : Tensor of bool, a layer's shape, on the CPU
-    wiring : Wiring
-
-    Returns
-    -------
-    places : ndarray of int64
-        Where the kept weights stand in the flattened ``blocks(mask, wiring)``.
-    left, right : ndarray of int32
-        Unrolled input and output of each.
-    shape : (int, int)
-        Numbers of unrolled inputs and of outputs, isolated ones too.
-    """
+def _sorted_by_degree(mask: Tensor, weight: Tensor, wiring: Wiring) -> tuple[Graph, Graph, np.ndarray]:
+    """Biadjacency matrices of the mask and of its absolute weights, left vertices by degree, and the degrees."""
     kept = blocks(mask, wiring)
     groups, outputs, inputs = kept.shape
+    shape = groups * inputs, groups * outputs
     places = np.flatnonzero(kept.numpy())
     right = places // inputs
     left = places - (right - right // outputs) * inputs
-    return places, left.astype(np.int32), right.astype(np.int32), (groups * inputs, groups * outputs)
-
-
-def _sorted_by_degree(mask: Tensor, weight: Tensor, wiring: Wiring) -> tuple[Graph, Graph, np.ndarray]:
-    """Biadjacency matrices of the mask and of its absolute weights, left vertices by degree, and the degrees."""
-    places, left, right, shape = edges_of(mask, wiring)
     strengths = np.abs(blocks(weight.detach(), wiring).flatten()[torch.from_numpy(places)].double().numpy())
     degrees = np.bincount(left, minlength=shape[0])
     order = np.argsort(degrees, kind="stable")
     rank = np.empty(len(order), np.int32)
     rank[order] = np.arange(len(order), dtype=np.int32)
-    W = sparse.csr_array((strengths, (rank[left], right)), shape=shape)
+    W = sparse.csr_array((strengths, (rank[left], right.astype(np.int32))), shape=shape)
     B = sparse.csr_array((np.ones(W.nnz, bool), W.indices, W.indptr), shape=shape)
     return B, W, degrees[order]
 
@@ -209,19 +189,14 @@ def _rows(M: sparse.csr_array, start: int, stop: int) -> Graph:
     )
 
 
-def without_isolated(M: sparse.csr_array) -> Graph:
-    """The matrix without the rows and columns that have no entry."""
-    rows = np.flatnonzero(np.diff(M.indptr))
-    return _rows(M[rows], 0, len(rows))
-
-
 def _without_zeros(M: sparse.csr_array) -> Graph:
     """The matrix without stored zeros, and without the rows and columns that then are empty."""
     if M.data.all():
         return M
     M = M.copy()
     M.eliminate_zeros()
-    return without_isolated(M)
+    rows = np.flatnonzero(np.diff(M.indptr))
+    return _rows(M[rows], 0, len(rows))
 
 
 # ---- dense -------------------------------------------------------------------------------------------------------
