@@ -13,7 +13,6 @@ rows add zero singular values only.
 """
 
 import math
-from collections.abc import Iterator
 from itertools import islice
 
 import numpy as np
@@ -170,8 +169,7 @@ def _sorted_by_degree(mask: Tensor, weight: Tensor, wiring: Wiring) -> tuple[Gra
     strengths = np.abs(blocks(weight.detach(), wiring).flatten()[torch.from_numpy(places)].double().numpy())
     degrees = np.bincount(left, minlength=shape[0])
     order = np.argsort(degrees, kind="stable")
-    rank = np.empty(len(order), np.int32)
-    rank[order] = np.arange(len(order), dtype=np.int32)
+    rank = np.argsort(order).astype(np.int32)
     W = sparse.csr_array((strengths, (rank[left], right.astype(np.int32))), shape=shape)
     B = sparse.csr_array((np.ones(W.nnz, bool), W.indices, W.indptr), shape=shape)
     return B, W, degrees[order]
@@ -224,8 +222,7 @@ def dense_coordinates(masks: Tensor, weight: Tensor, rules: Rules, wiring: Wirin
     found = []
     for part in masks.split(chunk):
         B = _biadjacencies(part, wiring)
-        W = strength.where(B != 0, 0)
-        found.append(torch.stack([*_whole(B, W, rules), *_nested(B, W, rules)], 1))
+        found.append(_measured(B, strength.where(B != 0, 0), rules))
     return torch.cat(found)
 
 
@@ -236,66 +233,60 @@ def _biadjacencies(tensors: Tensor, wiring: Wiring) -> Tensor:
     return apart.flatten(3).flatten(1, 2)
 
 
-def _whole(B: Tensor, W: Tensor, rules: Rules) -> tuple[Tensor, Tensor]:
-    """Ramanujan gaps and weighted gaps (P,) of whole layers, nan where the validity test fails."""
-
-    def counts(M: Tensor) -> list[Tensor]:
-        edges = M != 0
-        return [edges.sum((1, 2)).double(), edges.any(2).sum(1).double(), edges.any(1).sum(1).double()]
-
-    gap = ramanujan_bound(*counts(B), sqrt=torch.sqrt) - _top_two(B)[:, 1]
-    sigma = _top_two(W)
-    return (
-        gap.where(is_valid(*counts(B), rules, left=rules.whole_left), math.nan),
-        (sigma[:, 0] - sigma[:, 1]).where(is_valid(*counts(W), rules, left=rules.whole_left), math.nan),
-    )
-
-
-def _nested(B: Tensor, W: Tensor, rules: Rules) -> tuple[Tensor, Tensor]:
-    """IMDB and IMSG (P,) from the nested subgraphs of all masks together."""
-    p, _, n_right = B.shape
-    degrees = B.sum(2).long()
-    keys = (torch.arange(p, device=B.device)[:, None] * (n_right + 1) + degrees).flatten()
-    keys, order = keys.sort(stable=True)
-    kinds, member, sizes = keys.unique_consecutive(return_inverse=True, return_counts=True)
-    owner = kinds // (n_right + 1)
-
-    def counts(rows: Tensor) -> list[Tensor]:
-        edges = (rows != 0).double()
-        met = edges.new_zeros(len(kinds), n_right).index_add_(0, member, edges)
-        n_left = edges.new_zeros(len(kinds)).index_add_(0, member, edges.amax(1))
-        return [met.sum(1), n_left, (met > 0).sum(1).double()]
-
-    rows, heavy = B.view(-1, n_right)[order], W.view(-1, n_right)[order]
-    structure = counts(rows)
+def _measured(B: Tensor, W: Tensor, rules: Rules) -> Tensor:
+    """Coordinates (P, 4) from biadjacency matrices of masks and of their absolute weights, (P, n_left, n_right)."""
+    p, n_left, n_right = B.shape
+    rows, heavy = B.flatten(0, 1), W.flatten(0, 1)
+    # whole layers: the rows of a mask are one graph
+    member = torch.arange(p, device=B.device).repeat_interleave(n_left)
+    structure, weights = _counts(rows, member), _counts(heavy, member)
+    valid, sound = (is_valid(*counts, rules, left=rules.whole_left) for counts in (structure, weights))
+    gap, weighted = _gaps_of_graphs(rows, heavy, member, structure, valid, sound)
+    # nested subgraphs: the rows of a mask and of a degree are one graph
+    keys, order = (member * (n_right + 1) + torch.count_nonzero(rows, 1)).sort(stable=True)
+    kinds, member = keys.unique_consecutive(return_inverse=True)
+    rows, heavy = rows[order], heavy[order]
+    structure, weights = _counts(rows, member), _counts(heavy, member)
     valid = is_nested(*structure, rules)
-    sound = valid & is_valid(*counts(heavy), rules)  # weights may be zero under the mask
-    gaps, light = B.new_full((2, len(kinds)), math.nan)
-    bounds = ramanujan_bound(*structure, sqrt=torch.sqrt)
-    starts = sizes.cumsum(0) - sizes
-    for chosen in _batches(valid.nonzero()[:, 0], sizes):
-        gaps[chosen] = bounds[chosen] - _top_two(_padded(rows, starts, sizes, chosen))[:, 1]
-    for chosen in _batches(sound.nonzero()[:, 0], sizes):
-        sigma = _top_two(_padded(heavy, starts, sizes, chosen))
-        light[chosen] = sigma[:, 0] - sigma[:, 1]
+    sound = valid & is_valid(*weights, rules)  # weights may be zero under the mask
+    gaps, light = _gaps_of_graphs(rows, heavy, member, structure, valid, sound)
     factor = subgraph_factor(*structure[1:], rules, maximum=torch.maximum)
-    counted = valid if rules.zero_weights == "published" else sound
-    return _mean_by_owner(gaps * factor, owner, valid, p), _mean_by_owner(light * factor, owner, counted, p)
+    owner = kinds // (n_right + 1)
+    imdb = _mean_by_owner(gaps * factor, owner, valid, p)
+    imsg = _mean_by_owner(light * factor, owner, valid if rules.zero_weights == "published" else sound, p)
+    return torch.stack([gap, weighted, imdb, imsg], 1)
 
 
-def _batches(chosen: Tensor, sizes: Tensor) -> Iterator[Tensor]:
-    """Indices of graphs, split into batches of similar size."""
-    if len(chosen):
-        chosen = chosen[sizes[chosen].argsort(stable=True)]
-        scale = (sizes[chosen].double().log() / math.log(GROWTH)).floor()
-        yield from chosen.split(scale.unique_consecutive(return_counts=True)[1].tolist())
+def _counts(rows: Tensor, member: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Edges, left and right vertices with an edge of each graph; `member` says which graph a row is of, ascending."""
+    edges = (rows != 0).double()
+    met = edges.new_zeros(int(member[-1]) + 1, rows.shape[1]).index_add_(0, member, edges)
+    n_left = edges.new_zeros(len(met)).index_add_(0, member, edges.amax(1))
+    return met.sum(1), n_left, (met > 0).sum(1).double()
 
 
-def _padded(rows: Tensor, starts: Tensor, sizes: Tensor, chosen: Tensor) -> Tensor:
-    """Rows of the chosen graphs, (b, largest, n_right), zero rows behind those of the smaller ones."""
-    offset = torch.arange(int(sizes[chosen].max()), device=rows.device)
-    index = (starts[chosen, None] + offset).clamp(max=len(rows) - 1)
-    return rows[index] * (offset < sizes[chosen, None])[..., None]
+def _gaps_of_graphs(
+    rows: Tensor, heavy: Tensor, member: Tensor, structure: tuple[Tensor, ...], valid: Tensor, sound: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Ramanujan gaps of the valid graphs and weighted gaps of the sound ones, nan of the others."""
+    sigma, weighted = _spectra(rows, member, valid), _spectra(heavy, member, sound)
+    return ramanujan_bound(*structure, sqrt=torch.sqrt) - sigma[:, 1], weighted[:, 0] - weighted[:, 1]
+
+
+def _spectra(rows: Tensor, member: Tensor, asked: Tensor) -> Tensor:
+    """Two largest singular values (graphs, 2) of the graphs asked for, nan of the others."""
+    found = rows.new_full((len(asked), 2), math.nan)
+    sizes = torch.bincount(member)
+    starts = sizes.cumsum(0) - sizes
+    chosen = asked.nonzero()[:, 0]
+    chosen = chosen[sizes[chosen].argsort(stable=True)]
+    scale = (sizes[chosen].double().log() / math.log(GROWTH)).floor()
+    for batch in chosen.split(scale.unique_consecutive(return_counts=True)[1].tolist()):
+        offset = torch.arange(int(sizes[batch].max()), device=rows.device)
+        index = (starts[batch, None] + offset).clamp(max=len(rows) - 1)
+        padded = rows[index] * (offset < sizes[batch, None])[..., None]  # zero rows behind those of smaller graphs
+        found[batch] = _top_two(padded)
+    return found
 
 
 def _top_two(M: Tensor) -> Tensor:

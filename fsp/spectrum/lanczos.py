@@ -33,6 +33,7 @@ LEADING = 1e-6
 FIRST, SECOND = (8, 12, 16, 24, 32), (32, 42, 52, 64, 84, 110, 140)
 
 Product = Callable[[np.ndarray], np.ndarray]
+Three = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class Blocks:
@@ -85,7 +86,7 @@ def two_largest(product: Product, sizes) -> np.ndarray:
 
 def _lanczos(
     product: Product, blocks: Blocks, x: np.ndarray, away: np.ndarray, scale: np.ndarray | None = None
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+) -> Iterator[Three]:
     """Lanczos vectors of all blocks, orthogonal to `away`, each with its alpha and beta; zeros after the last."""
     before, beta = np.zeros_like(x), np.zeros(len(blocks.sizes))
     x = x - away * blocks.spread(blocks.dot(away, x))
@@ -114,12 +115,8 @@ def _ritz(alphas: list[np.ndarray], betas: list[np.ndarray], block: int) -> tupl
 
 
 def _largest(
-    steps: Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]],
-    number: int,
-    looks: tuple[int, ...],
-    tolerance: float,
-    basis: list[np.ndarray] | None = None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    steps: Iterator[Three], number: int, looks: tuple[int, ...], tolerance: float, basis: list[np.ndarray] | None = None
+) -> Three:
     """Largest Ritz value of each of a number of blocks, its residual, and its vector in the Lanczos basis.
 
     Takes steps until every residual is within `tolerance` of its value, at the latest to the last of `looks`.  A list
@@ -141,7 +138,7 @@ def _largest(
                 return values, residuals, vectors
 
 
-def _leading(product: Product, blocks: Blocks) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _leading(product: Product, blocks: Blocks) -> Three:
     """Rayleigh quotients, residuals and unit vectors close to the leading eigenvector of each block."""
     basis = []
     start = 1 + np.random.default_rng(1).random(int(blocks.sizes.sum()))

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import pandas as pd
+import torch
 from scipy import sparse
 from torch import Tensor, nn
 
@@ -196,7 +197,7 @@ def _row(layer: _Layer, v: Coordinate, rules: Rules) -> dict[str, object]:
     whole, *nested = [_Graph(*counts(K), *sigma) for K, sigma in zip(parts, spectra, strict=True)]
     number = whole.edges, whole.n_left, whole.n_right
     valid = {side: is_valid(*number, rules, left=side) for side in ("inputs", "outputs")}
-    degrees, bounds = B.sum(1), [K.bounds() for K in nested]
+    degrees, bounds = torch.count_nonzero(B, 1), [K.bounds() for K in nested]
     expansions = [K.n_right / K.n_left for K in nested]
     row = {
         "layer": layer.name,
@@ -249,9 +250,9 @@ def _passage(layer: _Layer, following: _Layer | None) -> dict[str, float]:
     """What a layer's live channels meet in the next layer; what is undefined is left out."""
     if following is None or not _fits(layer, following) or not layer.B.any():
         return {}
-    incoming, n_left = layer.B.sum(0).numpy(), int(layer.B.any(1).sum())
+    incoming, n_left = torch.count_nonzero(layer.B, 0).numpy(), int(layer.B.any(1).sum())
     live = incoming > 0
-    outgoing = following.B.sum(1).numpy().reshape(len(live), -1)[live]  # (live channels, positions)
+    outgoing = torch.count_nonzero(following.B, 1).numpy().reshape(len(live), -1)[live]  # (live channels, positions)
     found = {"compatibility": float(outgoing.any(1).mean())}
     n_right = int(following.B.any(0).sum())
     if n_right:
