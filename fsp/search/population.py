@@ -20,7 +20,7 @@ from fsp.search.acceptance import ACCEPT, norms
 from fsp.search.candidates import OfCandidate, check_randomness, drawer, first_examples
 from fsp.search.recombine import leading, resized, swapped
 from fsp.search.state import State, described, read, write
-from fsp.spectrum.graph import PLAIN, Rules, rules_of, wiring_of
+from fsp.spectrum.definitions import PLAIN, Rules, rules_of, wiring_of
 
 Draw = Callable[[int, Masks, dict[str, Tensor]], Masks]  # (candidate, incumbent, votes) -> masks
 
