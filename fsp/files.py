@@ -136,16 +136,22 @@ def load_content(path: str | Path, kind: str) -> dict:
 
 @contextmanager
 def _opened(path: str | Path, kind: str) -> Iterator[tuple[safe_open, str, str | None]]:
-    """An open file, its content as text, and its SHA-256; what is wrong with it is a DamagedFile."""
+    """An open file, its content as text, and its SHA-256."""
     if not Path(path).exists():
         raise FileNotFoundError(f"{path} does not exist: expected a safetensors file of {kind}")
+    with reading(path, kind), safe_open(path, framework="pt") as file:
+        header = file.metadata() or {}
+        if f"fsp_{kind}" not in header:
+            raise ValueError(f"its header does not say that it is of {kind}")
+        yield file, header[f"fsp_{kind}"], header.get("sha256")
+
+
+@contextmanager
+def reading(path: str | Path, kind: str) -> Iterator[None]:
+    """Raise what is found wrong with the content of a file as a DamagedFile that names it."""
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            if f"fsp_{kind}" not in header:
-                raise ValueError(f"its header does not say that it is of {kind}")
-            yield file, header[f"fsp_{kind}"], header.get("sha256")
-    except (SafetensorError, ValueError) as error:
+        yield
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise DamagedFile(f"{path} is no whole file of {kind}: {error}") from error
 
 

@@ -3,15 +3,14 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fsp.files import DamagedFile, load_content, load_tensors, save_tensors
+from fsp.files import load_content, load_tensors, reading, save_tensors
 from fsp.masks.algebra import Masks, density, layer_densities
 
 KIND = "masks"
@@ -73,7 +72,7 @@ def load(path: str | Path) -> Masks:
         If there is none.
     """
     packed, content = load_tensors(path, KIND, unsigned=True)
-    with _reading(path):
+    with reading(path, KIND):
         shapes = content["shapes"]
         masks = {}
         for name, shape in shapes.items():
@@ -115,18 +114,9 @@ def metadata(path: str | Path) -> dict[str, object]:
     ('snip', 3, 0.5, 64)
     """
     content = load_content(path, KIND)
-    with _reading(path):
+    with reading(path, KIND):
         own = (content["shapes"], content["density"], content["layer_densities"], content.get("checksum"))
         return {**content["metadata"], **dict(zip(OWN_KEYS, own, strict=True))}
-
-
-@contextmanager
-def _reading(path: str | Path) -> Iterator[None]:
-    """A header or masks that are not what `save` writes are a DamagedFile."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError) as error:
-        raise DamagedFile(f"{path} is no whole file of {KIND}: {error!r}") from error
 
 
 def _checksum(shapes: Mapping[str, list[int]], packed: Mapping[str, Tensor]) -> str:

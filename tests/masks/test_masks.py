@@ -130,13 +130,6 @@ def test_layer_scope_counts_and_ranks_every_tensor_by_itself(scores, density):
         assert not len(outside) or s[kept[name]].min() >= outside.max()
 
 
-@pytest.mark.parametrize("scope", ["global", "layer"])
-@pytest.mark.parametrize("density", [1.0, 0.9, 0.5, 0.1, 1e-3])
-def test_constant_scores_give_exact_counts(scope, density):
-    kept = keep_top({"a": torch.zeros(40, 25), "b": torch.zeros(1000)}, density, scope=scope)
-    assert total(kept) == 2000 * density
-
-
 def test_one_weight_of_many_is_the_best_one():
     scores = {"a": torch.arange(500.0), "b": torch.tensor([3.0, 999.0, 1.0])}
     kept = keep_top(scores, 1e-9)
@@ -642,30 +635,14 @@ def test_what_torch_cannot_prune_is_refused_before_any_change(second, name, mess
 
 # ---- files -------------------------------------------------------------------------------------------------------
 
-mask_tensors = st.lists(st.integers(1, 7), min_size=1, max_size=4).flatmap(
-    lambda shape: st.lists(st.booleans(), min_size=math.prod(shape), max_size=math.prod(shape)).map(
-        lambda bits: torch.tensor(bits).view(shape)
-    )
-)
-names = st.text(st.characters(codec="utf-8", categories=["L", "N", "P"]), min_size=1, max_size=8)
-
-
-@examples
-@given(kept=st.dictionaries(names.filter(lambda n: n != "__metadata__"), mask_tensors, min_size=1, max_size=4))
-def test_masks_come_back_from_a_file_as_they_were(tmp_path_factory, kept):
-    path = tmp_path_factory.mktemp("masks") / "m.safetensors"
-    save(path, kept)
-    back = load(path)
-    assert same(kept, back)  # names, their order, shapes, bits
-    assert all(mask.dtype == torch.bool for mask in back.values())
-
 
 def test_a_file_is_plain_one_bit_a_weight_first_weight_first_with_densities_and_metadata(tmp_path):
     # anyone with safetensors and numpy can read it
     path = tmp_path / "m.safetensors"
-    kept = {"view": bools([True, True], [False, True], [False, False]).T, "empty": torch.zeros(3, 3, dtype=torch.bool)}
+    empty = torch.zeros(3, 1, 3, 1, dtype=torch.bool)
+    kept = {"view": bools([True, True], [False, True], [False, False]).T, "Maß.層": empty}
     save(path, kept, method="snip", options={"rounds": 5, "exclude": ["classifier"]}, density=0.45)
-    assert same(load(path), kept)
+    assert same(load(path), kept)  # names, their order, shapes, bits
     with safe_open(path, framework="np") as file:
         header = json.loads(file.metadata()["fsp_masks"])
         assert file.get_tensor("view").dtype == np.uint8
@@ -675,22 +652,11 @@ def test_a_file_is_plain_one_bit_a_weight_first_weight_first_with_densities_and_
         "method": "snip",
         "options": {"rounds": 5, "exclude": ["classifier"]},
         "density": 0.45,  # what was asked for
-        "shapes": {"view": [2, 3], "empty": [3, 3]},
+        "shapes": {"view": [2, 3], "Maß.層": [3, 1, 3, 1]},
         "achieved_density": 0.2,
-        "achieved_layer_densities": {"view": 0.5, "empty": 0.0},
+        "achieved_layer_densities": {"view": 0.5, "Maß.層": 0.0},
         "checksum": hashlib.sha256(json.dumps(header["shapes"]).encode() + b"\x98\0\0").hexdigest(),
     }
-
-
-def test_equal_masks_have_equal_checksums_and_others_do_not(tmp_path):
-    def checksum(kept, **options):
-        save(tmp_path / "m.safetensors", kept, **options)
-        return metadata(tmp_path / "m.safetensors")["checksum"]
-
-    first = checksum({"w": bools([True, False])}, seed=1)
-    assert first == checksum({"w": bools([True, False])}, seed=2)
-    others = [{"w": bools([False, True])}, {"w": bools(True, False)}, {"v": bools([True, False])}]
-    assert len({first, *map(checksum, others)}) == 4
 
 
 def test_damaged_masks_are_refused_and_their_metadata_can_be_read_still(tmp_path):
