@@ -3,13 +3,14 @@
 Every random choice is drawn on the CPU from a `torch.Generator`, so that it does not depend on the device.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fsp.data.datasets import Data, Split, is_count
+from fsp.checks import check_choice, check_count, check_generator
+from fsp.data.datasets import Data, Split
 
 
 def augment(
@@ -55,14 +56,12 @@ def augment(
     """
     if images.ndim != 4:
         raise ValueError(f"images has shape {tuple(images.shape)}; expected (N, C, H, W)")
-    if mode not in ("zeros", "reflect"):
-        raise ValueError(f"mode={mode!r}: expected 'zeros' or 'reflect'")
-    if not is_count(padding, 0):
-        raise ValueError(f"padding={padding!r}: expected an integer of at least 0")
+    check_choice("mode", mode, ("zeros", "reflect"))
+    check_count("padding", padding, 0)
     n, _, height, width = images.shape
     if mode == "reflect" and padding >= min(height, width):
         raise ValueError(f"padding={padding}: a {height}x{width} image reflects at most {min(height, width) - 1}")
-    _check_generator(generator)
+    check_generator(generator)
 
     draws = torch.randint(2 * padding + 1, (2, n), generator=generator)
     if flip:
@@ -81,7 +80,7 @@ def augment(
 
 
 def _mirrored(side: int, padding: int, device: torch.device) -> Tensor:
-    """Indices of one axis, reflected at both ends: side 3, padding 2 gives 2 1 0 1 2 1 0."""
+    """Indices of one axis, reflected at both ends: for example, side 3, padding 2 gives 2 1 0 1 2 1 0."""
     index = torch.arange(-padding, side + padding, device=device).abs()
     return side - 1 - (side - 1 - index).abs()
 
@@ -122,14 +121,13 @@ def batches(
     [[0, 1], [2, 3], [4]]
     """
     images, labels = split
-    if not is_count(size, 1):
-        raise ValueError(f"size={size!r}: expected a positive integer")
+    check_count("size", size, 1)
     if len(images) != len(labels):
         raise ValueError(f"{len(images)} images but {len(labels)} labels: they must be of one split")
     starts = range(0, len(labels) - len(labels) % size if drop_last else len(labels), size)
     if generator is None:
         return ((images[start : start + size], labels[start : start + size]) for start in starts)
-    _check_generator(generator)
+    check_generator(generator)
     order = torch.randperm(len(labels), generator=generator).to(images.device)
     chosen = (order[start : start + size] for start in starts)
     return ((images[index], labels[index]) for index in chosen)
@@ -184,10 +182,9 @@ def scoring_batches(
     .. [3] Tanaka et al., "Pruning neural networks without any data by iteratively conserving synaptic flow",
        NeurIPS 2020.
     """
-    for name, value in (("per_class", per_class), ("batch_size", batch_size)):
-        if not is_count(value, 1):
-            raise ValueError(f"{name}={value!r}: expected a positive integer")
-    _check_generator(generator)
+    check_count("per_class", per_class, 1)
+    check_count("batch_size", batch_size, 1)
+    check_generator(generator)
     if augmented and not data.augmented:
         raise ValueError(f"augmented=True, but {data.name} is not trained with crop and flip: pass augmented=False")
     images, labels = data.train
@@ -195,16 +192,14 @@ def scoring_batches(
     if balanced:
         on_cpu = labels.cpu()
         by_class = [(on_cpu == label).nonzero().flatten() for label in range(data.classes)]
-        smallest = min(range(data.classes), key=lambda label: len(by_class[label]))
-        if len(by_class[smallest]) < per_class:
-            raise ValueError(
-                f"per_class={per_class}, but class {smallest} of {data.name} has {len(by_class[smallest])} training "
-                f"examples: lower per_class or pass balanced=False"
-            )
-        members = torch.cat(
-            [member[torch.randperm(len(member), generator=generator)[:per_class]] for member in by_class]
-        )
-        chosen = members[torch.randperm(total, generator=generator)]
+        for label, members in enumerate(by_class):
+            if len(members) < per_class:
+                raise ValueError(
+                    f"per_class={per_class}, but class {label} of {data.name} has {len(members)} training examples: "
+                    "lower per_class or pass balanced=False"
+                )
+        drawn = [member[torch.randperm(len(member), generator=generator)[:per_class]] for member in by_class]
+        chosen = torch.cat(drawn)[torch.randperm(total, generator=generator)]
     else:
         if total > len(labels):
             raise ValueError(
@@ -216,89 +211,3 @@ def scoring_batches(
     if augmented:
         images = augment(images, generator=generator)
     return list(batches((data.normalise(images), labels), batch_size))
-
-
-CORRUPTIONS = ("labels", "pixels", "half")
-
-
-def corrupted(
-    batches: Sequence[tuple[Tensor, Tensor]], kind: str, *, generator: torch.Generator
-) -> list[tuple[Tensor, Tensor]]:
-    """Scoring examples that tell less of the task, or nothing, to see whether a pruning method listens.
-
-    Parameters
-    ----------
-    batches : sequence of (images, labels)
-        Of images with shape (N, C, ...) that agree in all but N; see `scoring_batches`.
-    kind : {"labels", "pixels", "half"}
-        * "labels": every label is drawn anew, uniformly from the labels that occur.
-        * "pixels": the same, and the pixels of each image are put in a random order of its own; the channels of a
-          pixel stay together.
-        * "half": half of the examples, rounded down, drawn without replacement from all of them together; cut into
-          batches as large as the first one.
-    generator : torch.Generator
-        On the CPU; it is advanced.
-
-    Returns
-    -------
-    list of (images, labels)
-        New tensors on the devices of the old ones, which stay as they are.
-
-    Raises
-    ------
-    ValueError
-        Unknown `kind`; no batches; images without positions ("pixels"); fewer than two examples ("half");
-        `generator` is not a CPU generator.
-
-    Examples
-    --------
-    >>> images, labels = torch.rand(4, 1, 2, 2), torch.tensor([0, 1, 0, 1])
-    >>> rng = torch.Generator().manual_seed(0)
-    >>> [(part.shape, len(marks)) for part, marks in corrupted([(images, labels)], "half", generator=rng)]
-    [(torch.Size([2, 1, 2, 2]), 2)]
-
-    References
-    ----------
-    Su et al., "Sanity-Checking Pruning Methods: Random Tickets can Win the Jackpot", NeurIPS 2020.
-    """
-    if kind not in CORRUPTIONS:
-        raise ValueError(f"kind={kind!r}: expected one of {', '.join(CORRUPTIONS)}")
-    _check_generator(generator)
-    if not batches:
-        raise ValueError("there are no batches to corrupt: fsp.data.scoring_batches makes some")
-    if kind == "half":
-        images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-        if len(labels) < 2:
-            raise ValueError("half of one example is none: pass at least two")
-        chosen = torch.randperm(len(labels), generator=generator)[: len(labels) // 2].to(images.device)
-        size = len(batches[0][1])
-        return list(zip(images[chosen].split(size), labels[chosen].split(size), strict=True))
-    if kind == "pixels":
-        flat = next((images for images, _ in batches if images.ndim < 3), None)
-        if flat is not None:
-            raise ValueError(f"images of shape {tuple(flat.shape)} have no pixels to permute: expected (N, C, ...)")
-    classes = torch.cat([labels.cpu() for _, labels in batches]).unique()
-    found = []
-    for images, labels in batches:
-        drawn = classes[torch.randint(len(classes), labels.shape, generator=generator)].to(labels.device)
-        if kind == "pixels":
-            images = _pixels_permuted(images, generator)
-        else:
-            images = images.clone()
-        found.append((images, drawn))
-    return found
-
-
-def _pixels_permuted(images: Tensor, generator: torch.Generator) -> Tensor:
-    """The pixels of each image in an order of its own."""
-    flat = images.flatten(2)  # (N, C, pixels)
-    order = torch.rand(len(flat), flat.shape[2], dtype=torch.float64, generator=generator).argsort(1)
-    return flat.gather(2, order.to(flat.device)[:, None].expand_as(flat)).view_as(images)
-
-
-def _check_generator(generator: torch.Generator) -> None:
-    """Raise for anything but a CPU generator: results must not depend on the device."""
-    if not isinstance(generator, torch.Generator) or generator.device.type != "cpu":
-        raise ValueError(
-            f"generator={generator!r}: expected a CPU torch.Generator, e.g. torch.Generator().manual_seed(0)"
-        )

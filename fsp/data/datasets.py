@@ -8,7 +8,7 @@ The test split never depends on a seed; `seed` picks the validation images and n
 import math
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from inspect import Parameter, signature
+from inspect import signature
 from numbers import Real
 from pathlib import Path
 from typing import NamedTuple
@@ -23,54 +23,35 @@ from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
 
 from fsp import paths
+from fsp.checks import check_choice, check_count, check_options, check_shape, is_count
 
 _CIFAR10_PER_IMAGE = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))  # mean of the standard deviations per image
 _CIFAR100_ITOP = ((0.50708, 0.48655, 0.44092), (0.26733, 0.25644, 0.27615))
 _CIFAR100_GRASP = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
-_TINY_GRASP = ((0.48025, 0.44807, 0.39755), (0.27699, 0.26906, 0.28208))
 _MNIST = ((0.1307,), (0.3081,))
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 # (mean, standard deviation) per channel of pixels in 0..1, by dataset and by whose code used them. "default" of the
 # CIFAR sets is the standard deviation over all training pixels. The choice hardly moves accuracy but moves SNIP and
-# GraSP scores. `load` has no files for the last two sets: their rows serve a `Data` built by hand.
+# GraSP scores.
 STATISTICS = {
     "mnist": {"default": _MNIST, "synflow": _MNIST, "open_lth": _MNIST, "grasp": ((0.5,), (0.5,))},
     "cifar10": {
         "default": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
         "pat": ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
         "synflow": ((0.491, 0.482, 0.447), (0.247, 0.243, 0.262)),
-        "grasp": _CIFAR10_PER_IMAGE,
-        "force": _CIFAR10_PER_IMAGE,
-        "tost": _CIFAR10_PER_IMAGE,
-        "itop": _CIFAR10_PER_IMAGE,
-        "random_pruning": _CIFAR10_PER_IMAGE,
-        "iclr2023": _CIFAR10_PER_IMAGE,
-        "fsp2023": _CIFAR10_PER_IMAGE,
+        **dict.fromkeys(
+            ("grasp", "force", "tost", "itop", "random_pruning", "iclr2023", "fsp2023"), _CIFAR10_PER_IMAGE
+        ),
         "open_lth": _IMAGENET,
     },
     "cifar100": {
         "default": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-        "pat": _CIFAR100_GRASP,
         "synflow": ((0.507, 0.487, 0.441), (0.267, 0.256, 0.276)),
-        "grasp": _CIFAR100_GRASP,
-        "force": _CIFAR100_GRASP,
         "tost": _CIFAR10_PER_IMAGE,  # as published: that code normalises CIFAR-100 with CIFAR-10's numbers
-        "itop": _CIFAR100_ITOP,
-        "random_pruning": _CIFAR100_ITOP,
-        "iclr2023": _CIFAR100_ITOP,
-        "fsp2023": _CIFAR100_ITOP,
+        **dict.fromkeys(("pat", "grasp", "force"), _CIFAR100_GRASP),
+        **dict.fromkeys(("itop", "random_pruning", "iclr2023", "fsp2023"), _CIFAR100_ITOP),
     },
-    "tiny_imagenet": {
-        "default": _TINY_GRASP,
-        "synflow": ((0.480, 0.448, 0.397), (0.276, 0.269, 0.282)),
-        "grasp": _TINY_GRASP,
-        "force": _TINY_GRASP,
-        "sanity_checks": _TINY_GRASP,
-        "others": ((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
-        "fsp2023": _IMAGENET,
-    },
-    "imagenet100": {"default": _IMAGENET},
 }
 
 
@@ -149,13 +130,8 @@ def _channel_constants(mean: tuple, std: tuple, device: torch.device) -> tuple[T
         return tuple(torch.tensor(values, device=device).view(-1, 1, 1) for values in (mean, std))
 
 
-class _Source(NamedTuple):
-    """What a loader returns: everything that may be trained on, the fixed test split, all on the CPU."""
-
-    pool: Split
-    test: Split
-    classes: int
-    augmented: bool
+# What a loader returns: everything that may be trained on, the fixed test split, classes, augmented; all on the CPU
+_Source = tuple[Split, Split, int, bool]
 
 
 def _digits(root: Path, download: bool) -> _Source:
@@ -166,7 +142,7 @@ def _digits(root: Path, download: bool) -> _Source:
     # A constant seed: the test images are the same in every run of every experiment.
     pool, test = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=digits.target, random_state=0)
     pool, test = np.sort(pool), np.sort(test)
-    return _Source(Split(images[pool], labels[pool]), Split(images[test], labels[test]), 10, False)
+    return Split(images[pool], labels[pool]), Split(images[test], labels[test]), 10, False
 
 
 def _synthetic(
@@ -180,12 +156,9 @@ def _synthetic(
     task: int = 0,
 ) -> _Source:
     """One smooth prototype a class plus white noise; the last fifth is the test split."""
-    if not isinstance(shape, tuple | list) or len(shape) != 3 or not all(is_count(side, 1) for side in shape):
-        raise ValueError(f"shape={shape!r}: expected three positive integers (channels, height, width)")
-    if not is_count(classes, 1):
-        raise ValueError(f"classes={classes!r}: expected a positive integer")
-    if not is_count(size, 5 * classes):
-        raise ValueError(f"size={size!r}: expected an integer of at least 5 * classes = {5 * classes}")
+    check_shape(shape)
+    check_count("classes", classes, 1)
+    check_count("size", size, 5 * classes)  # the test split has a fifth: one example a class or more
     if not (isinstance(noise, Real) and 0 <= noise < math.inf):
         raise ValueError(f"noise={noise!r}: expected a finite standard deviation of at least 0")
     _check_seed("task", task)
@@ -195,7 +168,7 @@ def _synthetic(
     labels = torch.arange(size) % classes
     images = prototypes[labels] + noise * torch.randn(size, *shape, generator=generator)
     cut = size - size // 5
-    return _Source(Split(images[:cut], labels[:cut]), Split(images[cut:], labels[cut:]), classes, False)
+    return Split(images[:cut], labels[:cut]), Split(images[cut:], labels[cut:]), classes, False
 
 
 def _torchvision(kind: type, classes: int, augmented: bool, root: Path, download: bool) -> _Source:
@@ -232,7 +205,7 @@ def _torchvision(kind: type, classes: int, augmented: bool, root: Path, download
             f"{name}: the files in {folder} could not be read: {str(error) or type(error).__name__}. "
             f"If they are damaged, delete them. {remedy}"
         ) from error
-    return _Source(pool, test, classes, augmented)
+    return pool, test, classes, augmented
 
 
 def _checked_split(dataset: datasets.VisionDataset, classes: int) -> Split:
@@ -322,21 +295,14 @@ def load(
     The checksums are torchvision's. It has none for MNIST's unpacked files, of which format, number and label range
     are checked.
     """
-    if name not in DATASETS:
-        raise ValueError(f"unknown dataset {name!r}; choose one of {', '.join(DATASETS)}")
+    check_choice("dataset", name, DATASETS)
     loader = DATASETS[name]
-    presets = STATISTICS.get(name, ("default",))
-    if statistics not in presets:
-        raise ValueError(f"{name} has no statistics {statistics!r}; choose one of {', '.join(presets)}")
+    check_choice("statistics", statistics, STATISTICS.get(name, ("default",)))
     if not (isinstance(validation, Real) and 0 <= validation < 1):  # refuses nan as well
         raise ValueError(f"validation={validation!r}: expected a fraction from 0 up to, not including, 1")
     _check_seed("seed", seed)
     device = _available_device(device)
-    parameters = signature(loader).parameters.values()
-    known = [parameter.name for parameter in parameters if parameter.kind is Parameter.KEYWORD_ONLY]
-    for option in options:
-        if option not in known:
-            raise TypeError(f"{name} has no option {option!r}; its options are: {', '.join(known) or 'none'}")
+    check_options(name, options, [p.name for p in signature(loader).parameters.values() if p.kind is p.KEYWORD_ONLY])
 
     pool, test, classes, augmented = loader(Path(root).expanduser(), download, **options)
     count, held_out = len(pool.labels), round(validation * len(pool.labels))
@@ -353,14 +319,9 @@ def load(
 
     order = torch.randperm(count, generator=torch.Generator().manual_seed(int(seed)))
     held, kept = order[:held_out].sort().values, order[held_out:].sort().values
-    splits = [Split(pool.images[kept], pool.labels[kept]), Split(pool.images[held], pool.labels[held]), test]
-    train, validation_split, test = (Split(*(part.to(device) for part in split)) for split in splits)
-    return Data(name, train, validation_split, test, classes, mean, std, augmented)
-
-
-def is_count(value, least: int) -> bool:
-    """True for an integer (a bool is none) of at least `least`."""
-    return isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= least
+    splits = [(pool.images[kept], pool.labels[kept]), (pool.images[held], pool.labels[held]), test]
+    on_device = [Split(images.to(device), labels.to(device)) for images, labels in splits]
+    return Data(name, *on_device, classes, mean, std, augmented)
 
 
 def _check_seed(name: str, value: int) -> None:
@@ -376,6 +337,5 @@ def _available_device(device: str | torch.device) -> torch.device:
         torch.zeros(1, device=found).item()
     except (RuntimeError, AssertionError, TypeError) as error:
         here = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-        here += ["mps"] if torch.backends.mps.is_available() else []
-        raise ValueError(f"device={str(device)!r} cannot be used here; there are: {', '.join(here)}") from error
+        raise ValueError(f"device={str(device)!r} cannot be used here: {error}; try {' or '.join(here)}") from error
     return found

@@ -7,44 +7,25 @@ Every ReLU is a module of its own, so a method may replace one.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import nn
 
-from fsp.models.init import INITS, initialise_, reinitialised
+from fsp.checks import check_choice, check_count, check_options, check_shape
+from fsp.models.initialisers import INITS, initialise_
 from fsp.models.mlp import lenet300, mlp
 from fsp.models.resnet import cifar_resnet, resnet
 from fsp.models.vgg import vgg
-
-__all__ = [
-    "INITS",
-    "MODELS",
-    "build",
-    "cifar_resnet",
-    "initialise_",
-    "lenet300",
-    "mlp",
-    "reinitialised",
-    "resnet",
-    "vgg",
-]
 
 # builder(shape, classes, **options) -> nn.Module, with PyTorch's own, unseeded, initial weights
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "mlp": mlp,
     "lenet300": lenet300,
-    "resnet8": partial(cifar_resnet, 8),
-    "resnet20": partial(cifar_resnet, 20),
-    "resnet32": partial(cifar_resnet, 32),
-    "resnet56": partial(cifar_resnet, 56),
-    "resnet110": partial(cifar_resnet, 110),
-    "resnet18": partial(resnet, 18),
-    "resnet34": partial(resnet, 34),
-    "vgg11": partial(vgg, 11),
-    "vgg16": partial(vgg, 16),
-    "vgg19": partial(vgg, 19),
+    **{f"resnet{depth}": partial(cifar_resnet, depth) for depth in (8, 20, 32, 56, 110)},
+    **{f"resnet{depth}": partial(resnet, depth) for depth in (18, 34)},
+    **{f"vgg{depth}": partial(vgg, depth) for depth in (11, 16, 19)},
 }
 
 
@@ -87,9 +68,10 @@ def build(
     Raises
     ------
     ValueError
-        Unknown `name`, `init` or `bn_gamma`; `shape`, `classes` or an option's value out of range.
+        Unknown `name`, `init` or `bn_gamma`; `shape`, `classes` or an option's value out of range; `generator` is
+        not a CPU generator.
     TypeError
-        An option the builder does not have; `generator` is not a CPU generator.
+        An option the builder does not have.
 
     Examples
     --------
@@ -97,19 +79,11 @@ def build(
     >>> sum(parameter.numel() for parameter in model.parameters())
     85002
     """
-    if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}; expected one of {', '.join(MODELS)}")
+    check_choice("model", name, MODELS)
     parameters = inspect.signature(MODELS[name]).parameters.values()
-    valid = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-    unknown = [option for option in options if option not in valid]
-    if unknown:
-        raise TypeError(f"{name} has no option {', '.join(unknown)}; it takes {', '.join(valid) or 'none'}")
-    if not isinstance(shape, Sequence) or len(shape) != 3 or not all(type(n) is int and n >= 1 for n in shape):
-        raise ValueError(
-            f"shape must be (channels, height, width), three positive integers such as (3, 32, 32), got {shape!r}"
-        )
-    if type(classes) is not int or classes < 2:
-        raise ValueError(f"classes must be an integer of at least 2, got {classes!r}")
+    check_options(name, options, [p.name for p in parameters if p.kind is p.KEYWORD_ONLY])
+    check_shape(shape)
+    check_count("classes", classes, 2)
     if generator is None:
         generator = torch.Generator("cpu").manual_seed(0)
     with torch.device("meta"):  # no memory, and no draw from the global generator

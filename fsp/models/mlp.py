@@ -1,9 +1,12 @@
 """Multilayer perceptrons: ``linear1``, ``linear2`` ..., ``classifier``."""
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 
 from torch import nn
+
+from fsp.checks import check_choice, is_count
 
 
 def mlp(
@@ -37,12 +40,10 @@ def mlp(
     >>> [name for name, _ in mlp((1, 8, 8), 10, hidden=(32,)).named_parameters()]
     ['linear1.weight', 'linear1.bias', 'classifier.weight', 'classifier.bias']
     """
-    if not isinstance(hidden, Sequence) or not all(type(width) is int and width >= 1 for width in hidden):
-        raise ValueError(f"hidden must be a sequence of positive integers such as (256, 256), got {hidden!r}")
-    if type(norm) is not bool:
-        raise ValueError(f"norm must be True or False, got {norm!r}")
-    channels, height, width = shape
-    features = channels * height * width
+    if not isinstance(hidden, Sequence) or not all(is_count(width, 1) for width in hidden):
+        raise ValueError(f"hidden={hidden!r}: expected a sequence of positive integers such as (256, 256)")
+    check_choice("norm", norm, (True, False))
+    features = math.prod(shape)
     layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
     for i, units in enumerate(hidden, start=1):
         layers[f"linear{i}"] = nn.Linear(features, units)

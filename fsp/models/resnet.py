@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fsp.checks import check_choice, check_count
+
 RESNET_STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
 
 
@@ -62,10 +64,12 @@ def _shortcut(inputs: int, outputs: int, stride: int, option: str) -> nn.Module:
 
 def _stem(inputs: int, width: int, kernel: str) -> nn.Sequential:
     """The layers before the first block: 3×3 of stride 1, or 7×7 of stride 2 and a pool as for ImageNet."""
-    small = kernel == "3x3"
-    conv = nn.Conv2d(inputs, width, 3 if small else 7, stride=1 if small else 2, padding=1 if small else 3, bias=False)
+    size, stride, padding = (3, 1, 1) if kernel == "3x3" else (7, 2, 3)
+    conv = nn.Conv2d(inputs, width, size, stride=stride, padding=padding, bias=False)
     layers = OrderedDict(conv=conv, norm=nn.BatchNorm2d(width), relu=nn.ReLU())
-    return nn.Sequential(layers if small else layers | {"pool": nn.MaxPool2d(3, stride=2, padding=1)})
+    if kernel == "7x7":
+        layers["pool"] = nn.MaxPool2d(3, stride=2, padding=1)
+    return nn.Sequential(layers)
 
 
 def _residual(
@@ -78,14 +82,10 @@ def _residual(
     stem: str = "3x3",
 ) -> nn.Sequential:
     """Stem, ``stages[s]`` blocks of ``width * 2**s`` channels in stage s, global average pool, classifier."""
-    if type(width) is not int or width < 1:
-        raise ValueError(f"width must be a positive integer (channels of the first stage), got {width!r}")
-    if shortcut not in ("A", "B"):
-        raise ValueError(f'shortcut must be "A" (zero padding) or "B" (1×1 convolution), got {shortcut!r}')
-    if type(skip) is not bool:
-        raise ValueError(f"skip must be True or False, got {skip!r}")
-    if stem not in ("3x3", "7x7"):
-        raise ValueError(f'stem must be "3x3" (stride 1) or "7x7" (stride 2 and a max-pool), got {stem!r}')
+    check_count("width", width, 1)
+    check_choice("shortcut", shortcut, ("A", "B"))
+    check_choice("skip", skip, (True, False))
+    check_choice("stem", stem, ("3x3", "7x7"))
     first, blocks, inputs = _stem(shape[0], width, stem), [], width  # made in the order of the forward pass
     for stage, count in enumerate(stages):
         outputs = width * 2**stage
@@ -142,7 +142,7 @@ def cifar_resnet(
     Initialization through the Lens of Ramanujan Graph", ICLR 2023 (`skip`).
     """
     if depth < 8 or depth % 6 != 2:
-        raise ValueError(f"depth must be 6n + 2 with n >= 1 (8, 20, 32, 56, 110 ...), got {depth!r}")
+        raise ValueError(f"depth={depth!r}: expected 6n + 2 with n >= 1 (8, 20, 32, 56, 110 ...)")
     return _residual(((depth - 2) // 6,) * 3, shape, classes, width, shortcut, skip)
 
 
@@ -194,6 +194,5 @@ def resnet(
     ----------
     He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, Table 1.
     """
-    if depth not in RESNET_STAGES:
-        raise ValueError(f"depth must be one of {', '.join(map(str, RESNET_STAGES))}, got {depth!r}")
+    check_choice("depth", depth, RESNET_STAGES)
     return _residual(RESNET_STAGES[depth], shape, classes, width, shortcut, skip, stem)

@@ -4,6 +4,8 @@ from collections import OrderedDict
 
 from torch import nn
 
+from fsp.checks import check_choice
+
 # Channels of the convolutions, one tuple a group; a pool ends each group.
 VGG_PLANS = {
     11: ((64,), (128,), (256,) * 2, (512,) * 2, (512,) * 2),
@@ -61,14 +63,9 @@ def vgg(
     (configurations A, D, E). Hoang et al., "Don't just prune by magnitude! Your mask topology is a secret weapon",
     NeurIPS 2023 (the head "512").
     """
-    if depth not in VGG_PLANS:
-        raise ValueError(f"depth must be one of {', '.join(map(str, VGG_PLANS))}, got {depth!r}")
-    if type(conv_bias) is not bool:
-        raise ValueError(f"conv_bias must be True or False, got {conv_bias!r}")
-    if head not in ("linear", "512", "4096"):
-        raise ValueError(
-            f'head must be "linear" (one layer of 512 inputs), "512" or "4096" (three layers), got {head!r}'
-        )
+    check_choice("depth", depth, VGG_PLANS)
+    check_choice("conv_bias", conv_bias, (True, False))
+    check_choice("head", head, ("linear", "512", "4096"))
     inputs, *size = shape
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     i = 0

@@ -3,5 +3,3 @@
 from fsp.pruning import lottery
 from fsp.pruning.diagnosis import diagnose
 from fsp.pruning.methods import METHODS, REFERENCES, options_of, prune
-
-__all__ = ["METHODS", "REFERENCES", "diagnose", "lottery", "options_of", "prune"]

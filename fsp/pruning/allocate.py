@@ -2,7 +2,7 @@ r"""Density per layer: how a total budget of weights is shared out before positi
 
 Each function takes the shapes of the prunable tensors (PyTorch order: outputs, inputs, *kernel) and a network
 density, and returns real-valued layer densities that spend the budget; `counts` rounds them to whole weights.  All are
-called alike, ``allocation(shapes, density, **options)``, and refuse a density outside (0, 1] with a ValueError.
+called as ``allocation(shapes, density, **options)`` and raise a ValueError for a density outside (0, 1].
 Shapes come in forward order, as `fsp.masks.prunable` gives them for the networks of `fsp.models`: `uniform_plus`,
 `pyramidal` and `smart_ratio` depend on it.
 
@@ -38,7 +38,7 @@ def uniform(shapes: Shapes, density: float) -> dict[str, float]:
 
 
 def uniform_plus(shapes: Shapes, density: float) -> dict[str, float]:
-    """Uniform with both ends spared: a first convolution is dense, the last layer keeps a fifth or more.
+    """Uniform, except that a first convolution is dense and the last layer keeps a fifth or more.
 
     The first layer is dense if it is a convolution (a tensor with a kernel), the last has the density
     ``max(density, 0.2)``, and all others share what is left at one density.
@@ -173,12 +173,10 @@ def igq(shapes: Shapes, density: float) -> dict[str, float]:
     odds = (1 - density) / density
     # In G = F / odds the overspending is (1 - d) sum N (1 - G N) / (1 + odds G N): the root lies between 1/max N and
     # 1/min N whatever the density, and nothing cancels near 0 or 1.  The factors 2 keep rounding off the signs.
-    log_g = brentq(
+    log_g = _root(
         lambda x: math.fsum(n * (1 - math.exp(x) * n) / (1 + odds * math.exp(x) * n) for n in sizes.values()),
         -math.log(2 * max(sizes.values())),
         -math.log(min(sizes.values()) / 2),
-        xtol=1e-15,
-        maxiter=500,
     )
     return {name: 1 / (1 + odds * math.exp(log_g) * n) for name, n in sizes.items()}
 
@@ -193,8 +191,8 @@ def balanced(shapes: Shapes, density: float, *, redistribute: bool = True) -> di
     redistribute : bool
         With True the quota q is such that the budget is spent: what small, full layers cannot take goes to the others
         in equal parts.  With False q = d N / L as in the reference, and what they cannot take is lost: the budget is
-        *not* spent as soon as a layer is full, and `counts` refuses these densities at `density`.  `spent` tells the
-        density that they do reach and `counts` accepts.
+        *not* spent as soon as a layer is full, and `counts` refuses these densities at `density`, with the density
+        that they do reach.
 
     Returns
     -------
@@ -207,9 +205,11 @@ def balanced(shapes: Shapes, density: float, *, redistribute: bool = True) -> di
     >>> shapes = {"a": (10, 10), "b": (2, 10), "c": (10, 10)}
     >>> balanced(shapes, 0.5)
     {'a': 0.45, 'b': 1.0, 'c': 0.45}
-    >>> literal = balanced(shapes, 0.5, redistribute=False)
-    >>> counts(literal, shapes, spent(literal, shapes))
-    {'a': 37, 'b': 20, 'c': 37}
+
+    To the letter of the reference the two large layers keep 37 weights each, and 16 of the budget are lost:
+
+    >>> {name: round(d, 4) for name, d in balanced(shapes, 0.5, redistribute=False).items()}
+    {'a': 0.3667, 'b': 1.0, 'c': 0.3667}
 
     References
     ----------
@@ -249,26 +249,15 @@ def pyramidal(shapes: Shapes, density: float) -> dict[str, float]:
     sizes = _sizes(shapes, density)
     depths = dict(zip(sizes, range(1, len(sizes) + 1), strict=True))
     budget = density * sum(sizes.values())
-    log_p = brentq(  # too little at p = d / e, too much at p = 1
+    log_p = _root(  # too little at p = d / e, too much at p = 1
         lambda x: math.fsum(n * math.exp(x * depths[name]) for name, n in sizes.items()) - budget,
         math.log(density) - 1,
         0.0,
-        xtol=1e-15,
-        maxiter=500,
     )
     return {name: math.exp(log_p * depth) for name, depth in depths.items()}
 
 
-DECAYS: dict[str, Callable[[int], int]] = {
-    "quadratic": lambda k: k * k + k,
-    "linear": lambda k: k,
-    "cubic": lambda k: k**3,
-}
-
-
-def smart_ratio(
-    shapes: Shapes, density: float, *, vgg: bool = False, classifier: float = 0.3, decay: str = "quadratic"
-) -> dict[str, float]:
+def smart_ratio(shapes: Shapes, density: float, *, vgg: bool = False, classifier: float = 0.3) -> dict[str, float]:
     r"""Smart-ratio: densities that decay with depth, and a classifier at 0.3.
 
     .. math:: d_i \propto k^2 + k, \qquad k = L - i + 1, \quad i = 1 \dots L - 1
@@ -285,8 +274,6 @@ def smart_ratio(
         Divide the ratios by :math:`i^2`, as the reference does for VGG.
     classifier : float, in (0, 1]
         Density of the classifier.
-    decay : {"quadratic", "linear", "cubic"}
-        Ratio :math:`k^2 + k`, or the ablations :math:`k` and :math:`k^3`.
 
     Returns
     -------
@@ -296,7 +283,7 @@ def smart_ratio(
     ------
     ValueError
         If the classifier alone costs more than the budget, if all other layers are full and the budget is not spent
-        (as at density 1), or for an unknown decay or a classifier density outside (0, 1].
+        (as at density 1), or for a classifier density outside (0, 1].
 
     Notes
     -----
@@ -319,22 +306,19 @@ def smart_ratio(
     """
     sizes = _sizes(shapes, density)
     check_density(classifier)
-    if decay not in DECAYS:
-        raise ValueError(f"decay {decay!r} is unknown: use one of {', '.join(DECAYS)}")
     *others, last = sizes
-    room, cost = sum(sizes[name] for name in others), classifier * sizes[last]
+    room = sum(sizes[name] for name in others)
+    cost = classifier * sizes[last]
     kept = kept_count(sum(sizes.values()), density)
-    if math.floor(cost) > kept:  # a part of a weight is rounding, below as here
+    if not math.floor(cost) <= kept < room + cost + 1:  # a part of a weight is rounding
         raise ValueError(
-            f"smart_ratio keeps {cost:.1f} weights of the classifier {last!r} ({classifier} of {sizes[last]}), but "
-            f"density {density} pays for {kept}: use a higher density or a lower classifier="
+            f"smart_ratio keeps from {cost:.1f} weights ({classifier} of the {sizes[last]} of the classifier {last!r}) "
+            f"to {room + cost:.1f}, but density {density} keeps {kept}: use another density or another classifier="
         )
-    if kept >= room + cost + 1:
-        raise ValueError(
-            f"smart_ratio keeps at most {room + cost:.1f} weights ({room} and {classifier} of the {sizes[last]} of the "
-            f"classifier {last!r}), density {density} keeps {kept}: use a lower density or a higher classifier="
-        )
-    ratios = {name: DECAYS[decay](len(sizes) - i + 1) / (i**2 if vgg else 1) for i, name in enumerate(others, start=1)}
+    ratios = {}
+    for i, name in enumerate(others, start=1):
+        k = len(sizes) - i + 1
+        ratios[name] = (k**2 + k) / (i**2 if vgg else 1)
     rest = max(0.0, density * sum(sizes.values()) - cost)
     scale = rest / sum(ratios[name] * sizes[name] for name in others) if others else 0.0
     densities, surplus = {}, 0.0
@@ -405,17 +389,8 @@ def ratio_of(shapes: Shapes, density: float, *, like: Masks) -> dict[str, float]
     return dict.fromkeys(sizes, 0.0) | _fill(alive, kept, ratios)
 
 
-ALLOCATIONS: dict[str, Callable[..., dict[str, float]]] = {
-    "uniform": uniform,
-    "uniform_plus": uniform_plus,
-    "er": er,
-    "erk": erk,
-    "igq": igq,
-    "balanced": balanced,
-    "pyramidal": pyramidal,
-    "smart_ratio": smart_ratio,
-    "ratio_of": ratio_of,
-}
+_ALL = (uniform, uniform_plus, er, erk, igq, balanced, pyramidal, smart_ratio, ratio_of)
+ALLOCATIONS: dict[str, Callable[..., dict[str, float]]] = {allocation.__name__: allocation for allocation in _ALL}
 
 
 def _sizes(shapes: Shapes, density: float) -> dict[str, int]:
@@ -424,6 +399,11 @@ def _sizes(shapes: Shapes, density: float) -> dict[str, int]:
     if not shapes:
         raise ValueError("shapes is empty: expected name to shape of at least one prunable tensor")
     return {name: math.prod(shape) for name, shape in shapes.items()}
+
+
+def _root(function: Callable[[float], float], low: float, high: float) -> float:
+    """Where a function of one variable, of different signs at both ends, is 0."""
+    return brentq(function, low, high, xtol=1e-15, maxiter=500)
 
 
 def _proportional(shapes: Shapes, density: float, ratios: dict[str, float]) -> dict[str, float]:
@@ -447,27 +427,6 @@ def _fill(sizes: dict[str, int], budget: float, ratios: dict[str, float]) -> dic
 
 
 # ---- whole weights -----------------------------------------------------------------------------------------------
-
-
-def spent(densities: Mapping[str, float], shapes: Shapes) -> float:
-    r"""Network density that layer densities add up to, :math:`\sum_\ell d_\ell N_\ell / N`.
-
-    Parameters
-    ----------
-    densities : dict of name to float
-    shapes : dict of name to shape
-
-    Returns
-    -------
-    float
-
-    Examples
-    --------
-    >>> spent({"a": 0.5, "b": 0.25}, {"a": (10, 10), "b": (10, 30)})
-    0.3125
-    """
-    sizes = {name: math.prod(s) for name, s in shapes.items()}
-    return math.fsum(densities[name] * n for name, n in sizes.items()) / sum(sizes.values())
 
 
 def counts(densities: Mapping[str, float], shapes: Shapes, density: float) -> dict[str, int]:
@@ -509,9 +468,10 @@ def counts(densities: Mapping[str, float], shapes: Shapes, density: float) -> di
         key=lambda name: rounded[name] - quotas[name],
     )
     if not 0 <= spare <= len(by_remainder):
+        own = sum(quotas.values()) / sum(sizes.values())
         raise ValueError(
             f"layer densities keep {sum(quotas.values()):.1f} weights, density {density} keeps {total}: "
-            f"they were made for another density or do not spend it; their own is {spent(densities, shapes):.6g}"
+            f"they were made for another density or do not spend it; they spend {own:.6g}"
         )
     for name in by_remainder[:spare]:
         rounded[name] += 1

@@ -1,12 +1,11 @@
 """What is left of a pruned network: empty layers, weights on complete paths, multiply-adds.
 
-A layer may keep weights that do nothing: no path of kept weights leads from the input through them to the output.
-`effective` finds the others, `diagnose` counts them.  Connectivity is a property of the masks and the architecture,
-so the values of the weights, shifts and running statistics play no part.
+A layer may keep weights that do nothing, because no path of kept weights leads from the input through them to the
+output.  `diagnose` counts the others, the *effective* weights.  Connectivity is a property of the masks and the
+architecture, so the values of the weights, shifts and running statistics play no part.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import pandas as pd
@@ -16,7 +15,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
+from fsp.checks import is_count
 from fsp.masks import Masks, check_masks, check_plain
+from fsp.pruning.gradients import undisturbed
 
 
 class Diagnosis(NamedTuple):
@@ -27,7 +28,7 @@ class Diagnosis(NamedTuple):
 
 
 def diagnose(model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence[int]) -> Diagnosis:
-    """Count what masks leave of a network: weights, weights on complete paths, multiply-adds.
+    r"""Count what masks leave of a network: weights, weights on complete paths, multiply-adds.
 
     Parameters
     ----------
@@ -45,7 +46,8 @@ def diagnose(model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence[int]
         * layer, shape, weights : name, shape and size of the weight
         * kept, density : weights kept, and as a fraction of `weights`
         * empty : whether none is kept (the layer has collapsed)
-        * effective, effective_density : kept weights on a complete path, see `effective`; as a fraction of `weights`
+        * effective, effective_density : kept weights on a complete path of kept weights, from an input to an output;
+          as a fraction of `weights`
         * flops, flops_kept : multiply-adds of one input, dense and with the kept weights alone
     network : dict of name to int, float or bool
         weights, kept, density, effective, effective_density of all masked weights together; empty, the number of
@@ -55,15 +57,37 @@ def diagnose(model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence[int]
 
     Raises
     ------
-    ValueError, TypeError
-        As for `effective`.
+    ValueError
+        If there are no masks, or a mask has no entries, is not bool or fits no parameter; `shape` is no sequence of
+        positive integers; a masked weight is pruned by torch or parametrised; a max-pool is dilated.
+    TypeError
+        If the model does not return one tensor.
 
     Notes
     -----
-    A multiplication with the addition that follows it is one flop.  Each weight of a convolution counts once for
-    every output position (transposed: every input position), those where it meets padding included, each weight
-    of a linear layer once for every row.  Biases, norms, activations, pooling and the products inside attention are
-    not counted; nor is a weight that the forward pass uses otherwise than in a convolution or linear layer.
+    *Effective weights.*  With the kept weights set to 1, the pruned ones and all biases to 0, an input of ones and R
+    the sum of the outputs, they are those with :math:`m \odot \partial R / \partial m \ne 0`: the SynFlow score
+    without the weights' values.  R itself overflows float64 in deep networks, so what enters a convolution or linear
+    layer is clipped to 0 or 1, and so are the gradients on their way back: nothing that can be reached is lost, at any
+    depth, and no rounding makes a path.  Activations and norms pass everything on; max-pools become averages, because
+    their gradient goes to one of several equals.  Spatial positions count: the outer weights of a 3×3 kernel on a map
+    of 1×1 meet only padding, so they are never effective, even in a dense network.
+
+    This is exact for networks of convolutions, linear layers, element-wise activations, batch norms, pooling, sums and
+    concatenations.  Elsewhere it is a convention:
+
+    * sigmoid, hard sigmoid and softmax are gates, open whatever reaches them (as in squeeze-and-excitation); as the
+      activation of a hidden unit that no input reaches they make the weights behind it count;
+    * in attention every token reads every token, and through `nn.MultiheadAttention` every feature as well;
+    * a parameter that is neither bias, weight nor scale of a layer (class token, position embedding) counts as input;
+    * group, layer and instance norms mix their features; that is no path here;
+    * reductions such as ``amax``, differences and unknown element-wise functions are taken as they are.
+
+    *Multiply-adds.*  A multiplication with the addition that follows it is one flop.  Each weight of a convolution
+    counts once for every output position (transposed: every input position), those where it meets padding included,
+    each weight of a linear layer once for every row.  Biases, norms, activations, pooling and the products inside
+    attention are not counted; nor is a weight that the forward pass uses otherwise than in a convolution or linear
+    layer.
 
     Examples
     --------
@@ -85,11 +109,13 @@ def diagnose(model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence[int]
     ----------
     Tanaka, Kunin, Yamins, Ganguli: Pruning neural networks without any data by iteratively conserving synaptic flow.
     NeurIPS 2020, section 3 (layer-collapse).
+    Vysogorets, Kempe: Connectivity matters: neural network pruning through the lens of effective sparsity.
+    JMLR 24, 2023 (effective weights).
     """
-    walk = _walk(model, masks, shape)
+    paths = follow_paths(model, masks, shape)
     rows = []
     for name, mask in masks.items():
-        weights, kept, effective = mask.numel(), int(mask.sum()), int(walk.effective[name].sum())
+        weights, kept, effective = mask.numel(), int(mask.sum()), int(paths.effective[name].sum())
         rows.append(
             {
                 "layer": name,
@@ -100,8 +126,8 @@ def diagnose(model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence[int]
                 "empty": kept == 0,
                 "effective": effective,
                 "effective_density": effective / weights,
-                "flops": weights * walk.positions[name],
-                "flops_kept": kept * walk.positions[name],
+                "flops": weights * paths.positions[name],
+                "flops_kept": kept * paths.positions[name],
             }
         )
     layers = pd.DataFrame(rows)
@@ -114,107 +140,30 @@ def diagnose(model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence[int]
         "effective": total["effective"],
         "effective_density": total["effective"] / total["weights"],
         "empty": int(layers["empty"].sum()),
-        "disconnected": walk.disconnected,
+        "disconnected": paths.disconnected,
         "parameters": parameters,
         "parameters_kept": parameters - total["weights"] + total["kept"],
-        "flops": walk.flops,
-        "flops_kept": walk.flops - total["flops"] + total["flops_kept"],
+        "flops": paths.flops,
+        "flops_kept": paths.flops - total["flops"] + total["flops_kept"],
     }
     return Diagnosis(layers, network)
-
-
-def effective(model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence[int]) -> Masks:
-    r"""Masks of the kept weights that lie on a complete path of kept weights, from an input to an output.
-
-    With the kept weights set to 1, the pruned ones and all biases to 0, an input of ones and R the sum of the
-    outputs, the effective weights are those with :math:`m \odot \partial R / \partial m \ne 0`: the SynFlow score
-    without the weights' values.
-
-    Parameters
-    ----------
-    model, masks, shape
-        As for `diagnose`.
-
-    Returns
-    -------
-    Masks
-        Subsets of `masks`, on the devices of the parameters.
-
-    Raises
-    ------
-    ValueError
-        If there are no masks or one is empty of entries, is not bool or fits no parameter; `shape` is no sequence of
-        positive integers; a masked weight is pruned by torch or parametrised; a max-pool is dilated.
-    TypeError
-        If the model does not return one tensor.
-
-    Notes
-    -----
-    R itself overflows float64 in deep networks, so what enters a convolution or linear layer is clipped to 0 or 1,
-    and so are the gradients on their way back: nothing that can be reached is lost, at any depth, and no rounding
-    makes a path.  Activations and norms pass everything on; max-pools become averages, because their gradient goes
-    to one of several equals.  Spatial positions count: the outer weights of a 3×3 kernel on a map of 1×1 meet only
-    padding, so they are never effective, even in a dense network.
-
-    Exact for networks of convolutions, linear layers, element-wise activations, batch norms, pooling, sums and
-    concatenations.  Elsewhere it is a convention:
-
-    * sigmoid, hard sigmoid and softmax are gates, open whatever reaches them (as in squeeze-and-excitation); as the
-      activation of a hidden unit that no input reaches they make the weights behind it count;
-    * in attention every token reads every token, and through `nn.MultiheadAttention` every feature as well;
-    * a parameter that is neither bias, weight nor scale of a layer (class token, position embedding) counts as input;
-    * group, layer and instance norms mix their features; that is no path here;
-    * reductions such as ``amax``, differences and unknown element-wise functions are taken as they are.
-
-    References
-    ----------
-    Vysogorets, Kempe: Connectivity matters: neural network pruning through the lens of effective sparsity.
-    JMLR 24, 2023.
-    """
-    return _walk(model, masks, shape).effective
 
 
 # ---- one pass forward and back -----------------------------------------------------------------------------------
 
 
-class _Walk(NamedTuple):
+class Paths(NamedTuple):
     """What one pass through the network finds."""
 
-    effective: Masks
+    effective: Masks  # subsets of the masks, on the devices of the parameters
     positions: dict[str, int]  # how often each weight of a masked tensor is multiplied
     flops: int  # of all convolutions and linear layers, dense
     disconnected: bool
 
 
-def _walk(model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence[int]) -> _Walk:
-    """Follow all paths forward and back in one pass."""
-    _check(model, masks, shape)
-    device = next(model.parameters()).device
-    with _undisturbed(model):
-        state = {
-            name: (torch.zeros_like if "bias" in name.rpartition(".")[2] else torch.ones_like)(p, dtype=torch.float64)
-            for name, p in model.named_parameters()
-        }
-        for name, buffer in model.named_buffers():
-            state[name] = buffer.detach().to(torch.float64 if buffer.is_floating_point() else None, copy=True)
-        weights = {name: m.to(state[name].device, torch.float64).requires_grad_() for name, m in masks.items()}
-        ones = torch.ones((1, *shape), dtype=torch.float64, device=device, requires_grad=True)
-        with _Paths() as paths:
-            output = functional_call(model, {**state, **weights}, (ones,))
-        if not isinstance(output, Tensor):
-            raise TypeError(f"the model returns a {type(output).__name__}: wrap it so that it returns its logits alone")
-        gradients = torch.autograd.grad(output.sum(), [ones, *weights.values()], materialize_grads=True)
-    return _Walk(
-        {name: (w.detach() * g) != 0 for (name, w), g in zip(weights.items(), gradients[1:], strict=True)},
-        {name: sum(times for used, times in paths.uses if used is w) for name, w in weights.items()},
-        sum(used.numel() * times for used, times in paths.uses),
-        not gradients[0].any().item(),
-    )
-
-
-def _check(model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence[int]) -> None:
-    """Raise for what cannot be diagnosed."""
-    if not isinstance(shape, Sequence) or not shape or not all(type(n) is int and n >= 1 for n in shape):
+def follow_paths(model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence[int]) -> Paths:
+    """Follow all paths through a network forward and back in one pass; parameters and errors as for `diagnose`."""
+    if not isinstance(shape, Sequence) or not shape or not all(is_count(n, 1) for n in shape):
         raise ValueError(f"shape={shape!r}: expected the shape of one input, positive integers such as (3, 32, 32)")
     if not masks:
         raise ValueError("there are no masks: fsp.pruning.prune makes them")
@@ -222,24 +171,31 @@ def _check(model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence[int]) 
     for name, parameter in check_masks(model, masks).items():
         if parameter.numel() == 0:
             raise ValueError(f"{name!r} has the shape {tuple(parameter.shape)}: it holds no weight")
-
-
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode with gradients; flags, plain tensors that hooks set, and the random state come back."""
-    before = [(module, dict(vars(module))) for module in model.modules()]
-    devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
-    with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
-        try:
-            model.eval()
-            yield
-        finally:
-            for module, attributes in before:
-                vars(module).update(attributes)
+    device = next(model.parameters()).device
+    with undisturbed(model, training=False):
+        state = {}
+        for name, buffer in model.named_buffers():
+            state[name] = buffer.detach().to(torch.float64 if buffer.is_floating_point() else None, copy=True)
+        for name, p in model.named_parameters():
+            fill = 0.0 if "bias" in name.rpartition(".")[2] else 1.0
+            state[name] = torch.full_like(p, fill, dtype=torch.float64)
+        weights = {name: m.to(state[name].device, torch.float64).requires_grad_() for name, m in masks.items()}
+        ones = torch.ones((1, *shape), dtype=torch.float64, device=device, requires_grad=True)
+        with _OnlyPaths() as passed:
+            output = functional_call(model, state | weights, (ones,))
+        if not isinstance(output, Tensor):
+            raise TypeError(f"the model returns a {type(output).__name__}: wrap it so that it returns its logits alone")
+        gradients = torch.autograd.grad(output.sum(), [ones, *weights.values()], materialize_grads=True)
+    return Paths(
+        {name: (w.detach() * g) != 0 for (name, w), g in zip(weights.items(), gradients[1:], strict=True)},
+        {name: sum(times for used, times in passed.uses if used is w) for name, w in weights.items()},
+        sum(used.numel() * times for used, times in passed.uses),
+        not gradients[0].any().item(),
+    )
 
 
 class _Clip(torch.autograd.Function):
-    """1 where there is something, 0 where there is nothing; of gradients likewise."""
+    """1 where an entry is not 0, else 0; gradients are clipped in the same way."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -263,8 +219,8 @@ PASSED_ON = {
 }
 
 
-class _Paths(TorchFunctionMode):
-    """While active, functions of torch tell whether a path leads to a place, by 0 and not 0, instead of their value.
+class _OnlyPaths(TorchFunctionMode):
+    """While active, functions of torch give 0 where no path leads to a place and not 0 where one does.
 
     Functions are known by their names, so modules, ``torch.nn.functional`` and methods of tensors are all met.
     """

@@ -1,18 +1,20 @@
-"""Derivatives at masked weights, taken without a trace: what the scores of `fsp.pruning.scores` are made of.
+"""How a score runs a model: gradients at masked weights, with the model left bit-identical.
 
-Everything is computed on detached copies of the parameters and buffers, so that the model, its train/eval flags, its
-running statistics and the global random state are left bit-identical.
+Everything is computed on detached copies of the parameters and buffers.  The model's train/eval flags, its running
+statistics, the plain attributes of its modules and the global random state are put back.
 """
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import hardsigmoid, relu6
+from torch.nn.functional import cross_entropy, hardsigmoid, relu6
 from torch.overrides import TorchFunctionMode
 
 from fsp.masks import Masks
@@ -20,6 +22,20 @@ from fsp.masks import Masks
 Batches = Sequence[tuple[Tensor, Tensor]]
 Forward = Callable[[nn.Module, Tensor], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class FlowRun(TypedDict, total=False):
+    """How a score without data runs the model."""
+
+    training: bool
+    dtype: torch.dtype | None
+    forward: Forward
+
+
+class LossRun(FlowRun, total=False):
+    """How a score on data runs the model."""
+
+    loss: Loss
 
 
 def call(model: nn.Module, inputs: Tensor) -> Tensor:
@@ -30,16 +46,17 @@ def call(model: nn.Module, inputs: Tensor) -> Tensor:
 def loss_gradients(
     model: nn.Module,
     masks: Masks,
-    batches: Batches,
+    batches: Batches | None,
     *,
-    training: bool,
-    dtype: torch.dtype | None,
     seed: int,
-    forward: Forward,
-    loss: Loss,
     average: bool = True,
+    hessian_times: Mapping[str, Tensor] | None = None,
+    training: bool = True,
+    dtype: torch.dtype | None = None,
+    forward: Forward = call,
+    loss: Loss = cross_entropy,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    r"""Masked weights and the gradient of the loss there, which is not masked.
+    r"""Masked weights, and the gradient of the loss there, which is not masked.
 
     .. math:: g = \sum_b \frac{n_b}{n} \frac{\partial L_b}{\partial w}, \qquad w = \theta \odot m
 
@@ -50,18 +67,20 @@ def loss_gradients(
     model : nn.Module
     masks : Masks
     batches : sequence of (inputs, labels)
+    seed : int
+        Of dropout.
+    average : bool
+        False leaves out the factor n_b / n.
+    hessian_times : dict of name to Tensor, optional
+        A vector v; instead of the gradient the Hessian of the loss times v is returned.
     training : bool
         Mode of the model.
     dtype : torch.dtype or None
         Precision; None is that of the model.
-    seed : int
-        Of dropout.
     forward : callable
         (model, inputs) -> outputs.
     loss : callable
         (outputs, labels) -> scalar, the mean over the examples.
-    average : bool
-        False leaves out the factor n_b / n.
 
     Returns
     -------
@@ -74,49 +93,38 @@ def loss_gradients(
     TypeError
         If a batch is no pair, or the outputs are no tensor.
     """
-    shares = _shares(batches) if average else [1.0] * len(_checked(batches))
-    weights, state = _weights(model, masks, dtype), _rest(model, masks, dtype)
+    batches = list(batches or [])
+    if not batches:
+        raise ValueError("this method scores on data: pass batches, see fsp.data.scoring_batches")
+    for batch in batches:
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise TypeError(f"a batch is {type(batch).__name__}: expected batches=[(inputs, labels), ...]")
+    sizes = [len(labels) for _, labels in batches]
+    weights, rest = _weights(model, masks, dtype), _rest(model, masks, dtype)
     total = {name: torch.zeros_like(w) for name, w in weights.items()}
-    with _undisturbed(model, training=training, seed=seed):
-        for batch, share in zip(batches, shares, strict=True):
-            value = share * _loss(model, state | weights, batch, forward, loss)
-            parts = torch.autograd.grad(value, list(weights.values()), materialize_grads=True)
+    with undisturbed(model, training=training, seed=seed):
+        for batch, size in zip(batches, sizes, strict=True):
+            share = size / sum(sizes) if average else 1.0
+            batch_loss = partial(_loss, share, model, rest | weights, batch, forward, loss)
+            if hessian_times is None:
+                parts = torch.autograd.grad(batch_loss(), list(weights.values()), materialize_grads=True)
+            else:
+                parts = _hessian_times(hessian_times, batch_loss, weights)
             for name, part in zip(weights, parts, strict=True):
                 total[name] += part
     return {name: w.detach() for name, w in weights.items()}, total
 
 
-def hessian_times(
-    vector: Mapping[str, Tensor],
-    model: nn.Module,
-    masks: Masks,
-    batches: Batches,
-    *,
-    training: bool,
-    dtype: torch.dtype | None,
-    seed: int,
-    forward: Forward,
-    loss: Loss,
-) -> dict[str, Tensor]:
-    """Hessian of the loss at the masked weights times a vector; the other parameters are as for `loss_gradients`.
-
-    Batch by batch, so that only one batch's second-order graph is held at a time.
-    """
-    shares = _shares(batches)
-    weights, state = _weights(model, masks, dtype), _rest(model, masks, dtype)
-    product = {name: torch.zeros_like(w) for name, w in weights.items()}
+def _hessian_times(
+    vector: Mapping[str, Tensor], loss: Callable[[], Tensor], weights: dict[str, Tensor]
+) -> Sequence[Tensor]:
+    """Hessian of the loss of one batch times a vector; a function, so that the graph is freed before the next batch."""
     leaves = list(weights.values())
-    with _undisturbed(model, training=training, seed=seed):
-        for batch, share in zip(batches, shares, strict=True):
-            with sdpa_kernel(SDPBackend.MATH), _Composed():  # fused attention has no second derivative
-                value = share * _loss(model, state | weights, batch, forward, loss)
-            gradients = torch.autograd.grad(value, leaves, create_graph=True, materialize_grads=True)
-            dot = sum((vector[name] * g).sum() for name, g in zip(weights, gradients, strict=True))
-            parts = torch.autograd.grad(dot, leaves, materialize_grads=True)
-            del value, gradients, dot  # or this batch's graph would live until the next one's is built
-            for name, part in zip(weights, parts, strict=True):
-                product[name] += part
-    return product
+    with sdpa_kernel(SDPBackend.MATH), _Composed():  # fused attention has no second derivative
+        value = loss()
+    gradients = torch.autograd.grad(value, leaves, create_graph=True, materialize_grads=True)
+    dot = sum((vector[name] * g).sum() for name, g in zip(weights, gradients, strict=True))
+    return torch.autograd.grad(dot, leaves, materialize_grads=True)
 
 
 def flow_gradients(
@@ -125,12 +133,12 @@ def flow_gradients(
     shape: Sequence[int],
     *,
     of: Callable[[Tensor], Tensor],
-    training: bool,
-    dtype: torch.dtype,
     seed: int,
-    forward: Forward,
+    training: bool = False,
+    dtype: torch.dtype = torch.float64,
+    forward: Forward = call,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    r"""Non-negative weights and the gradient there of the sum of the outputs for one input of ones.
+    r"""Non-negative weights, and the gradient there of the sum of the outputs for one input of ones.
 
     Parameters
     ----------
@@ -140,7 +148,7 @@ def flow_gradients(
         Of one input.
     of : callable
         Makes parameters non-negative: ``torch.abs`` or ``torch.square``.  Buffers are taken by absolute value.
-    training, dtype, seed, forward
+    seed, training, dtype, forward
         As for `loss_gradients`.
 
     Returns
@@ -155,14 +163,25 @@ def flow_gradients(
     if all(bool(m.all()) for m in masks.values()):
         _warn_of_lost_flow(model)
     weights = _weights(model, masks, dtype, of)
-    state = _rest(model, masks, dtype)
     buffers = dict(model.named_buffers())
-    state = {name: (t.abs() if name in buffers else of(t)) if t.is_floating_point() else t for name, t in state.items()}
+    rest = {
+        name: (t.abs() if name in buffers else of(t)) if t.is_floating_point() else t
+        for name, t in _rest(model, masks, dtype).items()
+    }
     ones = torch.ones((1, *shape), dtype=dtype, device=next(iter(weights.values())).device)
-    with _undisturbed(model, training=training, seed=seed):
-        flow = _outputs(model, state | weights, ones, forward).sum()
+    with undisturbed(model, training=training, seed=seed):
+        flow = _outputs(model, rest | weights, ones, forward).sum()
         gradients = torch.autograd.grad(flow, list(weights.values()), materialize_grads=True)
     return {name: w.detach() for name, w in weights.items()}, dict(zip(weights, gradients, strict=True))
+
+
+def input_shape(shape: Sequence[int] | None, batches: Batches | None) -> Sequence[int]:
+    """Shape of one input, given or read from the first batch."""
+    if shape is not None:
+        return shape
+    if not batches:
+        raise ValueError("the shape of an input is missing: pass shape=(channels, height, width) or batches")
+    return batches[0][0].shape[1:]
 
 
 def seed_of(generator: torch.Generator | None) -> int:
@@ -195,10 +214,10 @@ class _Run(nn.Module):
 
 
 def _outputs(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Tensor, forward: Forward) -> Tensor:
-    """Outputs of the model with other parameters and buffers in the place of its own."""
+    """Outputs of the model with the given parameters and buffers instead of its own."""
     first = {id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
-    # Each place that holds a tensor is named once: functional_call ties by name, which would put a tensor into a module
-    # used twice two times over and leave it there.
+    # Every place that holds a tensor is named exactly once.  functional_call ties by name: in a module that is used
+    # twice it would replace a tensor twice, and put the replacement back at the end.
     placed = {
         f"model.{name}": tensors[first[id(t)]]
         for prefix, module in model.named_modules()
@@ -214,31 +233,17 @@ def _outputs(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Tensor, fo
     return outputs
 
 
-def _loss(model: nn.Module, tensors: dict[str, Tensor], batch: tuple, forward: Forward, loss: Loss) -> Tensor:
-    """Mean loss of one batch, inputs and targets in the precision of the weights."""
+def _loss(
+    share: float, model: nn.Module, tensors: dict[str, Tensor], batch: tuple, forward: Forward, loss: Loss
+) -> Tensor:
+    """Mean loss of one batch times its share, inputs and targets in the precision of the weights."""
     dtype = next(reversed(tensors.values())).dtype  # masked weights come last
     inputs, labels = (t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in batch)
     value = loss(_outputs(model, tensors, inputs, forward), labels)
     if not isinstance(value, Tensor) or value.numel() != 1:
         found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"loss gives {found}: expected one number, the mean over the examples of a batch")
-    return value.reshape(())
-
-
-def _checked(batches: Batches) -> Batches:
-    """The batches; raises unless there are some, and pairs."""
-    if not batches:
-        raise ValueError("this method scores on data: pass batches, see fsp.data.scoring_batches")
-    for batch in batches:
-        if not isinstance(batch, tuple | list) or len(batch) != 2:
-            raise TypeError(f"a batch is {type(batch).__name__}: expected batches=[(inputs, labels), ...]")
-    return batches
-
-
-def _shares(batches: Batches) -> list[float]:
-    """Each batch's share of all examples."""
-    sizes = [len(labels) for _, labels in _checked(batches)]
-    return [size / sum(sizes) for size in sizes]
+    return share * value.reshape(())
 
 
 # ---- how scoring leaves the model alone --------------------------------------------------------------------------
@@ -265,11 +270,14 @@ def _rest(model: nn.Module, masks: Masks, dtype: torch.dtype | None) -> dict[str
 
 
 @contextmanager
-def _undisturbed(model: nn.Module, *, training: bool, seed: int) -> Iterator[None]:
-    """Put the model in train or eval mode with random numbers from `seed`; flags and random state come back."""
-    flags = [(module, module.training) for module in model.modules()]
+def undisturbed(model: nn.Module, *, training: bool, seed: int = 0) -> Iterator[None]:
+    """Train or eval mode, gradients on, random numbers from `seed`; on leaving, model and random state are restored.
+
+    That includes the plain attributes of modules, such as the weight that a pruned layer of torch computes in a hook.
+    """
+    before = [(module, dict(vars(module))) for module in model.modules()]
     devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
-    with torch.random.fork_rng(devices), torch.enable_grad():
+    with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
         torch.default_generator.manual_seed(seed)
         for index in devices:
             with torch.cuda.device(index):
@@ -278,8 +286,8 @@ def _undisturbed(model: nn.Module, *, training: bool, seed: int) -> Iterator[Non
             model.train(training)
             yield
         finally:
-            for module, flag in flags:
-                module.training = flag
+            for module, attributes in before:
+                vars(module).update(attributes)
 
 
 # ---- where flow is lost ------------------------------------------------------------------------------------------

@@ -4,12 +4,14 @@ A method is a function in the dict `METHODS`; `REFERENCES` holds the settings th
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Unpack, get_args, get_origin
 
 import torch
 from torch import nn
 
+from fsp.checks import check_choice, check_count, check_options
 from fsp.masks import Masks, check_density, check_scope, keep_counts, keep_top, kept_count, prunable
 from fsp.pruning import allocate, scores
 from fsp.pruning.phew import phew
@@ -34,7 +36,7 @@ def by_score(
     r"""Keep the weights with the highest scores, in one round or several.
 
     Round k of T prunes to the density :math:`d^{k/T}` ("exponential") or :math:`1 - (1-d)\,k/T` ("linear") and scores
-    anew at the weights that are left; what is pruned stays pruned, but for `fsp.pruning.scores.force`.
+    anew at the weights that are left; what is pruned stays pruned, except with `fsp.pruning.scores.force`.
 
     Parameters
     ----------
@@ -49,9 +51,9 @@ def by_score(
     rounds : int, >= 1
     schedule : {"exponential", "linear"}
     invert : bool
-        Keep the *lowest* scores, ranking upside down (a sanity check): what is pruned stays pruned all the same.  At
-        scope "global", in one round and from the same generator state, this shares no weight with the mask that is
-        not inverted as long as the two together are no more than all weights, ties or not.
+        Keep the *lowest* scores (a sanity check); what is pruned stays pruned.  At scope "global", in one round and
+        from the same generator state, this mask and the one that is not inverted have no weight in common, ties or
+        not, as long as the two together keep no more than all weights.
     **options
         For `score`.
 
@@ -63,24 +65,19 @@ def by_score(
     ----------
     Frankle et al., Pruning neural networks at initialization: why are we missing the mark? ICLR 2021 (inversion).
     """
-    densities = {
-        "exponential": lambda k: density ** (k / rounds),
-        "linear": lambda k: 1 - (1 - density) * k / rounds,
-    }
-    if schedule not in densities:
-        raise ValueError(f'schedule is "exponential" or "linear", not {schedule!r}')
+    check_choice("schedule", schedule, ("exponential", "linear"))
     check_scope(scope)
-    if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
-        raise ValueError(f"rounds {rounds!r} is not a whole number of at least 1")
-    if not isinstance(invert, bool):
-        raise ValueError(f"invert is True or False, not {invert!r}")
+    check_count("rounds", rounds, 1)
+    check_choice("invert", invert, (True, False))
     masks = _ones(model, exclude)
     taken = inspect.signature(score).parameters
     options |= {n: value for n, value in {"batches": batches, "generator": generator}.items() if n in taken}
     if density == 1:
         rounds = 1  # nothing to prune: one look at the scores finds what is wrong with them
     for k in range(1, rounds + 1):
-        target = density if k == rounds else densities[schedule](k)
+        target = density
+        if k < rounds:
+            target = density ** (k / rounds) if schedule == "exponential" else 1 - (1 - density) * k / rounds
         if callable(batches) and "batches" in taken:
             options["batches"] = list(batches(k))
         found = score(model, masks, **options)
@@ -89,7 +86,7 @@ def by_score(
 
 
 def _keep_lowest(found: scores.Scores, density: float, *, scope: str, generator: torch.Generator) -> Masks:
-    """As `keep_top` from the other end of the same ranking, ties included; -inf is still never kept."""
+    """Like `keep_top`, but the lowest scores of the same ranking (ties included); -inf is still never kept."""
     keep_top(found, density, scope=scope)  # raises for scores that cannot be ranked
     ranked = found if scope == "layer" else {"all": torch.cat([s.flatten() for s in found.values()])}
     alive = {name: ~torch.isneginf(s) for name, s in ranked.items()}
@@ -121,7 +118,7 @@ def at_random(
     model, density, generator
         As for `prune`.
     batches
-        Not used.
+        Ignored.
     exclude : iterable of str
         Parameters or modules to leave dense, outside the masks.
     **options
@@ -144,15 +141,7 @@ def at_random(
 
 METHODS: dict[str, Callable[..., Masks]] = {
     "random": partial(by_score, scores.random),
-    "uniform": partial(at_random, allocate.uniform),
-    "uniform_plus": partial(at_random, allocate.uniform_plus),
-    "er": partial(at_random, allocate.er),
-    "erk": partial(at_random, allocate.erk),
-    "igq": partial(at_random, allocate.igq),
-    "balanced": partial(at_random, allocate.balanced),
-    "pyramidal": partial(at_random, allocate.pyramidal),
-    "smart_ratio": partial(at_random, allocate.smart_ratio),
-    "ratio_of": partial(at_random, allocate.ratio_of),
+    **{name: partial(at_random, allocation) for name, allocation in allocate.ALLOCATIONS.items()},
     "magnitude": partial(by_score, scores.magnitude),
     "snip": partial(by_score, scores.snip),
     "taylor": partial(by_score, scores.taylor),
@@ -169,7 +158,11 @@ SYNFLOW = {"rounds": 100, "schedule": "exponential", "training": False, "dtype":
 FORCE = {"rounds": 60, "schedule": "exponential", "training": True}
 
 # Options of `prune` as in the authors' code.  Not all of it has an option: SNIP's code prunes biases as well and draws
-# the weights anew after pruning, GraSP's draws its classifier anew for scoring and cuts its examples by class.
+# the weights anew after pruning, GraSP's draws its classifier anew for scoring and cuts its examples by class.  Nor do
+# they set the examples, which `fsp.data.scoring_batches` draws.  The SynFlow repository takes 10 a class, drawn from
+# all classes together and augmented, in batches of 256.  SNIP's authors take one training batch, 100 examples of MNIST
+# or 128 of CIFAR; FORCE's fresh batches of 128 in every round: one for CIFAR-10, 10 for CIFAR-100, 20 for TinyImageNet;
+# GraSP's 10 of each class, augmented.
 REFERENCES: dict[str, dict[str, dict[str, object]]] = {
     "synflow_repo": {  # Tanaka et al. for all methods: SynFlow in float32, eval mode throughout
         "random": {"rounds": 1},
@@ -187,57 +180,6 @@ REFERENCES: dict[str, dict[str, dict[str, object]]] = {
         "synflow_l2": {"rounds": 100, "schedule": "exponential", "training": False},
     },
 }
-
-# Options of `fsp.data.scoring_batches`.  SNIP's authors take one training batch, 100 examples of MNIST or 128 of
-# CIFAR; FORCE's fresh batches of 128 in every round: one for CIFAR-10, 10 for CIFAR-100, 20 for TinyImageNet.
-REFERENCE_BATCHES: dict[str, dict[str, dict[str, object]]] = {
-    "synflow_repo": {
-        "snip": {"per_class": 10, "batch_size": 256, "balanced": False, "augmented": True},
-        "grasp": {"per_class": 10, "batch_size": 256, "balanced": False, "augmented": True},
-    },
-    "original": {
-        "snip": {"balanced": False, "augmented": False},
-        "iterative_snip": {"batch_size": 128, "balanced": False},
-        "force": {"batch_size": 128, "balanced": False},
-        "grasp": {"per_class": 10, "balanced": True, "augmented": True},
-    },
-}
-
-
-def batch_options(method: str, reference: str) -> dict[str, object]:
-    """Options of `fsp.data.scoring_batches` for the examples that published code scored on.
-
-    Parameters
-    ----------
-    method : str
-        A key of `METHODS`.
-    reference : str
-        A key of `REFERENCE_BATCHES`.
-
-    Returns
-    -------
-    dict
-        A new one; only what the reference settles.
-
-    Raises
-    ------
-    ValueError
-        If the reference has no such method, or the method scores on no data.
-
-    Examples
-    --------
-    >>> batch_options("snip", "synflow_repo")
-    {'per_class': 10, 'batch_size': 256, 'balanced': False, 'augmented': True}
-    """
-    return _settings(REFERENCE_BATCHES, method, reference, "batches of")
-
-
-def _settings(table: Mapping[str, Mapping[str, dict]], method: str, reference: str, what: str) -> dict[str, object]:
-    """A copy of one entry; raises naming all there are."""
-    if method not in table.get(reference, {}):
-        listed = "; ".join(f"{name!r} for {', '.join(methods)}" for name, methods in table.items())
-        raise ValueError(f"reference {reference!r} has no settings for {what} method {method!r}: there is {listed}")
-    return dict(table[reference][method])
 
 
 def options_of(method: str) -> tuple[str, ...]:
@@ -259,8 +201,14 @@ def options_of(method: str) -> tuple[str, ...]:
     >>> options_of("balanced")
     ('exclude', 'redistribute')
     """
-    functions = [METHODS[method], *getattr(METHODS[method], "args", ())]  # what a partial is given takes options too
-    names = [name for function in functions for name in inspect.signature(function).parameters]
+    names = []
+    for function in [
+        METHODS[method],
+        *getattr(METHODS[method], "args", ()),
+    ]:  # the function in a partial has options too
+        for parameter in inspect.signature(function).parameters.values():
+            named = get_args(parameter.annotation) if get_origin(parameter.annotation) is Unpack else ()
+            names += named[0].__annotations__ if named else [parameter.name]
     given = {"model", "density", "masks", "shapes", "batches", "generator", "options"}
     return tuple(dict.fromkeys(name for name in names if name not in given))
 
@@ -286,13 +234,14 @@ def prune(
     density : float, in (0, 1]
         Fraction of prunable weights kept.
     batches : sequence of (inputs, labels), or callable, optional
-        Examples that SNIP, GraSP and their like score on; SynFlow and PHEW take the input shape from them.  A callable
-        is asked for them in each round, ``batches(round)`` with rounds from 1: fresh examples every time, as in FORCE.
+        Examples that SNIP, GraSP and similar methods score on; SynFlow and PHEW only take the input shape from them.
+        A callable is called in each round, ``batches(round)`` with rounds from 1, and gives fresh examples, as in
+        FORCE.
     generator : torch.Generator on the CPU, optional
         Positions of random methods, ties, dropout; default a fresh generator with seed 0.
     reference : str, optional
-        Key of `REFERENCES`: settings of published code instead of our defaults; `options` go before them.  The
-        examples are settled by `batch_options`.
+        Key of `REFERENCES`: settings of published code instead of our defaults; `options` overrule them.  They do
+        not include the examples.
     **options
         Of the method, see `options_of`: among them ``rounds``, ``scope``, ``exclude``, ``temperature``, ``training``,
         ``forward`` and ``loss`` for models with other outputs and tasks.
@@ -327,34 +276,27 @@ def prune(
     >>> int(masks["1.weight"].sum())
     32
     """
-    if method not in METHODS:
-        raise ValueError(f"method {method!r} is unknown: use one of {', '.join(METHODS)}")
+    check_choice("method", method, METHODS)
     check_density(density)
-    unknown = options.keys() - set(options_of(method))
-    if unknown:
-        raise TypeError(f"method {method!r} has no option {sorted(unknown)}; it has {', '.join(options_of(method))}")
+    check_options(f"method {method!r}", options, options_of(method))
     if reference is not None:
-        options = _settings(REFERENCES, method, reference, "scores of") | options
+        if method not in REFERENCES.get(reference, {}):
+            listed = "; ".join(f"{name!r} for {', '.join(settings)}" for name, settings in REFERENCES.items())
+            raise ValueError(f"reference {reference!r} has no settings for method {method!r}: there is {listed}")
+        options = REFERENCES[reference][method] | options
     if generator is None:
         generator = torch.Generator().manual_seed(0)
-    if callable(batches) and METHODS[method] is phew:
-        batches = batches(1)  # which has no rounds, and looks at their shape alone
     if batches is not None and not callable(batches):
         batches = list(batches)
     masks = METHODS[method](model, density, batches=batches, generator=generator, **options)
-    _check_achieved(masks, density, options.get("scope", "global"))
+    sizes = [m.numel() for m in masks.values()]
+    asked = sum(kept_count(n, density) for n in (sizes if options.get("scope") == "layer" else [sum(sizes)]))
+    kept = sum(int(m.sum()) for m in masks.values())
+    if kept != asked:
+        raise RuntimeError(f"{kept} of {sum(sizes)} weights are kept where density {density} asks for {asked}")
     return masks
 
 
 def _ones(model: nn.Module, exclude: Iterable[str]) -> Masks:
     """Masks that keep every prunable weight."""
     return {name: torch.ones_like(p, dtype=torch.bool) for name, p in prunable(model, exclude=exclude).items()}
-
-
-def _check_achieved(masks: Masks, density: float, scope: object) -> None:
-    """Raise if the number of kept weights is not the number asked for."""
-    sizes = [m.numel() for m in masks.values()]
-    asked = sum(kept_count(n, density) for n in (sizes if scope == "layer" else [sum(sizes)]))
-    kept = sum(int(m.sum()) for m in masks.values())
-    if kept != asked:
-        raise RuntimeError(f"{kept} of {sum(sizes)} weights are kept where density {density} asks for {asked}")

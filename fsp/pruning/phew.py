@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fsp.checks import check_choice, check_generator
 from fsp.masks import Masks, check_density, kept_count, prunable
-from fsp.pruning.scores import Batches
+from fsp.pruning.gradients import Batches, input_shape
 from fsp.pruning.walkgraph import Edge, Graph, graph_of, pick
 
 MOST = 2**17  # walks drawn at once
@@ -47,8 +48,8 @@ def phew(
         One tensor in, one tensor out, and traceable by ``torch.fx``.  It is left bit-identical.
     density : float, in (0, 1]
     generator : torch.Generator on the CPU
-    batches : sequence of (inputs, labels), optional
-        Only the shape of the first input is used.
+    batches : sequence of (inputs, labels), or callable, optional
+        Only the shape of the first input is used; a callable is asked for those of round 1.
     shape : sequence of int, optional
         Shape of one input, (channels, height, width); instead of `batches`.
     exclude : iterable of str
@@ -67,11 +68,9 @@ def phew(
     Raises
     ------
     ValueError
-        If neither `batches` nor `shape` tells the input shape; `density`, `identity`, `kernels` or a weight is not
-        valid; the count is smaller than one complete path or larger than the number of weights on paths; the model
-        cannot be traced or does something to channels that walks cannot follow (named in the message).
-    TypeError
-        If `generator` is not a CPU generator.
+        If neither `batches` nor `shape` gives the input shape; `density`, `identity`, `kernels`, `generator` or a
+        weight is not valid; the count is smaller than one complete path or larger than the number of weights on
+        paths; the model cannot be traced or does something to channels that walks cannot follow (named in the message).
     RuntimeError
         If walks no longer add weights at a useful rate, or no complete walk adds few enough to meet the count.
 
@@ -90,8 +89,8 @@ def phew(
     gives the probability that a walk from a unit adds j new weights, for each unit and j.
 
     *High densities.*  Weights near 0 are hardly ever passed, so walks saturate: after a batch of 131,072 that adds
-    fewer than 1% of its number, or of what is missing if that is less, a RuntimeError tells how far they came.  On one
-    core a ResNet-20 reaches .99 in seconds and VGG-16 .9 in less than a minute; nearer to 1 expect the error.
+    fewer than 1% of its number, or of what is missing if that is less, a RuntimeError says how many are missing.
+    On one core a ResNet-20 reaches .99 in seconds and VGG-16 .9 in less than a minute; nearer to 1 expect the error.
 
     *Paths are paths of channels.*  A kernel position that only ever sees padding counts like any other.  The draw of
     a unit followed by that of a position in its kernel, as published, is the one draw above.
@@ -104,16 +103,12 @@ def phew(
     ICML 2021, section 4.
     """
     check_density(density)
-    if identity not in ("residual", "coin"):
-        raise ValueError(f'identity is "residual" or "coin", not {identity!r}')
-    if not isinstance(kernels, bool):
-        raise ValueError(f"kernels is True or False, not {kernels!r}")
-    if not isinstance(generator, torch.Generator) or generator.device.type != "cpu":
-        raise TypeError(f"generator is {generator!r}: expected one on the CPU, torch.Generator().manual_seed(seed)")
-    if shape is None:
-        if not batches:
-            raise ValueError("PHEW needs the shape of an input: pass shape=(channels, height, width) or batches")
-        shape = batches[0][0].shape[1:]
+    check_choice("identity", identity, ("residual", "coin"))
+    check_choice("kernels", kernels, (True, False))
+    check_generator(generator)
+    if callable(batches):
+        batches = list(batches(1))  # there are no rounds, and only their shape is used
+    shape = input_shape(shape, batches)
     weights = prunable(model, exclude=exclude)
     total = sum(w.numel() for w in weights.values())
     wanted = kept_count(total, density)

@@ -1,6 +1,7 @@
-"""What a weight is worth at initialisation: one function a method, higher = kept.
+"""Scores of weights at initialisation: one function a method, higher = kept.
 
-Every function takes the model, the masks so far and ``batches`` and returns a dict of scores.  Weights that are pruned
+Every function takes the model and the masks so far, and ``batches`` and ``generator`` if it needs them, and returns a
+dict of scores.  Weights that are pruned
 already get ``-inf``, so that a later round cannot bring them back; `force` alone scores them too.  The model, its
 train/eval flags, its running statistics and the global random state are left bit-identical: `fsp.pruning.gradients`.
 
@@ -19,19 +20,20 @@ loss : callable
     (outputs, labels) -> scalar, the *mean* over the examples of a batch; default cross entropy.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Unpack
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fsp.masks import Masks
-from fsp.pruning.gradients import Batches, Forward, Loss, call, flow_gradients, hessian_times, loss_gradients, seed_of
+from fsp.pruning.gradients import Batches, FlowRun, LossRun, flow_gradients, input_shape, loss_gradients, seed_of
 
 Scores = dict[str, Tensor]
 
 
-def random(model: nn.Module, masks: Masks, *, generator: torch.Generator) -> Scores:
+def random(model: nn.Module, masks: Masks, *, generator: Generator) -> Scores:
     """Independent standard normal scores: the topology of a uniformly random mask.
 
     Parameters
@@ -65,15 +67,7 @@ def magnitude(model: nn.Module, masks: Masks) -> Scores:
 
 
 def snip(
-    model: nn.Module,
-    masks: Masks,
-    *,
-    batches: Batches,
-    training: bool = True,
-    dtype: torch.dtype | None = None,
-    generator: torch.Generator | None = None,
-    forward: Forward = call,
-    loss: Loss = cross_entropy,
+    model: nn.Module, masks: Masks, *, batches: Batches, generator: Generator | None = None, **run: Unpack[LossRun]
 ) -> Scores:
     r"""SNIP: how strongly the loss reacts to the removal of a weight.
 
@@ -88,7 +82,7 @@ def snip(
     masks : Masks
     batches : sequence of (inputs, labels)
         On the model's device; see `fsp.data.scoring_batches`.
-    training, dtype, generator, forward, loss
+    generator, training, dtype, forward, loss
         See the head of this module.  The Synaptic-Flow repository scores in eval mode.
 
     Returns
@@ -106,21 +100,12 @@ def snip(
     ----------
     Lee, Ajanthan, Torr: SNIP: single-shot network pruning based on connection sensitivity. ICLR 2019, equations 4-6.
     """
-    run = {"training": training, "dtype": dtype, "seed": seed_of(generator), "forward": forward, "loss": loss}
-    weights, gradients = loss_gradients(model, masks, list(batches or []), **run)
+    weights, gradients = loss_gradients(model, masks, batches, seed=seed_of(generator), **run)
     return _alive({name: (weights[name] * g).abs() for name, g in gradients.items()}, masks)
 
 
 def taylor(
-    model: nn.Module,
-    masks: Masks,
-    *,
-    batches: Batches,
-    training: bool = True,
-    dtype: torch.dtype | None = None,
-    generator: torch.Generator | None = None,
-    forward: Forward = call,
-    loss: Loss = cross_entropy,
+    model: nn.Module, masks: Masks, *, batches: Batches, generator: Generator | None = None, **run: Unpack[LossRun]
 ) -> Scores:
     r"""First-order Taylor score of the ICLR'23 benchmark (Taylor1ScorerAbs).
 
@@ -132,7 +117,7 @@ def taylor(
 
     Parameters
     ----------
-    model, masks, batches, training, dtype, generator, forward, loss
+    model, masks, batches, generator, training, dtype, forward, loss
         As for `snip`, and so are the errors.
 
     Returns
@@ -144,23 +129,14 @@ def taylor(
     Hoang, Liu, Marculescu, Wang: Revisiting pruning at initialization through the lens of Ramanujan graph. ICLR 2023,
     code.
     """
-    run = {"training": training, "dtype": dtype, "seed": seed_of(generator), "forward": forward, "loss": loss}
-    weights, gradients = loss_gradients(model, masks, list(batches or []), average=False, **run)
+    weights, gradients = loss_gradients(model, masks, batches, average=False, seed=seed_of(generator), **run)
     return _alive({name: (weights[name] * g).abs() for name, g in gradients.items()}, masks)
 
 
 def force(
-    model: nn.Module,
-    masks: Masks,
-    *,
-    batches: Batches,
-    training: bool = True,
-    dtype: torch.dtype | None = None,
-    generator: torch.Generator | None = None,
-    forward: Forward = call,
-    loss: Loss = cross_entropy,
+    model: nn.Module, masks: Masks, *, batches: Batches, generator: Generator | None = None, **run: Unpack[LossRun]
 ) -> Scores:
-    r"""FORCE: what a weight would be worth in the pruned network, if it were there.
+    r"""FORCE: the SNIP score that a weight, pruned or not, has in the pruned network.
 
     .. math:: s = \left| \theta_0 \odot \frac{\partial L(\theta)}{\partial \theta}
               \right|_{\theta = \theta_0 \odot c}
@@ -173,7 +149,7 @@ def force(
     ----------
     model : nn.Module
         Maps inputs to logits.  Its own weights are :math:`\theta_0`: dense, not masked.
-    masks, batches, training, dtype, generator, forward, loss
+    masks, batches, generator, training, dtype, forward, loss
         As for `snip`, and so are the errors.
 
     Returns
@@ -184,8 +160,7 @@ def force(
     ----------
     de Jorge et al.: Progressive skeletonization: trimming more fat from a network at initialization. ICLR 2021.
     """
-    run = {"training": training, "dtype": dtype, "seed": seed_of(generator), "forward": forward, "loss": loss}
-    _, gradients = loss_gradients(model, masks, list(batches or []), **run)
+    _, gradients = loss_gradients(model, masks, batches, seed=seed_of(generator), **run)
     parameters = dict(model.named_parameters())
     return {name: (parameters[name].detach().to(g.dtype) * g).abs() for name, g in gradients.items()}
 
@@ -196,11 +171,8 @@ def grasp(
     *,
     batches: Batches,
     temperature: float = 200.0,
-    training: bool = True,
-    dtype: torch.dtype | None = None,
-    generator: torch.Generator | None = None,
-    forward: Forward = call,
-    loss: Loss = cross_entropy,
+    generator: Generator | None = None,
+    **run: Unpack[LossRun],
 ) -> Scores:
     r"""GraSP: keep the weights whose removal would reduce the gradient flow most.
 
@@ -211,7 +183,7 @@ def grasp(
 
     Parameters
     ----------
-    model, masks, training, dtype, generator, forward, loss
+    model, masks, generator, training, dtype, forward, loss
         As for `snip`, and so are the errors.
     batches : sequence of (inputs, labels)
         Used twice, in the same order, with the same dropout.
@@ -237,11 +209,11 @@ def grasp(
     """
     if not temperature > 0:
         raise ValueError(f"temperature {temperature} is not positive")
-    batches = list(batches or [])
-    run = {"training": training, "dtype": dtype, "seed": seed_of(generator), "forward": forward}
+    batches, seed = list(batches or []), seed_of(generator)
+    loss = run.get("loss", cross_entropy)
     run["loss"] = lambda outputs, labels: loss(outputs / temperature, labels)
-    weights, flow = loss_gradients(model, masks, batches, **run)
-    product = hessian_times(flow, model, masks, batches, **run)
+    weights, gradient = loss_gradients(model, masks, batches, seed=seed, **run)
+    _, product = loss_gradients(model, masks, batches, hessian_times=gradient, seed=seed, **run)
     return _alive({name: weights[name] * hg for name, hg in product.items()}, masks)
 
 
@@ -251,10 +223,8 @@ def synflow(
     *,
     batches: Batches | None = None,
     shape: Sequence[int] | None = None,
-    training: bool = False,
-    dtype: torch.dtype = torch.float64,
-    generator: torch.Generator | None = None,
-    forward: Forward = call,
+    generator: Generator | None = None,
+    **run: Unpack[FlowRun],
 ) -> Scores:
     r"""SynFlow: the flow of synaptic strength through a weight, without data.
 
@@ -272,7 +242,7 @@ def synflow(
         Only the shape of the first input is used.
     shape : sequence of int, optional
         Shape of one input, (channels, height, width); instead of `batches`.
-    training, dtype, generator, forward
+    generator, training, dtype, forward
         See the head of this module.  In train mode batch norm normalises the one input, as in an example of the
         ICLR'23 authors; that takes maps larger than 1 x 1.  float32 overflows on a ResNet-34.
 
@@ -283,7 +253,7 @@ def synflow(
     Raises
     ------
     ValueError
-        If neither `batches` nor `shape` tells the input shape.
+        If neither `batches` nor `shape` gives the input shape.
     TypeError
         If the outputs are no tensor.
 
@@ -304,8 +274,8 @@ def synflow(
     Tanaka, Kunin, Yamins, Ganguli: Pruning neural networks without any data by iteratively conserving synaptic flow.
     NeurIPS 2020, equation 3 and algorithm 1.
     """
-    run = {"training": training, "dtype": dtype, "seed": seed_of(generator), "forward": forward}
-    weights, gradients = flow_gradients(model, masks, _shape(shape, batches), of=torch.abs, **run)
+    shape, seed = input_shape(shape, batches), seed_of(generator)
+    weights, gradients = flow_gradients(model, masks, shape, of=torch.abs, seed=seed, **run)
     return _alive({name: (weights[name] * g).abs() for name, g in gradients.items()}, masks)
 
 
@@ -315,10 +285,8 @@ def synflow_l2(
     *,
     batches: Batches | None = None,
     shape: Sequence[int] | None = None,
-    training: bool = False,
-    dtype: torch.dtype = torch.float64,
-    generator: torch.Generator | None = None,
-    forward: Forward = call,
+    generator: Generator | None = None,
+    **run: Unpack[FlowRun],
 ) -> Scores:
     r"""SynFlow-L2: synaptic flow of the squared weights.
 
@@ -329,7 +297,7 @@ def synflow_l2(
 
     Parameters
     ----------
-    model, masks, batches, shape, training, dtype, generator, forward
+    model, masks, batches, shape, generator, training, dtype, forward
         As for `synflow`, and so are errors and warnings.
 
     Returns
@@ -346,33 +314,12 @@ def synflow_l2(
     Patil, Dovrolis: PHEW: constructing sparse networks that learn fast and generalize well without training data.
     ICML 2021.
     """
-    run = {"training": training, "dtype": dtype, "seed": seed_of(generator), "forward": forward}
-    _, gradients = flow_gradients(model, masks, _shape(shape, batches), of=torch.square, **run)
+    shape, seed = input_shape(shape, batches), seed_of(generator)
+    _, gradients = flow_gradients(model, masks, shape, of=torch.square, seed=seed, **run)
     parameters = dict(model.named_parameters())
-    return _alive({name: parameters[name].detach().to(dtype).abs() * g.abs() for name, g in gradients.items()}, masks)
-
-
-SCORES: dict[str, Callable[..., Scores]] = {
-    "random": random,
-    "magnitude": magnitude,
-    "snip": snip,
-    "taylor": taylor,
-    "force": force,
-    "grasp": grasp,
-    "synflow": synflow,
-    "synflow_l2": synflow_l2,
-}
+    return _alive({name: parameters[name].detach().to(g.dtype).abs() * g.abs() for name, g in gradients.items()}, masks)
 
 
 def _alive(scores: Scores, masks: Masks) -> Scores:
     """Scores with -inf where the masks prune already."""
     return {name: s.masked_fill(~masks[name], -torch.inf) for name, s in scores.items()}
-
-
-def _shape(shape: Sequence[int] | None, batches: Batches | None) -> Sequence[int]:
-    """Shape of one input, given or read from the first batch."""
-    if shape is not None:
-        return shape
-    if not batches:
-        raise ValueError("SynFlow needs the shape of an input: pass shape=(channels, height, width) or batches")
-    return batches[0][0].shape[1:]

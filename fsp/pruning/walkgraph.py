@@ -208,7 +208,7 @@ class _Tracer(fx.Tracer):
 
 
 class _Shapes(fx.Interpreter):
-    """Notes the value of every node, which has a shape and no data."""
+    """Keeps the value of every node, a tensor with a shape and no data."""
 
     def run_node(self, n: fx.Node) -> object:
         n.meta["value"] = super().run_node(n)
@@ -291,11 +291,7 @@ def _relate(n: fx.Node, module: nn.Module | None, sources: list[fx.Node]) -> tup
     plain = isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == shapes[0][0]
     kept = plain and value.shape[1] == shapes[0][1]
     if isinstance(module, PRUNABLE):
-        if (
-            plain
-            and not getattr(module, "transposed", False)
-            and (value.ndim == 2 or not isinstance(module, nn.Linear))
-        ):
+        if plain and (value.ndim == 2 if isinstance(module, nn.Linear) else not module.transposed):
             return "layer", [0]
     elif plain and name in CONCATENATIONS:
         if _dims(n, value.ndim, 0) == {1} and sum(s[1] for s in shapes) == value.shape[1]:
@@ -335,7 +331,7 @@ def _dims(n: fx.Node, ndim: int, default: int | None) -> set[int]:
 
 
 def _drop_identities(graph: Graph, sums: list[int]) -> None:
-    """Forget an addend that the other one is computed from: walks take the residual branch."""
+    """Remove the edge of an addend that the other one is computed from: walks take the residual branch."""
     ancestors: list[set[int]] = []
     for node in range(len(graph.units)):
         ancestors.append(set().union(*({e.source} | ancestors[e.source] for e in graph.into(node))))
@@ -346,7 +342,10 @@ def _drop_identities(graph: Graph, sums: list[int]) -> None:
 
 
 def _tidy(graph: Graph) -> None:
-    """Only edges that lead to the output, features as units of an input that is flattened first, no unit unfed."""
+    """Keep only edges that lead to the output; units of an input that is flattened first are its features.
+
+    Raises if a unit of a node comes from no other node.
+    """
     alive = {len(graph.units) - 1}
     for edge in sorted(graph.edges, key=lambda e: -e.target):
         alive |= {edge.source} if edge.target in alive else set()

@@ -23,7 +23,6 @@ from fsp.pruning.allocate import (
     pyramidal,
     ratio_of,
     smart_ratio,
-    spent,
     uniform,
     uniform_plus,
 )
@@ -152,14 +151,10 @@ def test_pyramidal_vgg_16_has_the_ratio_of_the_specification():
 
 def test_literal_balanced_vgg_16_falls_short_as_in_the_reference_and_says_by_how_much():
     literal = balanced(VGG16, 0.01, redistribute=False)
-    assert round(spent(literal, VGG16), 5) == 0.00904
-    with pytest.raises(ValueError, match=r"132981\.6 weights, density 0\.01 keeps 147156: .* own is 0\.00903679"):
+    with pytest.raises(ValueError, match=r"132981\.6 weights, density 0\.01 keeps 147156: .* they spend 0\.00903679"):
         counts(literal, VGG16, 0.01)
-    found = counts(literal, VGG16, spent(literal, VGG16))
-    assert sum(found.values()) == 132_982
     # a fourteenth of 147,155.84 is 10,511.1: more than the first convolution and the classifier have
-    assert [found["conv1.weight"], found["classifier.weight"]] == [1728, 5120]
-    assert {k for name, k in found.items() if name not in ("conv1.weight", "classifier.weight")} <= {10_511, 10_512}
+    assert [literal[name] for name in ("conv1.weight", "classifier.weight")] == [1, 1]
 
 
 # ---- small networks by hand --------------------------------------------------------------------------------------
@@ -174,12 +169,6 @@ def test_uniform_plus_spares_a_first_convolution_and_the_last_layer():
     assert uniform_plus(shapes, 0.5) == pytest.approx({"stem": 1, "body": 350 / 800, "point": 350 / 800, "head": 0.5})
 
 
-def test_uniform_plus_does_not_spare_a_first_linear_layer():
-    shapes = {"fc1": (30, 30), "fc2": (10, 10)}
-    assert uniform_plus(shapes, 0.1) == pytest.approx({"fc1": 80 / 900, "fc2": 0.2})
-    assert uniform_plus(shapes, 0.3) == pytest.approx({"fc1": 0.3, "fc2": 0.3})
-
-
 def test_uniform_plus_spends_all_it_has_on_the_two_ends():
     shapes = {"stem": (10, 1, 5, 2), "body": (20, 40), "head": (10, 10)}
     densities = uniform_plus(shapes, 0.12)  # 120 of 1000: the stem and a fifth of the head
@@ -189,11 +178,6 @@ def test_uniform_plus_spends_all_it_has_on_the_two_ends():
     assert counts(uniform_plus(shapes, 0.1195), shapes, 0.1195) == {"stem": 100, "body": 0, "head": 20}
     with pytest.raises(ValueError, match=r"uniform_plus keeps 120\.0 weights of head, stem, .* 0\.119 pays for 119"):
         uniform_plus(shapes, 0.119)
-
-
-def test_ideal_gas_quotas_follow_their_formula():
-    shapes = {"a": (10, 10), "b": (10, 30)}  # F = 0.01: 1/2 and 1/4, 125 of 400
-    assert igq(shapes, 0.3125) == pytest.approx({"a": 0.5, "b": 0.25}, rel=1e-12)
 
 
 def test_balanced_gives_equal_counts_and_the_surplus_of_full_layers_to_the_others():
@@ -213,10 +197,8 @@ def test_smart_ratio_pushes_the_surplus_of_a_full_layer_forward():
 
 def test_smart_ratio_has_the_variants_of_its_paper():
     shapes = {"fc1": (5, 2), "fc2": (4, 5), "fc3": (5, 2)}
-    # 9 weights; by i squared 12 and 1.5, so in parts 120 : 30; linear 3 and 2, 30 : 40; cubic 27 and 8, 270 : 160
+    # 9 weights; by i squared 12 and 1.5, so in parts 120 : 30
     assert smart_ratio(shapes, 0.3, vgg=True) == pytest.approx({"fc1": 0.72, "fc2": 0.09, "fc3": 0.3})
-    assert smart_ratio(shapes, 0.3, decay="linear") == pytest.approx({"fc1": 2.7 / 7, "fc2": 1.8 / 7, "fc3": 0.3})
-    assert smart_ratio(shapes, 0.3, decay="cubic") == pytest.approx({"fc1": 24.3 / 43, "fc2": 7.2 / 43, "fc3": 0.3})
     # 12 - 8 weights in parts 1 : 1
     assert smart_ratio(shapes, 0.3, classifier=0.8) == pytest.approx({"fc1": 0.2, "fc2": 0.1, "fc3": 0.8})
 
@@ -243,16 +225,6 @@ densities = st.integers(1, 1000).map(lambda k: k / 1000)
 @given(shapes=networks, density=densities)
 def test_uniform_gives_every_layer_the_density_of_the_network(shapes, density):
     assert uniform(shapes, density) == dict.fromkeys(shapes, density)
-
-
-@examples
-@given(shapes=networks, density=densities)
-@pytest.mark.parametrize("allocate", [er, erk])
-def test_no_layer_exceeds_one_and_together_they_spend_the_budget(allocate, shapes, density):
-    found = allocate(shapes, density)
-    assert list(found) == list(shapes)
-    assert all(0 < d <= 1 for d in found.values())
-    assert spent(found, shapes) == pytest.approx(density, rel=1e-9)
 
 
 @examples
@@ -335,7 +307,7 @@ def test_smart_ratio_is_its_definition_or_says_that_the_budget_cannot_be_spent(s
     cost, room = Fraction(str(classifier)) * last, size(shapes) - last
     total = asked(shapes, density)
     if math.floor(cost) > total or total >= room + cost + 1:
-        with pytest.raises(ValueError, match=rf"density {density} (pays for|keeps) {total}:"):
+        with pytest.raises(ValueError, match=rf"density {density} keeps {total}:"):
             smart_ratio(shapes, density, vgg=vgg, classifier=classifier)
         return
     found = smart_ratio(shapes, density, vgg=vgg, classifier=classifier)
@@ -343,14 +315,6 @@ def test_smart_ratio_is_its_definition_or_says_that_the_budget_cannot_be_spent(s
     if cost <= Fraction(str(density)) * size(shapes) <= cost + room:  # else only rounding makes it possible
         expected = by_the_rules_of_smart_ratio(shapes, density, vgg, classifier)
         assert found == pytest.approx({name: float(d) for name, d in expected.items()}, rel=1e-9, abs=1e-12)
-
-
-@pytest.mark.parametrize("vgg", [False, True])
-def test_smart_ratio_of_vgg_16_is_its_definition_in_exact_fractions(vgg):
-    for density in (0.5, 0.1, 0.05, 0.01, 0.001):
-        expected = by_the_rules_of_smart_ratio(VGG16, density, vgg, 0.3)
-        found = smart_ratio(VGG16, density, vgg=vgg)
-        assert found == pytest.approx({name: float(d) for name, d in expected.items()}, rel=1e-9)
 
 
 @examples
@@ -382,15 +346,6 @@ def test_ratio_of_fills_every_layer_that_is_not_empty_and_no_other_when_the_budg
     assert ratio_of(shapes, 0.53, like=like) == {"a": 1, "b": 1, "c": 1, "empty": 0}
 
 
-@pytest.mark.parametrize("shapes", PAPERS.values(), ids=PAPERS)
-@pytest.mark.parametrize("density", [1.0, 0.1, 0.01, 1e-4])
-def test_ratio_of_masks_of_the_papers_networks_gives_their_own_densities_and_counts(shapes, density):
-    like = random_masks(shapes, density)
-    found = ratio_of(shapes, density, like=like)
-    assert found == pytest.approx(layer_densities(like), rel=1e-12)  # also where d N is no whole number
-    assert counts(found, shapes, density) == kept(like)
-
-
 ASCENDING = [1e-4, 1e-3, 0.0102, 0.05, 0.1, 0.2, 0.3, 0.5, 0.9, 0.99]
 
 
@@ -408,20 +363,12 @@ def test_no_layer_gets_sparser_when_the_network_gets_denser(name, shapes):
     assert all(np.all(np.array(b) >= np.array(a) - 1e-12) for a, b in pairwise(found))
 
 
-@examples
-@given(shapes=networks, two=st.lists(densities, min_size=2, max_size=2).map(sorted))
-@pytest.mark.parametrize("allocate", ALWAYS.values(), ids=ALWAYS)
-def test_layer_densities_rise_with_the_density_of_any_network(allocate, shapes, two):
-    sparser, denser = (allocate(shapes, density) for density in two)
-    assert all(sparser[name] <= denser[name] + 1e-9 for name in shapes)
-
-
 @pytest.mark.parametrize("allocate", ALWAYS.values(), ids=ALWAYS)
 @pytest.mark.parametrize("shapes", PAPERS.values(), ids=PAPERS)
 @pytest.mark.parametrize("density", [1.0, 1, 1 - 1e-15, 0.999999, 0.9, 0.5, 0.1, 0.05, 0.01, 1e-3, 1e-4, 1e-6, 1e-9])
 def test_networks_of_the_papers_get_exact_counts(allocate, shapes, density):
     densities = allocate(shapes, density)
-    assert spent(densities, shapes) == pytest.approx(density, rel=1e-10)
+    assert weights(densities, shapes) == pytest.approx(density * size(shapes), rel=1e-10)
     check_counts(densities, shapes, density)
     if density == 1:
         assert counts(densities, shapes, density) == {name: math.prod(shape) for name, shape in shapes.items()}
@@ -494,9 +441,9 @@ def test_a_network_without_layers_is_refused(name):
 @pytest.mark.parametrize(
     ("shapes", "density", "numbers"),
     [
-        (VGG16, 1e-4, r"keeps 1536\.0 weights of the classifier 'classifier\.weight' .* 0\.0001 pays for 1472:"),
-        (VGG16, 1, r"keeps at most 14712000\.0 weights \(14710464 and 0\.3 of the 5120 .* density 1 keeps 14715584:"),
-        ({"only": (10, 10)}, 0.5, r"keeps at most 30\.0 weights \(0 and 0\.3 of the 100 .* density 0\.5 keeps 50:"),
+        (VGG16, 1e-4, r"from 1536\.0 weights \(0\.3 of the 5120 of the classifier 'clas.* 0\.0001 keeps 1472:"),
+        (VGG16, 1, r"to 14712000\.0, but density 1 keeps 14715584:"),
+        ({"only": (10, 10)}, 0.5, r"from 30\.0 weights .* to 30\.0, but density 0\.5 keeps 50:"),
     ],
 )
 def test_smart_ratio_says_what_it_cannot_spend(shapes, density, numbers):
@@ -504,16 +451,9 @@ def test_smart_ratio_says_what_it_cannot_spend(shapes, density, numbers):
         smart_ratio(shapes, density)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"decay": "ascending"}, "use one of quadratic, linear, cubic"),
-        ({"classifier": 0}, r"density 0 is not in \(0, 1"),
-    ],
-)
-def test_smart_ratio_refuses_options_it_does_not_know(options, message):
-    with pytest.raises(ValueError, match=message):
-        smart_ratio(LENET, 0.1, **options)
+def test_smart_ratio_refuses_a_classifier_that_keeps_nothing():
+    with pytest.raises(ValueError, match=r"density 0 is not in \(0, 1"):
+        smart_ratio(LENET, 0.1, classifier=0)
 
 
 ONES = torch.ones(2, 2, dtype=torch.bool)

@@ -9,35 +9,23 @@ import torch.nn.functional as F
 import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import all_kept, random_masks, same
 from torch import nn, tensor
-from torch.nn.utils import parametrizations
 from torch.nn.utils import prune as torch_prune
 from torch.utils.flop_counter import FlopCounterMode
 
-from fsp.masks import apply_, density, prunable, to_torch_
+from fsp.masks import density, to_torch_
 from fsp.models import build
-from fsp.pruning.diagnosis import diagnose, effective
+from fsp.pruning.diagnosis import diagnose, follow_paths
 from fsp.pruning.methods import prune
 
 examples = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 COLOUR = (3, 32, 32)
 
 
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def all_kept(model):
-    return {name: torch.ones(p.shape, dtype=torch.bool) for name, p in prunable(model).items()}
-
-
-def random_masks(model, fraction, seed=0):
-    rng = generator(seed)
-    return {name: torch.rand(p.shape, generator=rng) < fraction for name, p in prunable(model).items()}
-
-
-def same(a, b):
-    return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
+def effective(model, kept, shape):
+    """The kept weights on a complete path, as masks."""
+    return follow_paths(model, kept, shape).effective
 
 
 # ---- weights on complete paths -----------------------------------------------------------------------------------
@@ -252,17 +240,6 @@ def test_synflow_of_a_resnet18_at_one_percent_in_one_shot_is_disconnected_and_ra
     assert 0 < network["effective_density"] < network["density"]
 
 
-def test_an_mlp_with_an_empty_layer_is_disconnected():
-    model = mlp([3, 4, 4, 2])
-    kept = all_kept(model)
-    kept["2.weight"].fill_(False)
-    layers, network = diagnose(model, kept, (3,))
-    assert layers["empty"].tolist() == [False, True, False]
-    assert layers["effective"].tolist() == [0, 0, 0]
-    assert network["disconnected"] is True
-    assert network["kept"] == 12 + 8
-
-
 class Gated(nn.Module):
     """Squeeze-and-excitation in its shortest form: `gate` scales what `main` computes."""
 
@@ -414,59 +391,26 @@ def test_dense_multiply_adds_are_half_the_flops_that_pytorch_counts(make, shape)
     assert network["flops_kept"] == network["flops"]
 
 
-def test_a_resnet20_has_the_multiply_adds_that_its_layers_have_by_hand():
-    model = build("resnet20", COLOUR, 10, shortcut="A")
-    network = diagnose(model, random_masks(model, 0.1), COLOUR).network
-    stages = [(3 + 6 * 16) * 16 * 9 * 32**2, (16 + 5 * 32) * 32 * 9 * 16**2, (32 + 5 * 64) * 64 * 9 * 8**2]
-    assert network["flops"] == sum(stages) + 64 * 10
-
-
 def test_the_table_counts_by_layer_and_the_network_adds_up():
     model = nn.Sequential(nn.Conv2d(1, 2, 2), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 3))
     kept = {"0.weight": torch.zeros(2, 1, 2, 2, dtype=torch.bool), "3.weight": torch.ones(3, 8, dtype=torch.bool)}
     kept["0.weight"][0, 0, 0, 0] = True
     layers, network = diagnose(model, kept, (1, 3, 3))
-    assert layers.to_dict("records") == [
-        {
-            "layer": "0.weight",
-            "shape": (2, 1, 2, 2),
-            "weights": 8,
-            "kept": 1,
-            "density": 1 / 8,
-            "empty": False,
-            "effective": 1,
-            "effective_density": 1 / 8,
-            "flops": 32,
-            "flops_kept": 4,
-        },
-        {
-            "layer": "3.weight",
-            "shape": (3, 8),
-            "weights": 24,
-            "kept": 24,
-            "density": 1.0,
-            "empty": False,
-            "effective": 12,  # of the four positions of the one channel that is left
-            "effective_density": 0.5,
-            "flops": 24,
-            "flops_kept": 24,
-        },
-    ]
-    assert network == {
-        "weights": 32,
-        "kept": 25,
-        "density": 25 / 32,
-        "effective": 13,
-        "effective_density": 13 / 32,
-        "empty": 0,
-        "disconnected": False,
-        "parameters": 32 + 2 + 4 + 3,
-        "parameters_kept": 25 + 2 + 4 + 3,
-        "flops": 56,
-        "flops_kept": 28,
+    fractions = layers.pop("density").tolist(), layers.pop("effective_density").tolist()
+    assert fractions == (
+        [1 / 8, 1],
+        [1 / 8, 1 / 2],
+    )  # of the linear layer the four positions of the channel that is left
+    columns = ["layer", "shape", "weights", "kept", "empty", "effective", "flops", "flops_kept"]
+    assert layers.to_dict("split", index=False) == {
+        "columns": columns,
+        "data": [["0.weight", (2, 1, 2, 2), 8, 1, False, 1, 32, 4], ["3.weight", (3, 8), 24, 24, False, 12, 24, 24]],
     }
+    fractions = {"density": density(kept), "effective_density": 13 / 32}
+    counts = {"weights": 32, "kept": 25, "effective": 13, "empty": 0, "flops": 56, "flops_kept": 28}
+    parameters = {"parameters": 32 + 2 + 4 + 3, "parameters_kept": 25 + 2 + 4 + 3}
+    assert network == fractions | counts | parameters | {"disconnected": False}
     assert {type(value) for value in network.values()} == {int, float, bool}
-    assert network["density"] == density(kept)
 
 
 # ---- the model stays as it was -----------------------------------------------------------------------------------
@@ -513,13 +457,6 @@ def test_the_network_is_the_one_that_is_evaluated():
     assert diagnose(WithHelper(2, 2).train(), kept, (2,)).network["effective"] == 4
 
 
-def test_a_pass_that_fails_gives_the_flags_back():
-    model = build("mlp", (1, 8, 8), 10)
-    with pytest.raises(RuntimeError):
-        diagnose(model, all_kept(model), (1, 9, 9))
-    assert all(module.training for module in model.modules())
-
-
 def test_layers_pruned_by_torch_outside_the_masks_count_with_their_masks_and_stay_as_they_were():
     model = mlp([2, 2, 2])
     to_torch_(model, {"0.weight": tensor([[True, True], [False, False]])})
@@ -527,16 +464,6 @@ def test_layers_pruned_by_torch_outside_the_masks_count_with_their_masks_and_sta
     found = effective(model, {"2.weight": torch.ones(2, 2, dtype=torch.bool)}, (2,))
     assert found["2.weight"].tolist() == [[True, False], [True, False]]
     assert model[0].weight is weight
-
-
-def test_it_makes_no_difference_whether_the_masks_have_been_applied():
-    model = Residual()
-    kept = random_masks(model, 0.4, 1)
-    before = diagnose(model, kept, (2, 8, 8))
-    apply_(model, kept)
-    after = diagnose(model, kept, (2, 8, 8))
-    assert before.network == after.network
-    assert before.layers.equals(after.layers)
 
 
 @pytest.mark.gpu
@@ -564,53 +491,25 @@ class Weightless(nn.Sequential):
         self[0].weight = nn.Parameter(torch.empty(2, 0))
 
 
-linear = {"weight": torch.ones(2, 2, dtype=torch.bool)}
-BAD = {
-    "no masks": (lambda: diagnose(nn.Linear(2, 2), {}, (2,)), ValueError, "there are no masks"),
-    "unknown mask": (lambda: diagnose(nn.Linear(2, 2), {"v": linear["weight"]}, (2,)), ValueError, "'v' belongs to no"),
-    "wrong shape": (lambda: diagnose(nn.Linear(2, 3), linear, (2,)), ValueError, "its parameter needs bool"),
-    "float mask": (
-        lambda: diagnose(nn.Linear(2, 2), {"weight": torch.ones(2, 2)}, (2,)),
-        ValueError,
-        "its parameter needs bool",
-    ),
-    "number as shape": (lambda: diagnose(nn.Linear(2, 2), linear, 2), ValueError, "shape=2: expected"),
-    "empty shape": (lambda: diagnose(nn.Linear(2, 2), linear, ()), ValueError, r"shape=\(\)"),
-    "zero in shape": (lambda: diagnose(nn.Linear(2, 2), linear, (0, 2)), ValueError, r"shape=\(0, 2\)"),
-    "no weights": (
-        lambda: diagnose(Weightless(), {"0.weight": torch.ones(2, 0, dtype=torch.bool)}, (1,)),
-        ValueError,
-        "holds no weight",
-    ),
-    "pruned by torch": (
-        lambda: diagnose(torch_prune.identity(nn.Linear(2, 2), "weight"), {"weight_orig": linear["weight"]}, (2,)),
-        ValueError,
-        "'weight_orig' is not the weight itself.*prune.remove",
-    ),
-    "parametrised": (
-        lambda: diagnose(
-            parametrizations.spectral_norm(nn.Linear(2, 2)),
-            {"parametrizations.weight.original": linear["weight"]},
-            (2,),
-        ),
-        ValueError,
-        "remove_parametrizations",
-    ),
-    "two outputs": (lambda: diagnose(Two(2, 2), linear, (2,)), TypeError, "the model returns a tuple"),
-    "dilated pool": (
-        lambda: effective(
-            nn.Sequential(nn.Conv1d(1, 1, 1), nn.MaxPool1d(2, dilation=2)),
-            {"0.weight": torch.ones(1, 1, 1, dtype=torch.bool)},
-            (1, 8),
-        ),
-        ValueError,
-        "dilation 2",
-    ),
-}
+ONES = torch.ones(2, 2, dtype=torch.bool)
+PLAIN, DILATED = nn.Linear(2, 2), nn.Sequential(nn.Conv1d(1, 1, 1), nn.MaxPool1d(2, dilation=2))
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_named_with_what_was_expected(case):
-    call, error, message = BAD[case]
+@pytest.mark.parametrize(
+    ("model", "masks", "shape", "error", "message"),
+    [
+        (PLAIN, {}, (2,), ValueError, "there are no masks"),
+        (PLAIN, {"v": ONES}, (2,), ValueError, "'v' belongs to no"),
+        (PLAIN, {"weight": ONES.float()}, (2,), ValueError, "its parameter needs bool"),
+        (PLAIN, {"weight": ONES}, 2, ValueError, "shape=2: expected"),
+        (PLAIN, {"weight": ONES}, (), ValueError, r"shape=\(\)"),
+        (PLAIN, {"weight": ONES}, (0, 2), ValueError, r"shape=\(0, 2\)"),
+        (Weightless(), {"0.weight": torch.ones(2, 0, dtype=torch.bool)}, (1,), ValueError, "holds no weight"),
+        (torch_prune.identity(nn.Linear(2, 2), "weight"), {"weight_orig": ONES}, (2,), ValueError, "is not the weight"),
+        (Two(2, 2), {"weight": ONES}, (2,), TypeError, "the model returns a tuple"),
+        (DILATED, {"0.weight": torch.ones(1, 1, 1, dtype=torch.bool)}, (1, 8), ValueError, "dilation 2"),
+    ],
+)
+def test_bad_input_is_named_with_what_was_expected(model, masks, shape, error, message):
     with pytest.raises(error, match=message):
-        call()
+        diagnose(model, masks, shape)
