@@ -41,7 +41,10 @@ def prunable(model: nn.Module, *, exclude: Iterable[str] = ()) -> dict[str, nn.P
     """
     if isinstance(exclude, str):
         raise ValueError(f"exclude={exclude!r} is a text: expected a list of names, such as [{exclude!r}]")
-    own = {id(p) for m in model.modules() if isinstance(m, PRUNABLE) for n, p in m.named_parameters() if n in NAMES}
+    own = set()
+    for module in model.modules():
+        if isinstance(module, PRUNABLE):
+            own |= {id(p) for name, p in module.named_parameters() if name in NAMES}
     every = {name: p for name, p in model.named_parameters() if id(p) in own}
     excluded = set()
     for name in exclude:

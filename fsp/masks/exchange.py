@@ -37,14 +37,10 @@ def to_torch_(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     parameters = check_masks(model, masks)
     check_plain(masks)
     names = {id(parameter): name for name, parameter in parameters.items()}
-    owners = [
-        (module, key, masks[names[id(parameter)]].to(parameter.device))
-        for module in model.modules()
-        for key, parameter in module.named_parameters(recurse=False)
-        if id(parameter) in names
-    ]
-    for module, key, mask in owners:
-        prune.custom_from_mask(module, key, mask)
+    for module in model.modules():
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) in names:
+                prune.custom_from_mask(module, key, masks[names[id(parameter)]].to(parameter.device))
 
 
 def from_torch(model: nn.Module) -> Masks:

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from fsp import masks as mask_algebra
-from fsp.data import Data, is_count
+from fsp.checks import check_choice, check_count, check_generator
+from fsp.data import Data
 from fsp.data.batching import augment
 from fsp.data.batching import batches as cut
 from fsp.masks import Masks, check_density, check_masks, keep_counts, prunable
-from fsp.pruning.methods import METHODS, EachRound, at_random, by_score, prune
+from fsp.pruning.allocate import ALLOCATIONS
+from fsp.pruning.methods import METHODS, EachRound, by_score, prune
 from fsp.pruning.scores import Batches
 
 CandidateBatches = Callable[[int], Batches | EachRound]
-
-ALLOCATIONS = tuple(name for name, found in METHODS.items() if getattr(found, "func", None) is at_random)
 
 # What can make the masks of a method differ, and of which methods.  Those that published code adds noise on the weights
 # to have it (D10).  "magnitude" is in no row: it depends on the weights alone.
@@ -36,8 +36,7 @@ RANDOMNESS: dict[str, tuple[str, ...]] = {
 
 def check_randomness(method: str, batches: object, noise: float) -> None:
     """Raise a ValueError unless the candidates of a method can differ, saying what they lack."""
-    if method not in METHODS:
-        raise ValueError(f"method {method!r} is unknown: use one of {', '.join(METHODS)}")
+    check_choice("method", method, METHODS)
     if not isinstance(noise, int | float) or isinstance(noise, bool) or not 0 <= noise < float("inf"):
         raise ValueError(f"noise {noise!r}: expected a number of at least 0, times the standard deviation of a layer")
     sources = [source for source, methods in RANDOMNESS.items() if method in methods]
@@ -88,6 +87,7 @@ class CandidateSource:
         check_density(self.density)
         check_randomness(self.method, self.batches, self.noise)
         generator = torch.Generator().manual_seed(0) if self.generator is None else self.generator
+        check_generator(generator)
         self.seed = int(torch.randint(2**31, (), generator=generator))
         self._noisy = self.method in RANDOMNESS["noise"] and self.noise > 0
         self._scored = copy.deepcopy(self.model) if self._noisy else self.model
@@ -147,9 +147,8 @@ def mini_batches(
     >>> [len(labels) for _, labels in batches(1)]
     [100, 100]
     """
-    for name, value in (("number", number), ("size", size)):
-        if not is_count(value, 1):
-            raise ValueError(f"{name}={value!r}: expected a positive integer")
+    check_count("number", number, 1)
+    check_count("size", size, 1)
     if number * size > len(data.train.labels):
         raise ValueError(
             f"{number} batches of {size} are more than the {len(data.train.labels)} training examples of {data.name}"
@@ -213,8 +212,7 @@ def matched(
     >>> int(matched(masks, torch.Generator().manual_seed(0))["w"].sum())
     1
     """
-    if method is not None and method not in METHODS:
-        raise ValueError(f"method {method!r} is unknown: use one of {', '.join(METHODS)}")
+    check_choice("method", method, (None, *METHODS))
     if method == "phew":
         raise ValueError('method "phew" walks through all layers and has no count for each: match it with method=None')
     if method is None or getattr(METHODS[method], "func", None) is not by_score or method == "random":

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fsp import masks as mask_algebra
 from fsp import spectrum
-from fsp.data import is_count
+from fsp.checks import check_choice, check_count
 from fsp.files import digest
 from fsp.masks import Masks
 from fsp.progress import bar
@@ -67,14 +67,11 @@ class Plan:
     rules: spectrum.Rules
 
     def __post_init__(self):
-        if self.accept not in ACCEPTANCE:
-            raise ValueError(f"accept {self.accept!r} is unknown: use one of {', '.join(ACCEPTANCE)}")
-        if self.density_control not in ("exact", "none"):
-            raise ValueError(f'density_control is "exact" or "none", not {self.density_control!r}')
+        check_choice("accept", self.accept, ACCEPTANCE)
+        check_choice("density_control", self.density_control, ("exact", "none"))
         for name in ("population", "chunk", "every"):
             value = getattr(self, name)
-            if not is_count(value, 1):
-                raise ValueError(f"{name}={value!r}: expected a whole number of at least 1")
+            check_count(name, value, 1)
             setattr(self, name, int(value))  # JSON holds no integer of numpy
 
 
@@ -136,15 +133,8 @@ def judge_candidates(
 def _settings(plan: Plan, source: CandidateSource) -> dict[str, object]:
     """What has to be the same when a directory is gone on with."""
     return {
-        "method": source.method,
-        "density": float(source.density),
-        "accept": plan.accept,
-        "density_control": plan.density_control,
-        "every": plan.every,
-        "noise": float(source.noise),
-        "rules": plan.rules,
-        "seed": source.seed,
-        "options": source.options,
+        **{name: getattr(source, name) for name in ("method", "density", "noise", "seed", "options")},
+        **{name: getattr(plan, name) for name in ("accept", "density_control", "every", "rules")},
         "initial_weights": digest(source.model.state_dict()),
         "scoring_examples": first_examples(source.batches),
     }
