@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from fsp import masks as mask_algebra
 from fsp.data import Data, is_count
-from fsp.files import replacing
-from fsp.masks import Masks, apply_, check_density, check_scope, digest, keep_counts, kept_count, prunable
+from fsp.files import digest, replacing
+from fsp.masks import Masks, apply_, check_density, check_scope, keep_counts, kept_count, prunable
 from fsp.progress import bar
 from fsp.pruning.scores import magnitude
 from fsp.training.train import History, TrainConfig, fit, steps

@@ -13,8 +13,6 @@ References
 .. [1] Hoang, Kundu, Liu, Wang: Don't just prune by magnitude! Your mask topology is a secret weapon. NeurIPS 2023.
 """
 
-from fsp.search.acceptance import ACCEPT, norms
 from fsp.search.candidates import RANDOMNESS, matched, mini_batches
-from fsp.search.population import SearchResult, optimise, search
-
-__all__ = ["ACCEPT", "RANDOMNESS", "SearchResult", "matched", "mini_batches", "norms", "optimise", "search"]
+from fsp.search.judging import SearchResult
+from fsp.search.population import optimise, search

@@ -37,7 +37,7 @@ def _known(values: Tensor, k: int) -> Tensor:
 
 
 # (candidate, incumbent), both (L, 4) -> which layers of the candidate are taken, (L,)
-ACCEPT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+ACCEPTANCE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "published": _published,
     "alt": _alt,
     "strict": _strict,

@@ -8,119 +8,108 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from fsp import masks as mask_algebra
-from fsp.data import Data, is_count
+from fsp.checks import check_choice, check_count, check_generator
+from fsp.data import Data
 from fsp.data.batching import augment
 from fsp.data.batching import batches as cut
-from fsp.masks import Masks, check_masks, keep_counts, prunable
+from fsp.masks import Masks, check_density, check_masks, keep_counts, prunable
+from fsp.pruning.allocate import ALLOCATIONS
 from fsp.pruning.methods import METHODS, EachRound, by_score, prune
 from fsp.pruning.scores import Batches
 
-OfCandidate = Callable[[int], Batches | EachRound]
+CandidateBatches = Callable[[int], Batches | EachRound]
 
-# What makes two masks of a method differ.  Weight noise is for the methods that published code adds it to (D10).
+# What can make the masks of a method differ, and of which methods.  Those that published code adds noise on the weights
+# to have it (D10).  "magnitude" is in no row: it depends on the weights alone.
 RANDOMNESS: dict[str, tuple[str, ...]] = {
-    "random": ("generator",),
-    "uniform": ("generator",),
-    "uniform_plus": ("generator",),
-    "er": ("generator",),
-    "erk": ("generator",),
-    "igq": ("generator",),
-    "balanced": ("generator",),
-    "pyramidal": ("generator",),
-    "smart_ratio": ("generator",),
-    "ratio_of": ("generator",),
-    "phew": ("generator",),
-    "magnitude": (),
-    "snip": ("batches",),
-    "taylor": ("batches",),
-    "grasp": ("batches",),
-    "force": ("batches",),
-    "iterative_snip": ("batches", "noise"),
-    "synflow": ("noise",),
-    "synflow_l2": ("noise",),
+    "generator": ("random", "phew", *ALLOCATIONS),
+    "batches": ("snip", "taylor", "grasp", "force", "iterative_snip"),
+    "noise": ("iterative_snip", "synflow", "synflow_l2"),
 }
 
 
 def check_randomness(method: str, batches: object, noise: float) -> None:
     """Raise a ValueError unless the candidates of a method can differ, saying what they lack."""
-    if method not in RANDOMNESS:
-        raise ValueError(f"method {method!r} is unknown: use one of {', '.join(RANDOMNESS)}")
+    check_choice("method", method, METHODS)
     if not isinstance(noise, int | float) or isinstance(noise, bool) or not 0 <= noise < float("inf"):
         raise ValueError(f"noise {noise!r}: expected a number of at least 0, times the standard deviation of a layer")
-    sources = RANDOMNESS[method]
-    given = {"generator": True, "batches": callable(batches), "noise": noise > 0}
-    if any(given[source] for source in sources):
-        return
+    sources = [source for source, methods in RANDOMNESS.items() if method in methods]
     if not sources:
         raise ValueError(
             f"method {method!r} has no randomness: its score depends on the initial weights alone, so every candidate "
-            f"would be mask 0. Search with one of {', '.join(name for name, found in RANDOMNESS.items() if found)}"
+            "would be mask 0. Search with another method"
         )
+    given = {"generator": True, "batches": callable(batches), "noise": noise > 0}
     lacking = {
         "batches": "batches as a callable, batches(i) for candidate i, see fsp.search.mini_batches",
         "noise": "noise above 0",
     }
-    wanted = " or ".join(lacking[source] for source in sources)
-    raise ValueError(f"every candidate of {method!r} would be the same mask: pass {wanted}")
+    if not any(given[source] for source in sources):
+        wanted = " or ".join(lacking[source] for source in sources)
+        raise ValueError(f"every candidate of {method!r} would be the same mask: pass {wanted}")
 
 
-def drawer(
-    model: nn.Module,
-    method: str,
-    density: float,
-    *,
-    batches: OfCandidate | Batches | None,
-    noise: float,
-    seed: int,
-    options: dict[str, object],
-) -> Callable[[int], Masks]:
-    r"""A function of i that gives candidate i; 0 is the method on ``batches(0)`` without noise.
+@dataclass
+class CandidateSource:
+    r"""Candidates that a method draws; number i depends on nothing but the arguments, the seed and i.
 
-    Noise draws :math:`\theta' = \theta + \epsilon`, :math:`\epsilon_\ell \sim N(0, (s\,\mathrm{std}\,\theta_\ell)^2)`
-    with s = `noise`, on a deep copy of the model, and leaves the model bit-identical.  At initialisation
-    :math:`\mathrm{std}\,\theta_\ell` is the standard deviation of the initialiser (D10).  Layers outside the masks are
-    noisy too, as published.
+    Candidate 0 is the method on ``batches(0)`` without noise.  Noise draws :math:`\theta' = \theta + \epsilon`,
+    :math:`\epsilon_\ell \sim N(0, (s\,\mathrm{std}\,\theta_\ell)^2)` with s = `noise`, on a deep copy of the model,
+    and leaves the model bit-identical.  At initialisation :math:`\mathrm{std}\,\theta_\ell` is the standard deviation
+    of the initialiser (D10).  Layers outside the masks are noisy too, as published.
 
     Parameters
     ----------
-    model, method, density, batches, noise
-        As for `fsp.search.search`; checked by `check_randomness`.
+    model, method, density, batches, noise, generator, options
+        As for `fsp.search.search`, where the errors are listed.
+
+    Attributes
+    ----------
     seed : int
-        Candidate i has a generator of its own with seed + i.
-    options : dict
-        For `fsp.pruning.prune`.
-
-    Returns
-    -------
-    callable
+        One number drawn from `generator`; candidate i has a generator of its own with seed + i.
     """
-    noisy = "noise" in RANDOMNESS[method] and noise > 0
-    scratch = copy.deepcopy(model) if noisy else model
-    spread = {name: float(p.detach().double().std(correction=0)) for name, p in prunable(model).items()}
 
-    def draw(i: int) -> Masks:
-        generator = torch.Generator().manual_seed(seed + i)
-        if noisy:
-            _set_noisy(scratch, model, {name: noise * std * (i > 0) for name, std in spread.items()}, generator)
-        found = batches(i) if callable(batches) else batches
-        return prune(scratch, method, density, batches=found, generator=generator, **options)
+    model: nn.Module
+    method: str
+    density: float
+    batches: CandidateBatches | Batches | None
+    noise: float
+    generator: torch.Generator | None
+    options: dict[str, object]
 
-    return draw
+    def __post_init__(self):
+        check_density(self.density)
+        check_randomness(self.method, self.batches, self.noise)
+        generator = torch.Generator().manual_seed(0) if self.generator is None else self.generator
+        check_generator(generator)
+        self.seed = int(torch.randint(2**31, (), generator=generator))
+        self._noisy = self.method in RANDOMNESS["noise"] and self.noise > 0
+        self._scored = copy.deepcopy(self.model) if self._noisy else self.model
+
+    def draw(self, i: int) -> Masks:
+        """Candidate i."""
+        generator = torch.Generator().manual_seed(self.seed + i)
+        if self._noisy:
+            _set_noisy(self._scored, self.model, self.noise if i else 0.0, generator)
+        batches = self.batches(i) if callable(self.batches) else self.batches
+        return prune(self._scored, self.method, self.density, batches=batches, generator=generator, **self.options)
 
 
 @torch.no_grad()
-def _set_noisy(scratch: nn.Module, model: nn.Module, spread: dict[str, float], generator: torch.Generator) -> None:
-    """Give the copy the weights of the model plus normal noise, drawn on the CPU."""
-    new, old = dict(scratch.named_parameters()), dict(model.named_parameters())
-    for name, std in spread.items():
-        new[name].copy_(old[name])
+def _set_noisy(scored: nn.Module, model: nn.Module, noise: float, generator: torch.Generator) -> None:
+    """Give the copy that is scored the weights of the model plus normal noise, drawn on the CPU."""
+    copies = dict(scored.named_parameters())
+    for name, weight in prunable(model).items():
+        copies[name].copy_(weight)
+        std = noise * float(weight.double().std(correction=0))
         if std:
-            new[name].add_((std * torch.randn(old[name].shape, generator=generator)).to(new[name]))
+            copies[name].add_((std * torch.randn(weight.shape, generator=generator)).to(weight))
 
 
 def mini_batches(
@@ -158,9 +147,8 @@ def mini_batches(
     >>> [len(labels) for _, labels in batches(1)]
     [100, 100]
     """
-    for name, value in (("number", number), ("size", size)):
-        if not is_count(value, 1):
-            raise ValueError(f"{name}={value!r}: expected a positive integer")
+    check_count("number", number, 1)
+    check_count("size", size, 1)
     if number * size > len(data.train.labels):
         raise ValueError(
             f"{number} batches of {size} are more than the {len(data.train.labels)} training examples of {data.name}"
@@ -224,8 +212,7 @@ def matched(
     >>> int(matched(masks, torch.Generator().manual_seed(0))["w"].sum())
     1
     """
-    if method is not None and method not in METHODS:
-        raise ValueError(f"method {method!r} is unknown: use one of {', '.join(METHODS)}")
+    check_choice("method", method, (None, *METHODS))
     if method == "phew":
         raise ValueError('method "phew" walks through all layers and has no count for each: match it with method=None')
     if method is None or getattr(METHODS[method], "func", None) is not by_score or method == "random":
@@ -235,21 +222,21 @@ def matched(
     check_masks(model, masks)
     (score,) = METHODS[method].args
     rounds = options.pop("rounds", METHODS[method].keywords.get("rounds", 1))
-    counts = {name: int(m.sum()) for name, m in masks.items()}
-    found = {name: torch.ones_like(m) for name, m in masks.items()}
     taken = inspect.signature(score).parameters
     options |= {name: value for name, value in {"batches": batches, "generator": generator}.items() if name in taken}
+    found = {name: torch.ones_like(m) for name, m in masks.items()}
     for k in range(1, rounds + 1):
-        target = {
-            name: n if k == rounds else math.ceil(m.numel() * (n / m.numel()) ** (k / rounds))
-            for (name, n), m in zip(counts.items(), masks.values(), strict=True)
-        }
-        found = keep_counts(score(model, found, **options), target, generator)
+        counts = {}
+        for name, m in masks.items():
+            n = int(m.sum())
+            counts[name] = n if k == rounds else math.ceil(m.numel() * (n / m.numel()) ** (k / rounds))
+        found = keep_counts(score(model, found, **options), counts, generator)
     return found
 
 
 def first_examples(batches: Sequence | Callable | None) -> list[Tensor]:
     """Tensors of the first examples that a candidate is scored on, to tell one data set from another."""
-    for argument in (1, 1):  # of candidate 1; of its first round
-        batches = batches(argument) if callable(batches) else batches
+    for _ in range(2):  # batches(1) are those of candidate 1, or a callable of the round
+        if callable(batches):
+            batches = batches(1)
     return [t for batch in list(batches or [])[:1] for t in batch if isinstance(t, Tensor)]

@@ -1,59 +1,17 @@
 """The two searches: the published one, and one that recombines weights.  See `fsp.search` for the method."""
 
-import dataclasses
 import math
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from fsp import masks as mask_algebra
-from fsp import spectrum
-from fsp.masks import Masks, check_density, digest
-from fsp.progress import bar
+from fsp.masks import Masks
 from fsp.pruning.scores import Batches
-from fsp.search.acceptance import ACCEPT, norms
-from fsp.search.candidates import OfCandidate, check_randomness, drawer, first_examples
-from fsp.search.recombine import leading, resized, swapped
-from fsp.search.state import State, described, read, write
+from fsp.search.candidates import CandidateBatches, CandidateSource
+from fsp.search.judging import Plan, SearchResult, judge_candidates
+from fsp.search.recombine import leading_vectors, swapped
 from fsp.spectrum.definitions import PLAIN, Rules, rules_of, wiring_of
-
-Draw = Callable[[int, Masks, dict[str, Tensor]], Masks]  # (candidate, incumbent, votes) -> masks
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    """What a search has found.
-
-    Attributes
-    ----------
-    masks : Masks
-        The last incumbent: the method's result.
-    coordinates : dict of layer name to Coordinate
-        Of `masks`.
-    trajectory : pandas.DataFrame
-        One row for candidate 0, for every `every`-th and for the last one: ``candidate``; ``ramanujan_gap``,
-        ``weighted_gap``, ``imdb`` and ``imsg``, means over the layers that have them; ``norm``, the mean of the layer
-        norms; ``density`` that is achieved; ``explored``, the fraction of weights that some candidate kept;
-        ``accepted``, layers replaced so far.  All but the last two are the incumbent's.
-    tickets : dict of candidate to Masks
-        The incumbents of these rows.  Layers that stayed the same share one tensor.
-    timing : dict
-        Seconds of ``sampling``, which is drawing and resizing masks, and of ``measuring`` them.
-    """
-
-    masks: Masks
-    coordinates: dict[str, spectrum.Coordinate]
-    trajectory: pd.DataFrame
-    tickets: dict[int, Masks]
-    timing: dict[str, float]
-
-
-# ---- the two searches --------------------------------------------------------------------------------------------
 
 
 def search(
@@ -62,7 +20,7 @@ def search(
     density: float,
     *,
     population: int,
-    batches: OfCandidate | Batches | None = None,
+    batches: CandidateBatches | Batches | None = None,
     accept: str = "published",
     density_control: str = "exact",
     generator: torch.Generator | None = None,
@@ -135,11 +93,12 @@ def search(
         file.  And those of `fsp.pruning.prune`.
     TypeError
         For an option that the method does not have.
-    KeyboardInterrupt
-        After the incumbent has been written to `directory`.
 
     Notes
     -----
+    *Interruption.*  Whatever stops a search, such as a KeyboardInterrupt or an error in `batches`, is raised after the
+    incumbent has been written to `directory`.
+
     *Exact density.*  All coordinates tend to grow with a layer's density, so a search that may change counts wins by
     denser layers.  With "exact" every layer of a candidate is brought to mask 0's count *before* it is measured: a
     surplus goes by the fewest votes, a lack is filled by the most votes, ties at random, where the votes for a weight
@@ -166,16 +125,9 @@ def search(
     >>> found.trajectory["candidate"].tolist(), found.trajectory["density"].tolist()
     ([0, 2, 4], [0.2, 0.2, 0.2])
     """
-    if density_control not in ("exact", "none"):
-        raise ValueError(f'density_control is "exact" or "none", not {density_control!r}')
-    job = _job(locals())
-    exact = density_control == "exact"
-    settings = {"search": "population", "density_control": density_control, **job.settings}
-
-    def draw(i: int, masks: Masks, votes: dict[str, Tensor]) -> Masks:
-        return job.draw(i)
-
-    return _run(job, draw, settings, exact)
+    plan = Plan(population, accept, density_control, chunk, every, directory, device, rules_of(rules))
+    source = CandidateSource(model, method, density, batches, noise, generator, options)
+    return judge_candidates(plan, source, lambda i, incumbent, votes: source.draw(i), {"search": "population"})
 
 
 def optimise(
@@ -184,7 +136,7 @@ def optimise(
     density: float,
     *,
     population: int,
-    batches: OfCandidate | Batches | None = None,
+    batches: CandidateBatches | Batches | None = None,
     accept: str = "published",
     explore: float = 0.25,
     generator: torch.Generator | None = None,
@@ -223,7 +175,7 @@ def optimise(
 
     Raises
     ------
-    ValueError, TypeError, KeyboardInterrupt
+    ValueError, TypeError
         As `search`.
 
     Notes
@@ -239,195 +191,23 @@ def optimise(
     """
     if isinstance(explore, bool) or not isinstance(explore, int | float) or not 0 < explore <= 1:
         raise ValueError(f"explore {explore!r} is not in (0, 1]: it is the part of the candidates that is drawn")
-    job = _job(locals())
+    plan = Plan(population, accept, "exact", chunk, every, directory, device, rules_of(rules))
+    source = CandidateSource(model, method, density, batches, noise, generator, options)
     drawn = max(1, math.ceil(explore * population))
-    own = {"search": "optimise", "explore": explore, "population": population, "chunk": chunk}
     parameters, wirings = dict(model.named_parameters()), wiring_of(model)
-    led: dict[str, tuple[Tensor, tuple]] = {}
+    known: dict[str, tuple[Tensor, tuple]] = {}  # a layer's mask, and the vectors that lead its swaps
 
-    def vectors(name: str, mask: Tensor) -> tuple:
-        if name not in led or led[name][0] is not mask:  # masks are never changed in place
-            led[name] = mask, leading(mask, parameters[name], wirings.get(name, PLAIN))
-        return led[name][1]
-
-    def draw(i: int, masks: Masks, votes: dict[str, Tensor]) -> Masks:
+    def draw_or_swap(i: int, incumbent: Masks, votes: dict[str, Tensor]) -> Masks:
         if i <= drawn:
-            return job.draw(i)
-        chance = torch.Generator().manual_seed(job.seed + i)
-        return {
-            n: swapped(m, parameters[n], votes[n] > 0, vectors(n, m), chance, wirings.get(n, PLAIN))
-            for n, m in masks.items()
-        }
+            return source.draw(i)
+        chance = torch.Generator().manual_seed(source.seed + i)
+        masks = {}
+        for name, mask in incumbent.items():
+            weight, wiring = parameters[name], wirings.get(name, PLAIN)
+            if name not in known or known[name][0] is not mask:  # masks are never changed in place
+                known[name] = mask, leading_vectors(mask, weight, wiring)
+            masks[name] = swapped(mask, weight, votes[name] > 0, known[name][1], chance, wiring)
+        return masks
 
-    return _run(job, draw, own | job.settings, True)
-
-
-# ---- what they share ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Job:
-    """Checked arguments of a search."""
-
-    model: nn.Module
-    method: str
-    population: int
-    accept: str
-    chunk: int
-    every: int
-    folder: Path | None
-    device: str | torch.device | None
-    rules: str | Rules
-    seed: int
-    draw: Callable[[int], Masks]
-    settings: dict[str, object]
-
-
-def _job(given: dict[str, object]) -> _Job:
-    """Check what both searches are given, and draw the seed."""
-    model, method, batches, noise = (given[name] for name in ("model", "method", "batches", "noise"))
-    check_density(given["density"])
-    check_randomness(method, batches, noise)
-    if given["accept"] not in ACCEPT:
-        raise ValueError(f"accept {given['accept']!r} is unknown: use one of {', '.join(ACCEPT)}")
-    rules_of(given["rules"])
-    for name in ("population", "chunk", "every"):
-        if not isinstance(given[name], int) or isinstance(given[name], bool) or given[name] < 1:
-            raise ValueError(f"{name}={given[name]!r}: expected a whole number of at least 1")
-    generator = torch.Generator().manual_seed(0) if given["generator"] is None else given["generator"]
-    seed = int(torch.randint(2**31, (), generator=generator))
-    draw = drawer(model, method, given["density"], batches=batches, noise=noise, seed=seed, options=given["options"])
-    folder = None if given["directory"] is None else Path(given["directory"])
-    settings = {}
-    if folder is not None:
-        settings = {
-            "method": method,
-            "density": float(given["density"]),
-            "accept": given["accept"],
-            "every": given["every"],
-            "noise": float(noise),
-            "rules": described(given["rules"]),
-            "seed": seed,
-            "options": described(given["options"]),
-            "initial_weights": digest(model.state_dict()),
-            "scoring_examples": described(first_examples(batches)),
-        }
-    return _Job(
-        model,
-        method,
-        *(given[n] for n in ("population", "accept", "chunk", "every")),
-        folder,
-        given["device"],
-        given["rules"],
-        seed,
-        draw,
-        settings,
-    )
-
-
-def _run(job: _Job, draw: Draw, settings: dict[str, object], exact: bool) -> SearchResult:
-    """Judge one chunk of candidates after the other; write what there is, also when interrupted."""
-    state = None
-    if job.folder is not None:
-        parameters = dict(job.model.named_parameters(remove_duplicate=False))
-        state = read(job.folder, settings, {name: p.device for name, p in parameters.items()})
-    if state is None:
-        state = _first(job)
-    if state.candidate > job.population:
-        raise ValueError(
-            f"{job.folder} holds a search of {state.candidate} candidates already, more than "
-            f"population={job.population}: choose another directory, or a population at least as large"
-        )
-    start = state.candidate
-    with bar(total=job.population, initial=start, unit="mask", desc=f"search {job.method}") as progress:
-        try:
-            while state.candidate < job.population:
-                # a chunk ends at fixed multiples, among them those of `every`, where it is written
-                ends = (state.candidate // n * n + n for n in (job.chunk, job.every))
-                before, state = state, _judged(job, draw, state, min(*ends, job.population), exact)
-                progress.set_postfix(refresh=False, norm=f"{float(norms(state.values).mean()):.4g}")
-                progress.update(state.candidate - before.candidate)
-                if job.folder is not None and state.candidate % job.every == 0:
-                    write(job.folder, state, settings)
-        except KeyboardInterrupt:
-            if job.folder is not None:
-                write(job.folder, state, settings)
-            raise
-    if job.folder is not None and state.candidate != start:
-        write(job.folder, state, settings)
-    if state.rows[-1]["candidate"] != state.candidate:  # not in the state: a larger population has no such row
-        explored = sum(int(v.count_nonzero()) for v in state.votes.values())
-        state = _recorded(state, explored)
-    found = dict(zip(state.masks, state.values.tolist(), strict=True))
-    return SearchResult(
-        state.masks,
-        {name: spectrum.Coordinate(*values) for name, values in found.items()},
-        pd.DataFrame(state.rows),
-        state.tickets,
-        state.timing,
-    )
-
-
-def _first(job: _Job) -> State:
-    """Mask 0, measured."""
-    begin = time.perf_counter()
-    masks = job.draw(0)
-    drawn = time.perf_counter()
-    values = spectrum.population([masks], job.model, rules=job.rules, device=job.device)[0]
-    timing = {"sampling": drawn - begin, "measuring": time.perf_counter() - drawn}
-    votes = {name: m.int() for name, m in masks.items()}
-    state = State(0, masks, values, votes, timing=timing)
-    return _recorded(state, sum(int(m.sum()) for m in masks.values()))
-
-
-def _judged(job: _Job, draw: Draw, state: State, stop: int, exact: bool) -> State:
-    """The state after the candidates up to `stop`."""
-    begin = time.perf_counter()
-    votes = {name: v.clone() for name, v in state.votes.items()}
-    counts = {name: int(m.sum()) for name, m in state.masks.items()}
-    candidates, explored = [], []
-    for i in range(state.candidate + 1, stop + 1):
-        masks = draw(i, state.masks, votes)
-        for name, m in masks.items():
-            votes[name] += m
-        if exact:
-            # a generator of its own: that of the drawing would tie the positions to its draws
-            ties = torch.Generator().manual_seed(2**32 + job.seed + i)
-            masks = resized(masks, counts, votes, ties)
-        candidates.append(masks)
-        explored.append(sum(int(v.count_nonzero()) for v in votes.values()) if i % job.every == 0 else 0)
-    drawn = time.perf_counter()
-    measured = spectrum.population(candidates, job.model, rules=job.rules, device=job.device)
-    timing = {
-        "sampling": state.timing["sampling"] + drawn - begin,
-        "measuring": state.timing["measuring"] + time.perf_counter() - drawn,
-    }
-    state = dataclasses.replace(state, votes=votes, timing=timing)
-    for masks, values, reached in zip(candidates, measured, explored, strict=True):
-        taken = ACCEPT[job.accept](values, state.values)
-        state = dataclasses.replace(
-            state,
-            candidate=state.candidate + 1,
-            masks={n: masks[n] if t else old for (n, old), t in zip(state.masks.items(), taken.tolist(), strict=True)},
-            values=torch.where(taken[:, None], values, state.values),
-            accepted=state.accepted + int(taken.sum()),
-        )
-        if state.candidate % job.every == 0:
-            state = _recorded(state, reached)
-    return state
-
-
-def _recorded(state: State, explored: int) -> State:
-    """The state with a row and a ticket of its incumbent."""
-    names = [str(i) for i in range(len(state.values))]
-    found = {n: spectrum.Coordinate(*v) for n, v in zip(names, state.values.tolist(), strict=True)}
-    row = {
-        "candidate": state.candidate,
-        **spectrum.layer_mean(found)._asdict(),
-        "norm": spectrum.spectrum_norm(found),
-        "density": mask_algebra.density(state.masks),
-        "explored": explored / sum(m.numel() for m in state.masks.values()),
-        "accepted": state.accepted,
-    }
-    tickets = {**state.tickets, state.candidate: state.masks}
-    return dataclasses.replace(state, rows=[*state.rows, row], tickets=tickets)
+    own = {"search": "optimise", "explore": explore, "population": plan.population, "chunk": plan.chunk}
+    return judge_candidates(plan, source, draw_or_swap, own)

@@ -52,7 +52,7 @@ def resized(masks: Masks, counts: dict[str, int], votes: dict[str, Tensor], gene
 Pairs = tuple[Tensor, Tensor]
 
 
-def leading(mask: Tensor, weight: Tensor, wiring: Wiring = PLAIN) -> tuple[Pairs, Pairs]:
+def leading_vectors(mask: Tensor, weight: Tensor, wiring: Wiring = PLAIN) -> tuple[Pairs, Pairs]:
     """Two leading pairs of singular vectors of a layer's mask and of its absolute kept weights, for `swapped`.
 
     Parameters
@@ -66,7 +66,7 @@ def leading(mask: Tensor, weight: Tensor, wiring: Wiring = PLAIN) -> tuple[Pairs
     of_mask, of_weights : two tensors each, (groups, outputs, 2) and (groups, inputs, 2), float64
     """
     kept = blocks(mask, wiring)
-    return _leading(kept.double()), _leading(blocks(weight.detach().double().abs(), wiring) * kept)
+    return _two_leading(kept.double()), _two_leading(blocks(weight.detach().double().abs(), wiring) * kept)
 
 
 def swapped(
@@ -97,7 +97,7 @@ def swapped(
     weight : Tensor, same shape
     explored : Tensor of bool, same shape
         What may be kept instead.
-    vectors : from `leading`
+    vectors : from `leading_vectors`
         Of this mask.
     generator : torch.Generator on the CPU
         Five numbers are drawn.
@@ -143,7 +143,7 @@ def _outer(left: Tensor, right: Tensor, k: int) -> Tensor:
     return left[:, :, k, None] * right[:, None, :, k]
 
 
-def _leading(matrices: Tensor) -> tuple[Tensor, Tensor]:
+def _two_leading(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Two leading pairs of singular vectors of each block, (groups, outputs, 2) and (groups, inputs, 2)."""
     wide = matrices.shape[1] <= matrices.shape[2]
     small = matrices if wide else matrices.transpose(1, 2)

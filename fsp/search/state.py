@@ -1,7 +1,7 @@
 """Where a search stands, and the directory that keeps it.
 
-``state.safetensors`` holds the incumbent, its coordinates and the votes, with a JSON header of all else, in one file
-that is replaced as a whole; ``ticket_NNNNNN.masks.safetensors`` is the incumbent after candidate NNNNNN, read by
+``state.safetensors`` holds the incumbent, its coordinates and the votes, with all else as its content, in one file of
+`fsp.files`; ``ticket_NNNNNN.masks.safetensors`` is the incumbent after candidate NNNNNN, read by
 `fsp.masks.load`.
 """
 
@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from fsp import masks as mask_algebra
-from fsp.files import replacing
-from fsp.masks import Masks, digest
+from fsp.files import differences, digest, load_tensors, save_tensors
+from fsp.masks import Masks
+
+KIND = "search"
+PLAIN_VALUES = ("candidate", "accepted", "rows", "timing")  # of a State, as JSON holds them
 
 
 @dataclass(frozen=True)
@@ -70,22 +71,16 @@ def write(folder: Path, state: State, settings: dict[str, object]) -> None:
             mask_algebra.save(path, masks, candidate=candidate)
     tensors = {f"mask.{name}": m for name, m in state.masks.items()}
     tensors |= {f"votes.{name}": v for name, v in state.votes.items()} | {"values": state.values}
-    tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
-    header = {
+    content = {
         "settings": settings,
-        "candidate": state.candidate,
-        "accepted": state.accepted,
-        "rows": state.rows,
-        "tickets": list(state.tickets),
-        "timing": state.timing,
         "layers": list(state.masks),
-        "digest": digest(tensors),
+        "tickets": list(state.tickets),
+        **{name: getattr(state, name) for name in PLAIN_VALUES},
     }
-    with replacing(folder / "state.safetensors") as temporary:
-        temporary.write_bytes(save(tensors, metadata={"fsp_search": json.dumps(header)}))
+    save_tensors(folder / "state.safetensors", KIND, tensors, content)
 
 
-def read(folder: Path, settings: dict[str, object], device: Mapping[str, torch.device]) -> State | None:
+def read(folder: Path, settings: dict[str, object], model: nn.Module) -> State | None:
     """The state in a directory; None if nothing has been written yet.
 
     Parameters
@@ -93,8 +88,8 @@ def read(folder: Path, settings: dict[str, object], device: Mapping[str, torch.d
     folder : path
     settings : dict
         They have to be those that the state was made with.
-    device : dict of layer name to device
-        Where masks and votes belong.
+    model : nn.Module
+        Masks and votes go to the devices of its weights.
 
     Returns
     -------
@@ -110,35 +105,21 @@ def read(folder: Path, settings: dict[str, object], device: Mapping[str, torch.d
         if left := sorted(folder.glob("ticket_*.masks.safetensors")):
             raise ValueError(f"{left[0]} lies there without {path}, which tells its settings: choose another directory")
         return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads(file.metadata()["fsp_search"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-        if header["digest"] != digest(tensors):
-            raise ValueError("its content is not what was written")
-        stored, names = header["settings"], header["layers"]
-        asked = json.loads(json.dumps(settings))
-        different = {n: (stored.get(n), asked.get(n)) for n in {**stored, **asked} if stored.get(n) != asked.get(n)}
-        if not different:
-            masks, votes = ({n: tensors[f"{kind}.{n}"].to(device[n]) for n in names} for kind in ("mask", "votes"))
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}): choose another directory, or delete this one") from error
-    if different:
-        told = "; ".join(f"{name} is {there!r} there and {here!r} here" for name, (there, here) in different.items())
-        raise ValueError(f"{folder} holds another search: {told}. Choose another directory, or give the same settings")
+    tensors, content = load_tensors(path, KIND)
+    if different := differences(content["settings"], settings):
+        raise ValueError(f"{folder} holds another search: {different}. Choose another directory, or the same settings")
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    device = {name: parameters[name].device for name in content["layers"]}
     return State(
-        header["candidate"],
-        masks,
-        tensors["values"],
-        votes,
-        header["accepted"],
-        header["rows"],
-        _tickets(folder, header["tickets"], device),
-        header["timing"],
+        masks={name: tensors[f"mask.{name}"].to(device[name]) for name in device},
+        values=tensors["values"],
+        votes={name: tensors[f"votes.{name}"].to(device[name]) for name in device},
+        tickets=_read_tickets(folder, content["tickets"], device),
+        **{name: content[name] for name in PLAIN_VALUES},
     )
 
 
-def _tickets(folder: Path, candidates: list[int], device: Mapping[str, torch.device]) -> dict[int, Masks]:
+def _read_tickets(folder: Path, candidates: list[int], device: Mapping[str, torch.device]) -> dict[int, Masks]:
     """Tickets as they were held in memory: a layer that did not change is the tensor of the ticket before."""
     tickets: dict[int, Masks] = {}
     last: Masks = {}
@@ -157,14 +138,14 @@ def _ticket_path(folder: Path, candidate: int) -> Path:
     return folder / f"ticket_{candidate:06d}.masks.safetensors"
 
 
-def described(value: object) -> object:
-    """Something JSON can hold that tells one setting from another: tensors as digests, functions by their name."""
-    if isinstance(value, Tensor):
-        return digest({"": value})
-    if isinstance(value, Mapping):
-        return {str(name): described(v) for name, v in value.items()}
-    if isinstance(value, list | tuple | set):
-        return [described(v) for v in value]
-    if value is None or isinstance(value, str | int | float | bool):
-        return value
-    return getattr(value, "__qualname__", None) or repr(value)
+def as_json(settings: Mapping[str, object]) -> dict[str, object]:
+    """Settings as JSON holds them, to tell one from another: tensors as digests, functions by their names."""
+
+    def told(value: object) -> object:
+        if isinstance(value, Tensor):
+            return digest({"": value})
+        if isinstance(value, set):
+            return sorted(value)  # their order is another one in every process
+        return getattr(value, "__qualname__", None) or repr(value)
+
+    return json.loads(json.dumps(settings, default=told))

@@ -25,8 +25,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fsp.data import Data
-from fsp.files import replacing
-from fsp.masks import Masks, digest
+from fsp.files import digest, replacing
+from fsp.masks import Masks
 
 FORMAT = 1  # of the file
 

@@ -35,8 +35,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from fsp import masks as mask_algebra
-from fsp.files import replacing
-from fsp.masks import Masks, apply_, check_masks, digest
+from fsp.files import digest, replacing
+from fsp.masks import Masks, apply_, check_masks
 
 INIT = -1  # number of the ticket of dense initial weights
 KINDS = ("init", "start", "end")

@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,28 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import inf, nan, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parametrizations, prune
 
 from fsp import masks
-from fsp.masks import (
-    apply_,
-    from_torch,
-    hold_,
-    keep_counts,
-    keep_top,
-    kept_count,
-    load,
-    metadata,
-    prunable,
-    save,
-    scattered,
-    shuffle,
-    shuffle_weights,
-    to_torch_,
-)
+from fsp.files import DamagedFile
 
 examples = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
@@ -61,36 +44,29 @@ def same(a, b):
     ("n", "density", "kept"),
     [
         (10, 0.9, 9),  # 10 * (1 - 0.9) is a little less than 1 in binary: a naive floor keeps 10
-        (10, 0.7, 7),
-        (10, 0.1, 1),
-        (1000, 0.001, 1),
         (3, 0.5, 2),  # one and a half: the floor is of what is removed
         (14_761_664, 0.1, 1_476_167),  # others.md §1.1, read out of Synaptic-Flow's published masks
         (14_761_664, 1e-6, 15),
-        (11_164_352, 0.01, 111_644),
-        (5, 0.01, 1),
         (5, 1e-12, 1),
-        (1, 0.3, 1),
-        (7, 1, 7),
         (7, 1.0, 7),
     ],
 )
 def test_a_density_keeps_n_minus_the_floor_of_what_it_removes(n, density, kept):
-    assert kept_count(n, density) == kept
-    assert type(kept_count(n, density)) is int
+    assert masks.kept_count(n, density) == kept
+    assert type(masks.kept_count(n, density)) is int
 
 
 @examples
 @given(n=st.integers(1, 10**8), thousandths=st.integers(1, 1000))
 def test_counts_are_those_of_exact_decimal_arithmetic(n, thousandths):
     removed = (1000 - thousandths) * n // 1000
-    assert kept_count(n, thousandths / 1000) == n - removed
+    assert masks.kept_count(n, thousandths / 1000) == n - removed
 
 
 @pytest.mark.parametrize("density", [0, 0.0, -0.1, 1.0001, 1.5, nan, inf, True, False, "0.1", None])
 def test_what_is_no_density_is_refused_by_value(density):
     with pytest.raises(ValueError, match=r"\(0, 1\]") as caught:
-        keep_top({"w": torch.rand(4)}, density)
+        masks.keep_top({"w": torch.rand(4)}, density)
     assert repr(density) in str(caught.value)
 
 
@@ -113,7 +89,7 @@ densities = st.integers(1, 200).map(lambda k: k / 200)
 @given(scores=scored_networks(), density=densities, seed=st.integers(0, 9))
 def test_global_counts_are_exact_under_ties_and_nothing_kept_is_below_anything_pruned(scores, density, seed):
     n = sum(s.numel() for s in scores.values())
-    kept = keep_top(scores, density, generator=generator(seed))
+    kept = masks.keep_top(scores, density, generator=generator(seed))
     assert total(kept) == max(1, n - math.floor((1 - Fraction(str(density))) * n))
     assert list(kept) == list(scores)
     assert all(kept[name].shape == s.shape and kept[name].dtype == torch.bool for name, s in scores.items())
@@ -125,55 +101,43 @@ def test_global_counts_are_exact_under_ties_and_nothing_kept_is_below_anything_p
 @examples
 @given(scores=scored_networks(), density=densities)
 def test_layer_scope_counts_and_ranks_every_tensor_by_itself(scores, density):
-    kept = keep_top(scores, density, scope="layer")
+    kept = masks.keep_top(scores, density, scope="layer")
     for name, s in scores.items():
         assert int(kept[name].sum()) == max(1, s.numel() - math.floor((1 - Fraction(str(density))) * s.numel()))
         outside = s[~kept[name]]
         assert not len(outside) or s[kept[name]].min() >= outside.max()
 
 
-@pytest.mark.parametrize("scope", ["global", "layer"])
-@pytest.mark.parametrize("density", [1.0, 0.9, 0.5, 0.1, 1e-3])
-def test_constant_scores_give_exact_counts(scope, density):
-    kept = keep_top({"a": torch.zeros(40, 25), "b": torch.zeros(1000)}, density, scope=scope)
-    assert total(kept) == 2000 * density
-
-
 def test_one_weight_of_many_is_the_best_one():
     scores = {"a": torch.arange(500.0), "b": torch.tensor([3.0, 999.0, 1.0])}
-    kept = keep_top(scores, 1e-9)
+    kept = masks.keep_top(scores, 1e-9)
     assert total(kept) == 1
     assert kept["b"].tolist() == [False, True, False]
 
 
-def test_four_scores_with_half_of_them_kept():
-    kept = keep_top({"w": torch.tensor([[0.3, -0.8], [0.1, 0.2]])}, 0.5)
-    assert kept["w"].tolist() == [[True, False], [False, True]]
-
-
 def test_global_scope_empties_a_weak_tensor_and_layer_scope_does_not():
     scores = {"weak": torch.tensor([0.1, 0.2]), "strong": torch.tensor([1.0, 2.0])}
-    whole, each = keep_top(scores, 0.5), keep_top(scores, 0.5, scope="layer")
+    whole, each = masks.keep_top(scores, 0.5), masks.keep_top(scores, 0.5, scope="layer")
     assert [m.tolist() for m in whole.values()] == [[False, False], [True, True]]
     assert [m.tolist() for m in each.values()] == [[False, True], [False, True]]
 
 
 def test_given_counts_are_kept_from_none_to_all():
     scores = {"none": torch.tensor([1.0, 2.0]), "one": torch.tensor([5.0, 7.0, 6.0]), "all": torch.tensor([-1.0, 0.0])}
-    kept = keep_counts(scores, {"none": 0, "one": 1, "all": 2})
+    kept = masks.keep_counts(scores, {"none": 0, "one": 1, "all": 2})
     assert [m.tolist() for m in kept.values()] == [[False, False], [False, True, False], [True, True]]
 
 
 @pytest.mark.parametrize("count", [-1, 3])
 def test_a_count_that_a_tensor_cannot_hold_is_refused(count):
     with pytest.raises(ValueError, match=f"fc.*{count}"):
-        keep_counts({"fc": torch.rand(2)}, {"fc": count})
+        masks.keep_counts({"fc": torch.rand(2)}, {"fc": count})
 
 
 @pytest.mark.parametrize("scope", ["global", "layer"])
 def test_a_lower_density_keeps_a_subset_when_scores_differ(scope):
     scores = {"a": torch.rand(30, 20, generator=generator(1)), "b": torch.rand(400, generator=generator(2))}
-    inner, outer = keep_top(scores, 0.1, scope=scope), keep_top(scores, 0.5, scope=scope)
+    inner, outer = masks.keep_top(scores, 0.1, scope=scope), masks.keep_top(scores, 0.5, scope=scope)
     assert all(not (inner[name] & ~outer[name]).any() for name in scores)
     assert total(inner) < total(outer)
 
@@ -181,33 +145,41 @@ def test_a_lower_density_keeps_a_subset_when_scores_differ(scope):
 def test_minus_infinity_is_never_kept():
     s = torch.tensor([-inf, -3.0, -inf, -2.0, -inf])
     for seed in range(20):
-        assert keep_top({"w": s}, 0.4, generator=generator(seed))["w"].tolist() == [False, True, False, True, False]
+        assert masks.keep_top({"w": s}, 0.4, generator=generator(seed))["w"].tolist() == [
+            False,
+            True,
+            False,
+            True,
+            False,
+        ]
 
 
 @pytest.mark.parametrize("scope", ["global", "layer"])
 def test_more_weights_than_may_be_kept_is_an_error_with_both_numbers(scope):
     with pytest.raises(ValueError, match=r"3 weights .* only 2 may be; lower the density"):
-        keep_top({"w": torch.tensor([-inf, -3.0, -inf, -2.0, -inf])}, 0.6, scope=scope)
+        masks.keep_top({"w": torch.tensor([-inf, -3.0, -inf, -2.0, -inf])}, 0.6, scope=scope)
 
 
 @pytest.mark.parametrize("scope", ["global", "layer"])
 @pytest.mark.parametrize("bad", [nan, inf])
 def test_scores_that_cannot_be_ranked_are_refused_by_name(bad, scope):
     with pytest.raises(ValueError, match=r"blocks\.3\.conv1") as caught:
-        keep_top({"stem": torch.zeros(3), "blocks.3.conv1": torch.tensor([1.0, bad])}, 0.5, scope=scope)
+        masks.keep_top({"stem": torch.zeros(3), "blocks.3.conv1": torch.tensor([1.0, bad])}, 0.5, scope=scope)
     assert "float64" in str(caught.value)
     with pytest.raises(ValueError, match=r"blocks\.3\.conv1"):
-        keep_counts({"blocks.3.conv1": torch.tensor([1.0, bad])}, {"blocks.3.conv1": 1})
+        masks.keep_counts({"blocks.3.conv1": torch.tensor([1.0, bad])}, {"blocks.3.conv1": 1})
 
 
-def test_an_unknown_scope_names_the_two_there_are():
+@pytest.mark.parametrize("function", [masks.keep_top, masks.shuffle])
+def test_an_unknown_scope_names_the_two_there_are(function):
+    options = {"density": 0.5} if function is masks.keep_top else {"generator": generator()}
     with pytest.raises(ValueError, match='"global" or "layer", not \'local\''):
-        keep_top({"w": torch.rand(4)}, 0.5, scope="local")
+        function({"w": bools(True)}, scope="local", **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_every_floating_dtype_can_be_ranked(dtype):
-    kept = keep_top({"w": torch.randn(50, 50, generator=generator()).to(dtype)}, 0.3)
+    kept = masks.keep_top({"w": torch.randn(50, 50, generator=generator()).to(dtype)}, 0.3)
     assert total(kept) == 750
 
 
@@ -217,13 +189,13 @@ def test_every_floating_dtype_can_be_ranked(dtype):
 def test_ties_depend_on_the_generator_and_on_nothing_global():
     scores = {"a": torch.zeros(60), "b": torch.zeros(6, 10)}
     torch.manual_seed(1)
-    first, fresh = keep_top(scores, 0.5, generator=generator(3)), keep_top(scores, 0.5)
+    first, fresh = masks.keep_top(scores, 0.5, generator=generator(3)), masks.keep_top(scores, 0.5)
     torch.manual_seed(2)
     state = torch.get_rng_state()
-    assert same(first, keep_top(scores, 0.5, generator=generator(3)))
-    assert same(fresh, keep_top(scores, 0.5))
+    assert same(first, masks.keep_top(scores, 0.5, generator=generator(3)))
+    assert same(fresh, masks.keep_top(scores, 0.5))
     assert torch.equal(state, torch.get_rng_state())
-    assert not same(first, keep_top(scores, 0.5, generator=generator(4)))
+    assert not same(first, masks.keep_top(scores, 0.5, generator=generator(4)))
 
 
 def test_ties_fall_on_every_position_equally_often():
@@ -232,7 +204,7 @@ def test_ties_fall_on_every_position_equally_often():
     rng, draws = generator(5), 2000
     counts = torch.zeros(10)
     for _ in range(draws):
-        counts += torch.cat(list(keep_top(scores, 0.4, generator=rng).values()))
+        counts += torch.cat(list(masks.keep_top(scores, 0.4, generator=rng).values()))
     assert counts[1] == draws
     assert counts[7] == 0
     tied = counts[[0, 2, 3, 4, 5, 6, 8, 9]]
@@ -242,7 +214,7 @@ def test_ties_fall_on_every_position_equally_often():
 
 
 def test_ties_in_separate_layers_are_not_broken_alike():
-    kept = keep_top({"a": torch.zeros(64), "b": torch.zeros(64)}, 0.5, scope="layer")
+    kept = masks.keep_top({"a": torch.zeros(64), "b": torch.zeros(64)}, 0.5, scope="layer")
     assert not torch.equal(kept["a"], kept["b"])
 
 
@@ -270,17 +242,9 @@ class Everything(nn.Module):
 
 def test_weights_of_convolutions_and_linear_layers_are_prunable_and_nothing_else_is():
     model = Everything()
-    found = prunable(model)
+    found = masks.prunable(model)
     assert list(found) == ["conv1d.weight", "up.weight", "volume.weight", "head.weight", "frozen.weight"]
     assert all(found[name] is dict(model.named_parameters())[name] for name in found)
-
-
-def test_a_weight_that_two_modules_share_is_counted_once():
-    first = nn.Linear(3, 3)
-    second = nn.Linear(3, 3)
-    second.weight = first.weight
-    found = prunable(nn.Sequential(first, nn.ReLU(), second))
-    assert list(found) == ["0.weight"]
 
 
 @pytest.mark.parametrize(
@@ -300,14 +264,14 @@ def test_parameters_and_whole_modules_are_excluded_by_name(exclude, left):
             "classifier": nn.Linear(2, 2),
         }
     )
-    assert list(prunable(model, exclude=exclude)) == left
+    assert list(masks.prunable(model, exclude=exclude)) == left
 
 
 @pytest.mark.parametrize("name", ["head", "0.bias", "0.weigh", "1", ""])
 def test_an_exclusion_that_matches_no_prunable_weight_is_refused_with_those_there_are(name):
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"0\.weight, 2\.weight") as caught:
-        prunable(model, exclude=[name])
+        masks.prunable(model, exclude=[name])
     assert repr(name) in str(caught.value)
 
 
@@ -316,7 +280,7 @@ def test_an_exclusion_that_matches_no_prunable_weight_is_refused_with_those_ther
 )
 def test_a_model_with_nothing_left_to_prune_is_refused(model, exclude):
     with pytest.raises(ValueError, match="no prunable weight"):
-        prunable(model, exclude=exclude)
+        masks.prunable(model, exclude=exclude)
 
 
 # ---- applying and holding ----------------------------------------------------------------------------------------
@@ -331,7 +295,7 @@ def network():
 
 def half_masks(model, seed=0):
     rng = generator(seed)
-    return {name: torch.rand(p.shape, generator=rng) < 0.5 for name, p in prunable(model).items()}
+    return {name: torch.rand(p.shape, generator=rng) < 0.5 for name, p in masks.prunable(model).items()}
 
 
 def train(model, optimizer, steps=5, seed=0):
@@ -351,7 +315,7 @@ def pruned_entries(model, kept):
 def test_applied_masks_zero_what_is_pruned_and_touch_nothing_else():
     model, kept = network(), half_masks(network())
     before = {name: p.clone() for name, p in model.named_parameters()}
-    apply_(model, kept)
+    masks.apply_(model, kept)
     for name, p in model.named_parameters():
         expected = torch.where(kept[name], before[name], torch.zeros(())) if name in kept else before[name]
         assert torch.equal(p, expected)
@@ -361,7 +325,7 @@ def test_applied_masks_zero_what_is_pruned_and_touch_nothing_else():
 def test_applied_masks_clear_even_a_weight_that_is_not_a_number():
     layer = nn.Linear(2, 1, bias=False)
     layer.weight.data = torch.tensor([[nan, 1.0]])
-    apply_(layer, {"weight": bools([False, True])})
+    masks.apply_(layer, {"weight": bools([False, True])})
     assert layer.weight.tolist() == [[0.0, 1.0]]
 
 
@@ -380,9 +344,9 @@ def test_masks_that_fit_no_parameter_are_refused_by_name_and_before_any_change(k
     some = {"0.weight": torch.zeros(4, 1, 3, 3, dtype=torch.bool)} | kept
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for attempt in (
-        lambda: apply_(model, some),
-        lambda: hold_(optimizer, model, some),
-        lambda: scattered(some, model, generator=generator()),
+        lambda: masks.apply_(model, some),
+        lambda: masks.hold_(optimizer, model, some),
+        lambda: masks.scattered(some, model, generator=generator()),
     ):
         with pytest.raises(ValueError, match=next(iter(kept))):
             attempt()
@@ -403,7 +367,7 @@ def test_pruned_weights_and_their_momentum_stay_exactly_zero_in_training(name):
     model, kept = network(), half_masks(network())
     start = {key: p.clone() for key, p in model.named_parameters()}
     optimizer = OPTIMIZERS[name](model.parameters())
-    hold_(optimizer, model, kept)
+    masks.hold_(optimizer, model, kept)
     assert not pruned_entries(model, kept).any()  # already before the first step
     train(model, optimizer)
     assert not pruned_entries(model, kept).any()
@@ -419,10 +383,10 @@ def test_pruned_weights_and_their_momentum_stay_exactly_zero_in_training(name):
 def test_training_under_masks_is_training_of_the_masked_network():
     model, oracle, kept = network(), network(), half_masks(network())
     optimizer = OPTIMIZERS["momentum"](model.parameters())
-    hold_(optimizer, model, kept)
+    masks.hold_(optimizer, model, kept)
     train(model, optimizer)
     # oracle: the gradient itself is masked, so nothing has to be put back
-    apply_(oracle, kept)
+    masks.apply_(oracle, kept)
     for key, p in oracle.named_parameters():
         if key in kept:
             p.register_hook(lambda g, mask=kept[key]: g * mask)
@@ -434,7 +398,7 @@ def test_training_under_masks_is_training_of_the_masked_network():
 def test_a_removed_handle_lets_go():
     model, kept = network(), half_masks(network())
     optimizer = OPTIMIZERS["momentum"](model.parameters())
-    handle = hold_(optimizer, model, kept)
+    handle = masks.hold_(optimizer, model, kept)
     train(model, optimizer, steps=2)
     handle.remove()
     train(model, optimizer, steps=1)
@@ -444,7 +408,7 @@ def test_a_removed_handle_lets_go():
 def test_a_replaced_mask_takes_effect_at_the_next_step_and_growth_starts_without_momentum():
     model, kept = network(), half_masks(network())
     optimizer = OPTIMIZERS["momentum"](model.parameters())
-    hold_(optimizer, model, kept)
+    masks.hold_(optimizer, model, kept)
     train(model, optimizer, steps=3)
     old, weight = kept["4.weight"], dict(model.named_parameters())["4.weight"]
     momentum = optimizer.state[weight]["momentum_buffer"]
@@ -459,7 +423,7 @@ def test_a_replaced_mask_takes_effect_at_the_next_step_and_growth_starts_without
 def test_a_pruned_weight_with_an_infinite_gradient_stays_zero():
     layer = nn.Linear(2, 1, bias=False)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
-    hold_(optimizer, layer, {"weight": bools([True, False])})
+    masks.hold_(optimizer, layer, {"weight": bools([True, False])})
     layer.weight.grad = torch.tensor([[1.0, inf]])
     optimizer.step()
     assert layer.weight[0, 1] == 0
@@ -470,7 +434,7 @@ def test_holding_costs_no_randomness_and_no_gradient_graph():
     model, kept = network(), half_masks(network())
     optimizer = OPTIMIZERS["momentum"](model.parameters())
     state = torch.get_rng_state()
-    hold_(optimizer, model, kept)
+    masks.hold_(optimizer, model, kept)
     train(model, optimizer, steps=1)
     assert torch.equal(state, torch.get_rng_state())
     assert all(p.is_leaf and p.grad_fn is None for p in model.parameters())
@@ -493,7 +457,7 @@ def lopsided():
 
 def test_a_layer_shuffle_keeps_every_count_and_does_change_the_mask(lopsided):
     before = {name: mask.clone() for name, mask in lopsided.items()}
-    new = shuffle(lopsided, generator=generator())
+    new = masks.shuffle(lopsided, generator=generator())
     assert {name: (mask.shape, int(mask.sum())) for name, mask in new.items()} == {
         name: (mask.shape, int(mask.sum())) for name, mask in lopsided.items()
     }
@@ -506,7 +470,7 @@ def test_a_layer_shuffle_keeps_every_count_and_does_change_the_mask(lopsided):
 
 
 def test_a_global_shuffle_keeps_the_total_and_levels_the_densities(lopsided):
-    new = shuffle(lopsided, scope="global", generator=generator())
+    new = masks.shuffle(lopsided, scope="global", generator=generator())
     assert not same(new, lopsided)
     assert total(new) == total(lopsided)
     assert [mask.shape for mask in new.values()] == [mask.shape for mask in lopsided.values()]
@@ -518,28 +482,23 @@ def test_a_global_shuffle_keeps_the_total_and_levels_the_densities(lopsided):
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_a_shuffle_depends_only_on_its_generator(lopsided, scope):
     torch.manual_seed(1)
-    first = shuffle(lopsided, scope=scope, generator=generator(2))
+    first = masks.shuffle(lopsided, scope=scope, generator=generator(2))
     torch.manual_seed(9)
-    assert same(first, shuffle(lopsided, scope=scope, generator=generator(2)))
-    assert not same(first, shuffle(lopsided, scope=scope, generator=generator(3)))
+    assert same(first, masks.shuffle(lopsided, scope=scope, generator=generator(2)))
+    assert not same(first, masks.shuffle(lopsided, scope=scope, generator=generator(3)))
 
 
 def test_a_shuffle_reaches_every_position_equally_often():
     rng, counts = generator(4), torch.zeros(6)
     for _ in range(1200):
-        counts += shuffle({"w": bools(True, True, False, False, False, False)}, generator=rng)["w"]
+        counts += masks.shuffle({"w": bools(True, True, False, False, False, False)}, generator=rng)["w"]
     assert ((counts - 400) ** 2).sum() / (1200 * 2 / 9) * 5 / 6 < 35  # as above, with 5
-
-
-def test_an_unknown_shuffle_scope_names_the_two_there_are(lopsided):
-    with pytest.raises(ValueError, match='"global" or "layer", not \'even\''):
-        shuffle(lopsided, scope="even", generator=generator())
 
 
 def test_scattering_keeps_counts_and_the_multiset_of_kept_weights_but_not_their_places():
     model, kept = network(), half_masks(network())
     before = {name: p.clone() for name, p in model.named_parameters()}
-    new, weights = scattered(kept, model, generator=generator(7))
+    new, weights = masks.scattered(kept, model, generator=generator(7))
     assert list(new) == list(weights) == list(kept)
     for name, mask in kept.items():
         assert int(new[name].sum()) == int(mask.sum())
@@ -550,36 +509,6 @@ def test_scattering_keeps_counts_and_the_multiset_of_kept_weights_but_not_their_
         assert not torch.equal(moved, original)  # the order is random too, not only the places
         assert not weights[name].requires_grad
     assert same(before, dict(model.named_parameters()))
-
-
-def test_shuffled_weights_stay_on_the_mask_in_another_order():
-    model, kept = network(), half_masks(network())
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    weights = shuffle_weights(kept, model, generator=generator(7))
-    assert list(weights) == list(kept)
-    for name, mask in kept.items():
-        assert not weights[name][~mask].any()
-        moved, original = weights[name][mask], before[name][mask].detach()
-        assert torch.equal(moved.sort().values, original.sort().values)
-        assert not torch.equal(moved, original)
-        assert not weights[name].requires_grad
-    assert same(before, dict(model.named_parameters()))
-    assert same(weights, shuffle_weights(kept, model, generator=generator(7)))
-    assert not same(weights, shuffle_weights(kept, model, generator=generator(8)))
-
-
-def test_kept_weights_reach_every_kept_position_equally_often():
-    layer, kept, rng, counts = nn.Linear(4, 1), {"weight": bools([True, True, False, True])}, generator(5), 0
-    layer.weight.data = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
-    for _ in range(1200):
-        counts += shuffle_weights(kept, layer, generator=rng)["weight"] == 4
-    assert counts[0, 2] == 0
-    assert ((counts[kept["weight"]] - 400.0) ** 2).sum() / 400 < 24  # chi-squared with 2 degrees of freedom
-
-
-def test_weights_are_not_shuffled_over_masks_that_fit_no_parameter():
-    with pytest.raises(ValueError, match="'w' belongs to no parameter"):
-        shuffle_weights({"w": bools(True)}, nn.Linear(1, 1), generator=generator())
 
 
 # ---- densities ---------------------------------------------------------------------------------------------------
@@ -602,19 +531,19 @@ def pruned_by_torch(model):
 def test_a_model_pruned_by_torch_computes_and_learns_what_one_pruned_here_does():
     ours, theirs, kept = network(), network(), half_masks(network())
     theirs.load_state_dict(ours.state_dict())
-    apply_(ours, kept)
-    to_torch_(theirs, kept)
+    masks.apply_(ours, kept)
+    masks.to_torch_(theirs, kept)
     x = torch.randn(6, 1, 6, 6, generator=generator(1))
     assert torch.equal(ours(x), theirs(x))
     first, second = (OPTIMIZERS["momentum"](model.parameters()) for model in (ours, theirs))
-    hold_(first, ours, kept)
+    masks.hold_(first, ours, kept)
     train(ours, first)
     train(theirs, second)
     assert torch.equal(ours(x), theirs(x))
-    assert same(from_torch(theirs), kept)
+    assert same(masks.from_torch(theirs), kept)
     for module in pruned_by_torch(theirs):
         prune.remove(module, "weight")
-    assert list(dict(prunable(theirs))) == list(kept)
+    assert list(dict(masks.prunable(theirs))) == list(kept)
     theirs = dict(theirs.named_parameters())
     for name, parameter in ours.named_parameters():
         assert torch.equal(parameter, theirs[name]), name
@@ -625,13 +554,13 @@ def test_a_model_pruned_by_torch_computes_and_learns_what_one_pruned_here_does()
 def test_masks_of_torch_come_back_by_the_names_of_the_plain_weights():
     model = network()
     prune.random_unstructured(next(m for m in model.modules() if isinstance(m, nn.Linear)), "weight", amount=3)
-    (name, mask), *rest = from_torch(model).items()
+    (name, mask), *rest = masks.from_torch(model).items()
     assert not rest
-    assert name in prunable(network())
+    assert name in masks.prunable(network())
     assert mask.dtype == torch.bool
     assert int((~mask).sum()) == 3
     biased = prune.random_unstructured(nn.Linear(2, 4), "bias", amount=1)
-    assert list(from_torch(biased)) == ["bias"]
+    assert list(masks.from_torch(biased)) == ["bias"]
 
 
 def tied():
@@ -644,10 +573,10 @@ def test_a_shared_weight_is_pruned_by_torch_in_each_of_its_modules():
     model, kept = tied(), {"0.weight": torch.eye(3, dtype=torch.bool)}
     here, x = tied(), torch.randn(4, 3, generator=generator())
     here.load_state_dict(model.state_dict())
-    apply_(here, kept)
-    to_torch_(model, kept)
+    masks.apply_(here, kept)
+    masks.to_torch_(model, kept)
     assert torch.equal(model(x), here(x))
-    assert same(from_torch(model), kept)
+    assert same(masks.from_torch(model), kept)
     for layer in (model[0], model[2]):
         prune.remove(layer, "weight")
     assert model[0].weight is model[2].weight
@@ -659,12 +588,12 @@ def test_a_shared_weight_with_two_masks_of_torch_is_refused():
     prune.custom_from_mask(model[0], "weight", torch.eye(3))
     prune.custom_from_mask(model[2], "weight", torch.ones(3, 3))
     with pytest.raises(ValueError, match=r"'0\.weight' and '2\.weight' are one parameter with two different masks"):
-        from_torch(model)
+        masks.from_torch(model)
 
 
 def test_a_model_that_torch_has_not_pruned_has_no_masks_to_read():
     with pytest.raises(ValueError, match="holds no masks of torch"):
-        from_torch(network())
+        masks.from_torch(network())
 
 
 @pytest.mark.parametrize(
@@ -684,187 +613,100 @@ def test_what_torch_cannot_prune_is_refused_before_any_change(second, name, mess
     model = nn.Sequential(nn.Linear(2, 2), second)
     ones = torch.ones(2, 2, dtype=torch.bool)
     with pytest.raises(ValueError, match=message):
-        to_torch_(model, {"0.weight": ones, name: ones})
+        masks.to_torch_(model, {"0.weight": ones, name: ones})
     assert not prune.is_pruned(model[0])
 
 
 # ---- files -------------------------------------------------------------------------------------------------------
 
-mask_tensors = st.lists(st.integers(1, 7), min_size=1, max_size=4).flatmap(
-    lambda shape: st.lists(st.booleans(), min_size=math.prod(shape), max_size=math.prod(shape)).map(
-        lambda bits: torch.tensor(bits).view(shape)
-    )
-)
-names = st.text(st.characters(codec="utf-8", categories=["L", "N", "P"]), min_size=1, max_size=8)
 
-
-@examples
-@given(kept=st.dictionaries(names.filter(lambda n: n != "__metadata__"), mask_tensors, min_size=1, max_size=4))
-def test_masks_come_back_from_a_file_as_they_were(tmp_path_factory, kept):
-    path = tmp_path_factory.mktemp("masks") / "m.safetensors"
-    save(path, kept)
-    back = load(path)
-    assert same(kept, back)  # names, their order, shapes, bits
-    assert all(mask.dtype == torch.bool for mask in back.values())
-
-
-def test_empty_rows_whole_empty_tensors_and_transposed_views_come_back(tmp_path):
-    kept = {
-        "rows": bools([True, False, True], [False, False, False], [False, True, True]),
-        "empty": torch.zeros(3, 5, 3, 3, dtype=torch.bool),
-        "view": bools([True, True, False], [False, True, False]).T,
-    }
-    save(tmp_path / "m.safetensors", kept)
-    assert same(kept, load(tmp_path / "m.safetensors"))
-
-
-def test_the_header_tells_achieved_densities_and_metadata_and_a_weight_costs_one_bit(tmp_path):
-    path = tmp_path / "made" / "m.safetensors"
-    kept = {"big": torch.rand(300, 400, generator=generator()) < 0.5, "small": bools(True, False, False, False)}
-    save(path, kept, method="snip", seed=3, options={"rounds": 5, "exclude": ["classifier"]})
-    with safe_open(path, framework="pt") as file:
+def test_a_file_is_plain_one_bit_a_weight_first_weight_first_with_densities_and_metadata(tmp_path):
+    # anyone with safetensors and numpy can read it
+    path = tmp_path / "m.safetensors"
+    empty = torch.zeros(3, 1, 3, 1, dtype=torch.bool)
+    kept = {"view": bools([True, True], [False, True], [False, False]).T, "Maß.層": empty}
+    masks.save(path, kept, method="snip", options={"rounds": 5, "exclude": ["classifier"]}, density=0.45)
+    assert same(masks.load(path), kept)  # names, their order, shapes, bits
+    with safe_open(path, framework="np") as file:
         header = json.loads(file.metadata()["fsp_masks"])
-    assert header["shapes"] == {"big": [300, 400], "small": [4]}
-    assert header["density"] == (int(kept["big"].sum()) + 1) / 120_004
-    assert header["layer_densities"] == {"big": int(kept["big"].sum()) / 120_000, "small": 0.25}
-    assert header["metadata"] == {"method": "snip", "seed": 3, "options": {"rounds": 5, "exclude": ["classifier"]}}
-    assert path.stat().st_size < 120_004 / 8 + 2000
-
-
-def test_a_damaged_mask_is_refused(tmp_path):
-    path = tmp_path / "m.safetensors"
-    save(path, {"w": torch.ones(64, dtype=torch.bool)})
-    content = path.read_bytes()
-    path.write_bytes(content[:-1] + b"\xfe")  # one bit of the last eight weights is gone
-    with pytest.raises(ValueError, match="damaged"):
-        load(path)
-
-
-def rewritten(path, change):
-    """The file with its header passed through `change`, tensors as they are."""
-    with safe_open(path, framework="pt") as file:
-        header = json.loads(file.metadata()["fsp_masks"])
-        tensors = {name: file.get_tensor(name) for name in header["shapes"]}
-    change(header)
-    save_file(tensors, path, metadata={"fsp_masks": json.dumps(header)})
-
-
-def test_a_mask_with_as_many_weights_elsewhere_is_damaged(tmp_path):
-    path = tmp_path / "m.safetensors"
-    save(path, {"w": bools([True, False], [False, False]), "v": torch.zeros(9, dtype=torch.bool)})
-    content = path.read_bytes()
-    assert content[-3:] == b"\x00\x00\x80"
-    path.write_bytes(content[:-1] + b"\x40")  # the same density, which alone would not tell
-    with pytest.raises(ValueError, match=r"damaged.*SHA-256"):
-        load(path)
-    path.write_bytes(content)
-    rewritten(path, lambda header: header["shapes"].update(w=[1, 4]))
-    with pytest.raises(ValueError, match="damaged"):
-        load(path)
-
-
-def test_a_file_without_checksum_is_read_and_its_densities_are_checked(tmp_path):
-    path, kept = tmp_path / "m.safetensors", {"w": torch.rand(5, 7, generator=generator()) < 0.5}
-    save(path, kept, seed=1)
-    rewritten(path, lambda header: header.pop("checksum"))
-    assert same(load(path), kept)
-    assert metadata(path)["checksum"] is None
-    rewritten(path, lambda header: header["layer_densities"].update(w=0.25))
-    with pytest.raises(ValueError, match="damaged"):
-        load(path)
-
-
-def test_metadata_tells_what_was_given_and_what_was_reached_without_reading_a_mask(tmp_path):
-    path = tmp_path / "m.safetensors"
-    kept = {"w": bools([True, False], [False, False]), "v": bools(True, True)}
-    save(path, kept, method="snip", seed=3, options={"rounds": 5}, density=0.45)
-    told = metadata(path)
-    checksum = told.pop("checksum")
-    assert told == {
+        assert file.get_tensor("view").dtype == np.uint8
+        assert [file.get_tensor(name).tolist() for name in kept] == [[0b10011000], [0, 0]]
+    found = masks.metadata(path)
+    assert found == {
         "method": "snip",
-        "seed": 3,
-        "options": {"rounds": 5},
+        "options": {"rounds": 5, "exclude": ["classifier"]},
         "density": 0.45,  # what was asked for
-        "shapes": {"w": [2, 2], "v": [2]},
-        "achieved_density": 0.5,
-        "achieved_layer_densities": {"w": 0.25, "v": 1.0},
+        "shapes": {"view": [2, 3], "Maß.層": [3, 1, 3, 1]},
+        "achieved_density": 0.2,
+        "achieved_layer_densities": {"view": 0.5, "Maß.層": 0.0},
+        "checksum": hashlib.sha256(json.dumps(header["shapes"]).encode() + b"\x98\0\0").hexdigest(),
     }
-    text = json.dumps({"w": [2, 2], "v": [2]}).encode()
-    assert checksum == hashlib.sha256(text + b"\x80\xc0").hexdigest()
-    content = path.read_bytes()
-    path.write_bytes(content[:-2] + b"\xff\xff")
-    assert metadata(path)["checksum"] == checksum  # `load` would refuse this file
 
 
-def test_equal_masks_have_equal_checksums_and_others_do_not(tmp_path):
-    def checksum(kept, **options):
-        save(tmp_path / "m.safetensors", kept, **options)
-        return metadata(tmp_path / "m.safetensors")["checksum"]
+def test_damaged_masks_are_refused_and_their_metadata_can_be_read_still(tmp_path):
+    path = tmp_path / "m.safetensors"
+    masks.save(path, {"w": bools([True, False], [False, False])}, seed=3)
+    path.write_bytes(path.read_bytes()[:-1] + b"\x40")  # the same density
+    with pytest.raises(DamagedFile, match=r"m\.safetensors is no whole file of masks"):
+        masks.load(path)
+    assert masks.metadata(path)["seed"] == 3
 
-    first = checksum({"w": bools([True, False])}, seed=1)
-    assert first == checksum({"w": bools([True, False])}, seed=2)
-    others = [{"w": bools([False, True])}, {"w": bools(True, False)}, {"v": bools([True, False])}]
-    assert len({first, *map(checksum, others)}) == 4
+
+def write_old(path, bits=b"\x80\x98", **changes):
+    """A file as it was before `fsp.files`, byte for byte; a change to None leaves an entry out."""
+    content = {
+        "shapes": {"w": [2, 3], "b": [1]},
+        "layer_densities": {"w": 0.5, "b": 1.0},
+        "density": 4 / 7,
+        "checksum": "fd366cddd0772389255d5f9f347ab2fad6985af8cdfd088838302a058b156305",
+        "metadata": {"method": "snip", "seed": 3},
+    } | changes
+    content = {name: value for name, value in content.items() if value is not None}
+    header = {
+        "__metadata__": {"fsp_masks": json.dumps(content)},
+        "b": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
+        "w": {"dtype": "U8", "shape": [1], "data_offsets": [1, 2]},
+    }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bits)
+
+
+@pytest.mark.parametrize("changes", [{}, {"checksum": None}])
+def test_files_of_earlier_versions_are_read(tmp_path, changes):
+    path = tmp_path / "m.safetensors"
+    write_old(path, **changes)
+    assert same(masks.load(path), {"w": bools([True, False, False], [True, True, False]), "b": bools(True)})
+    found = masks.metadata(path)
+    assert (found["method"], found["seed"], found["achieved_density"]) == ("snip", 3, 4 / 7)
+    assert (found["checksum"] is None) == ("checksum" in changes)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"bits": b"\x80\xc8"},  # as many weights elsewhere: the checksum tells
+        {"bits": b"\x80\xd8", "checksum": None},  # one weight more: its density tells
+        {"shapes": {"w": [3, 2], "b": [1]}},
+        {"shapes": None},
+        {"shapes": {"v": [2, 3], "b": [1]}, "checksum": None},
+    ],
+)
+def test_files_of_earlier_versions_are_checked_as_far_as_they_can_be(tmp_path, damage):
+    path = tmp_path / "m.safetensors"
+    write_old(path, **damage)
+    with pytest.raises(DamagedFile, match=r"m\.safetensors is no whole file of masks"):
+        masks.load(path)
 
 
 @pytest.mark.parametrize("name", ["shapes", "achieved_density", "achieved_layer_densities", "checksum"])
 def test_metadata_may_not_take_a_name_of_the_files_own(tmp_path, name):
     with pytest.raises(ValueError, match=f"may not be called {name}"):
-        save(tmp_path / "m.safetensors", {"w": bools(True)}, **{name: 1})
+        masks.save(tmp_path / "m.safetensors", {"w": bools(True)}, **{name: 1})
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_of_something_else_is_refused_with_the_way_to_make_one(tmp_path):
-    path = tmp_path / "weights.safetensors"
-    save_file({"w": torch.ones(2)}, path)
-    for read in (load, metadata):
-        with pytest.raises(ValueError, match=r"weights\.safetensors holds no whole masks.*fsp\.masks\.save"):
-            read(path)
-
-
-@pytest.mark.parametrize("content", [b"", b"not a safetensors file, but long enough to look at"])
-def test_a_file_that_is_no_safetensors_file_is_refused_as_a_value_error(tmp_path, content):
-    path = tmp_path / "m.safetensors"
-    path.write_bytes(content)
-    for read in (load, metadata):
-        with pytest.raises(ValueError, match="holds no whole masks"):
-            read(path)
-
-
-def test_a_save_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path):
-    path = tmp_path / "m.safetensors"
-    kept = {"w": bools(True, False, True)}
-    save(path, kept)
-    content = path.read_bytes()
+def test_masks_that_are_not_bool_are_not_saved(tmp_path):
     with pytest.raises(TypeError):
-        save(path, {"w": bools(False, False, True)}, method=object())  # JSON cannot hold it
-    with pytest.raises(TypeError):
-        save(path, {"w": torch.tensor([0.2, 0.7, 0.1])})
-    assert path.read_bytes() == content
-    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
-
-
-def test_a_save_that_breaks_off_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "m.safetensors"
-    save(path, {"w": bools(True, False, True)})
-    content = path.read_bytes()
-
-    write = Path.write_bytes
-
-    def breaks_off(self, content):
-        write(self, content[: len(content) // 2])
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", breaks_off)
-    with pytest.raises(OSError, match="no space"):
-        save(path, {"w": bools(False, False, True)})
-    assert path.read_bytes() == content
-    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
-
-
-def test_bits_are_packed_first_weight_first(tmp_path):
-    # the format is documented as plain: anyone with numpy can read it
-    save(tmp_path / "m.safetensors", {"w": bools([True, False, False], [True, True, False])})
-    with safe_open(tmp_path / "m.safetensors", framework="np") as file:
-        assert file.get_tensor("w").tolist() == [0b10011000]
-        assert file.get_tensor("w").dtype == np.uint8
+        masks.save(tmp_path / "m.safetensors", {"w": torch.tensor([0.2, 0.7, 0.1])})
+    assert not list(tmp_path.iterdir())
