@@ -1,7 +1,7 @@
 """A training's state on disk, so that one that is killed goes on from there; see `fsp.training.fit`.
 
-One safetensors file holds everything: the tensors of model, optimiser, masks, best weights and random states, and in
-its header, as JSON, the numbers beside them, the settings of the training, and a SHA-256 over all of it.
+One file of `fsp.files` holds everything: the tensors of model, optimiser, masks, best weights, hooks and random
+states, and as JSON the numbers beside them and what the training is known by.
 """
 
 import errno
@@ -12,21 +12,19 @@ import re
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from numbers import Real
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fsp.data import Data
-from fsp.files import replacing
-from fsp.masks import Masks, digest
+from fsp.files import DamagedFile, differences, digest, load_tensors, save_tensors
+from fsp.masks import Masks
+from fsp.training.settings import is_number
 
 FORMAT = 1  # of the file
 
@@ -69,10 +67,8 @@ class Position:
 NUMBERS = ("epoch", "step", "lr", "seen", "best_accuracy")  # of a Position
 
 
-def identity(
-    model: nn.Module, data: Data, config: object, masks: Masks | None, take_step: Callable | None, start_step: int
-) -> dict[str, object]:
-    """What decides the result of a training: a checkpoint with other values is one of another training.
+def identity(model: nn.Module, data: Data, config: object) -> dict[str, object]:
+    """What decides the result of a training: network, initial weights, examples and settings.
 
     Parameters
     ----------
@@ -80,10 +76,6 @@ def identity(
         With its initial weights.
     data : fsp.data.Data
     config : fsp.training.TrainConfig
-    masks : Masks, optional
-    take_step : callable, optional
-        Known by its name alone.
-    start_step : int
 
     Returns
     -------
@@ -95,23 +87,18 @@ def identity(
         for name in ("train", "validation", "test")
         for part, tensor in getattr(data, name)._asdict().items()
     }
-    found = {
-        "format": FORMAT,
+    return {
         "model": type(model).__qualname__,
         "parameters": sum(p.numel() for p in model.parameters()),
         "initial_weights": digest(model.state_dict())[:16],
-        "masks": None if masks is None else digest(masks)[:16],
         "data": data.name,
         "examples": digest(examples)[:16],
         "mean": data.mean,
         "std": data.std,
         "augmented": data.augmented,
         "device": next(model.parameters()).device.type,
-        "take_step": None if take_step is None else getattr(take_step, "__qualname__", type(take_step).__qualname__),
-        "start_step": start_step,
         **{f"config.{name}": value for name, value in asdict(config).items()},
     }
-    return json.loads(json.dumps(found))  # as it is read: tuples are lists
 
 
 class Checkpoint:
@@ -123,18 +110,18 @@ class Checkpoint:
         Read now, if it exists.
     every_s : float, at least 0
         Seconds between two checkpoints; 0 for one after every step.
-    training : dict
-        See `identity`.
-    model, optimizer, schedule, masks, take_step
-        What is saved and restored, in place.  `masks` and `take_step` may be None.
+    data, config, start_step
+        Those of `fsp.training.fit`: with the model's weights and the masks as they are now and the names of the hooks'
+        types, they decide whether a file that exists is of this training.
+    model, optimizer, schedule, masks, hooks
+        What is saved and restored, in place.  `masks` may be None.
 
     Raises
     ------
     ValueError
-        If the file is the checkpoint of another training (naming what differs), `every_s` is no such number, or
-        `take_step` has only one of ``state_dict`` and ``load_state_dict``.
+        If the file is the checkpoint of another training (naming what differs), or `every_s` is no such number.
     TypeError
-        If ``take_step.state_dict()`` holds what is neither a tensor nor JSON.
+        If ``state_dict()`` of a hook holds what is neither a tensor nor JSON.
     OSError
         If no file can be written there.
 
@@ -148,25 +135,29 @@ class Checkpoint:
         self,
         path: str | Path,
         every_s: float,
-        training: dict[str, object],
+        data: Data,
+        config: object,
+        start_step: int,
         *,
         model: nn.Module,
         optimizer: Optimizer,
         schedule: LRScheduler,
         masks: Masks | None,
-        take_step: Callable | None,
+        hooks: Sequence[object],
     ):
-        if isinstance(every_s, bool) or not isinstance(every_s, Real) or not 0 <= every_s < math.inf:
+        if not (is_number(every_s) and every_s >= 0):
             raise ValueError(f"checkpoint_every_s={every_s!r}: expected a number of seconds of at least 0, such as 300")
-        if hasattr(take_step, "state_dict") != hasattr(take_step, "load_state_dict"):
-            raise ValueError(
-                f"take_step {take_step!r} has only one of `state_dict` and `load_state_dict`: give it both, or neither"
-            )
-        self.path, self.every_s, self.training = Path(path), every_s, training
+        self.path, self.every_s = Path(path), every_s
         self.model, self.optimizer, self.schedule, self.masks = model, optimizer, schedule, masks
-        self.take_step = take_step if hasattr(take_step, "state_dict") else None
-        self._of_take_step()
+        self.hooks = [hook for hook in hooks if hasattr(hook, "state_dict")]
         self.device = next(model.parameters()).device
+        self.training = identity(model, data, config) | {
+            "format": FORMAT,
+            "masks": None if masks is None else digest(masks)[:16],
+            "hooks": [type(hook).__qualname__ for hook in hooks] or None,
+            "start_step": start_step,
+        }
+        self._states_of_hooks()
         if self.path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "checkpoint is a folder: expected the path of a file", str(self.path))
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -182,34 +173,28 @@ class Checkpoint:
         """Write all that a training needs to go on from `at`; the file before is replaced when this one is whole."""
         optimizer, schedule = self.optimizer.state_dict(), self.schedule.state_dict()
         schedule.pop("milestones", None)  # of "multistep", known from the config; JSON turns its whole numbers to text
-        hook, plain = self._of_take_step()
+        of_hooks, values_of_hooks = self._states_of_hooks()
         groups = {
             "model": self.model.state_dict(),
             "masks": self.masks or {},
             "best": at.best_state or {},
             "optimizer": {f"{i}/{key}": value for i, of in optimizer["state"].items() for key, value in of.items()},
-            "take_step": hook,
-            "random": {"cpu": torch.get_rng_state()}
-            | ({"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {}),
+            "hooks": of_hooks,
+            "random": {"cpu": torch.get_rng_state()},
             "at": {"order": at.order, "total_loss": at.total_loss},
         }
-        tensors = {
-            f"{group}/{name}": value.detach().to("cpu", copy=True).contiguous()  # a copy: files hold no shared weights
-            for group, values in groups.items()
-            for name, value in values.items()
-        }
+        if self.device.type == "cuda":
+            groups["random"]["cuda"] = torch.cuda.get_rng_state(self.device)
+        tensors = {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
         content = {
             "training": self.training,
             "at": {name: getattr(at, name) for name in NUMBERS},
             "history": asdict(at.history),
             "optimizer": optimizer["param_groups"],
             "schedule": schedule,
-            "take_step": plain,
+            "hooks": values_of_hooks,
         }
-        text = json.dumps(content)
-        packed = save(tensors, metadata={"fsp_checkpoint": text, "sha256": digest(tensors, text)})
-        with replacing(self.path) as temporary:
-            temporary.write_bytes(packed)
+        save_tensors(self.path, "checkpoint", tensors, content)
         self.written = time.monotonic()
 
     def restore(self, at: Position) -> None:
@@ -217,29 +202,25 @@ class Checkpoint:
         if self.found is None:
             return
         (tensors, content), self.found = self.found, None
-        groups: dict[str, dict[str, Tensor]] = {}
-        for name, value in tensors.items():
-            group, _, rest = name.partition("/")
-            groups.setdefault(group, {})[rest] = value
-        self.model.load_state_dict(groups["model"])
+        self.model.load_state_dict(_under("model/", tensors))
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        state: dict[int, dict[str, Tensor]] = {i: {} for i in range(len(parameters))}
-        for name, value in groups.get("optimizer", {}).items():
-            i, _, key = name.partition("/")
-            state[int(i)][key] = torch.empty_like(parameters[int(i)]).copy_(value)  # in the parameter's memory format
+        state = {}
+        for i, parameter in enumerate(parameters):
+            saved = _under(f"optimizer/{i}/", tensors)  # copied into the parameter's memory format
+            state[i] = {key: torch.empty_like(parameter).copy_(value) for key, value in saved.items()}
         self.optimizer.load_state_dict({"state": state, "param_groups": content["optimizer"]})
         self.schedule.load_state_dict(content["schedule"])
-        for name, mask in groups.get("masks", {}).items():
+        for name, mask in _under("masks/", tensors).items():
             self.masks[name] = mask.to(self.masks[name].device)
-        if self.take_step:
-            self.take_step.load_state_dict(groups.get("take_step", {}) | content["take_step"])
+        for i, hook in enumerate(self.hooks):
+            hook.load_state_dict(_under(f"hooks/{i}/", tensors) | content["hooks"][i])
         vars(at).update(content["at"])
         vars(at.history).update(content["history"])
-        at.order, at.best_state = groups["at"]["order"].clone(), groups.get("best")
-        at.total_loss.copy_(groups["at"]["total_loss"])
-        torch.set_rng_state(groups["random"]["cpu"])
+        at.order, at.best_state = tensors["at/order"], _under("best/", tensors) or None
+        at.total_loss.copy_(tensors["at/total_loss"])
+        torch.set_rng_state(tensors["random/cpu"])
         if self.device.type == "cuda":
-            torch.cuda.set_rng_state(groups["random"]["cuda"], self.device)
+            torch.cuda.set_rng_state(tensors["random/cuda"], self.device)
 
     def remove(self) -> None:
         """Remove the file, and what writers of it that were killed have left."""
@@ -249,45 +230,41 @@ class Checkpoint:
             if temporary.fullmatch(path.name):
                 path.unlink(missing_ok=True)
 
-    def _of_take_step(self) -> tuple[dict[str, Tensor], dict[str, object]]:
-        """Tensors and JSON values that `take_step` wants to have saved."""
-        state = self.take_step.state_dict() if self.take_step else {}
-        tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-        plain = {name: value for name, value in state.items() if name not in tensors}
-        for name, value in plain.items():
+    def _states_of_hooks(self) -> tuple[dict[str, Tensor], list[dict[str, object]]]:
+        """Tensors of all hooks, and the JSON values of each."""
+        tensors, values = {}, []
+        for i, hook in enumerate(self.hooks):
+            state = hook.state_dict()
+            of_hook = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+            tensors |= {f"{i}/{name}": tensor for name, tensor in of_hook.items()}
+            values.append({name: value for name, value in state.items() if name not in of_hook})
             try:
-                json.dumps(value)
+                json.dumps(values[i])
             except (TypeError, ValueError) as error:
                 raise TypeError(
-                    f"take_step.state_dict()[{name!r}] is {value!r}: expected a tensor or what JSON can hold ({error})"
+                    f"{type(hook).__qualname__}.state_dict() holds {values[i]} beside tensors: JSON cannot hold it: {error}"
                 ) from error
-        return tensors, plain
+        return tensors, values
 
     def _read(self) -> tuple[dict[str, Tensor], dict] | None:
         """Tensors and JSON content of the file; None without one. A damaged file is set aside."""
-        if not self.path.exists():
-            return None
         try:
-            with safe_open(self.path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-                header = file.metadata()
-            if header["sha256"] != digest(tensors, header["fsp_checkpoint"]):
-                raise ValueError("its content is not what was written")
-            content = json.loads(header["fsp_checkpoint"])
-        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            tensors, content = load_tensors(self.path, "checkpoint")
+        except FileNotFoundError:
+            return None
+        except DamagedFile as error:
             aside = self.path.with_name(self.path.name + ".corrupt")
-            warnings.warn(
-                f"{self.path} is no whole checkpoint ({error}); set aside as {aside.name}, training starts anew",
-                stacklevel=4,  # the caller of fit
-            )
+            warnings.warn(f"{error}; set aside as {aside.name}, training starts anew", stacklevel=4)  # caller of fit
             os.replace(self.path, aside)
             return None
-        there, here = content["training"], self.training
-        different = [name for name in {**there, **here} if there.get(name) != here.get(name)]
-        if different:
-            told = "; ".join(f"{name} is {there.get(name)!r} there and {here.get(name)!r} here" for name in different)
+        if different := differences(content["training"], self.training):
             raise ValueError(
-                f"{self.path} is the checkpoint of another training: {told}. Choose another path, delete the file, or "
-                "give the same settings, data, masks and model, with the weights it had before the first call"
+                f"{self.path} is the checkpoint of another training: {different}. Choose another path, delete the "
+                "file, or give the same settings, data, masks and model, with the weights it had before the first call"
             )
         return tensors, content
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors whose name begins with a prefix, under the rest of their name."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
