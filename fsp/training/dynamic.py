@@ -20,6 +20,7 @@ References
    (guided growth).
 """
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -308,7 +309,7 @@ class DynamicTraining:
         averaged = self._parameters if config.grow == "momentum" else {}
         self._momentum = {name: torch.zeros_like(parameter.detach()) for name, parameter in averaged.items()}
         self.stopped = 0
-        self._history: list[list[float]] = []  # step, R_s with and without rejected candidates, R_s of each layer
+        self._history: list[dict] = []  # see `exploration`
         self._note(0)
 
     def _copied(self, initial: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -348,28 +349,24 @@ class DynamicTraining:
             One for the first masks (step 0) and one for each update: ``step``, ``fired`` (the ITOP rate over all
             layers), ``explored`` (the same with rejected candidates) and ``layers``, the ITOP rate of each by name.
         """
-        return [
-            dict(step=int(step), fired=fired, explored=explored, layers=dict(zip(self.masks, layers, strict=True)))
-            for step, fired, explored, *layers in self._history
-        ]
+        return copy.deepcopy(self._history)
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, object]:
         """Everything that a resumed training needs besides model and optimiser.
 
         Returns
         -------
-        dict of name to Tensor
-            Copies on the CPU: masks, what was explored, gradient averages, the state of the generator, `stopped`.
+        dict
+            Tensors, copied to the CPU: masks, what was explored, gradient averages, the state of the generator.  JSON
+            values: the rows of `exploration`, and `stopped`.
         """
         groups = {"mask": self.masks, "fired": self.fired, "explored": self.explored, "momentum": self._momentum}
         tensors = {f"{group}.{name}": t for group, found in groups.items() for name, t in found.items()}
-        return {name: t.to("cpu", copy=True) for name, t in tensors.items()} | {
-            "generator": self.generator.get_state(),
-            "history": torch.tensor(self._history, dtype=torch.float64),
-            "stopped": torch.tensor(self.stopped),
-        }
+        copies = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+        copies["generator"] = self.generator.get_state()
+        return {**copies, "exploration": self.exploration(), "stopped": self.stopped}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Continue where another training was when it gave its state.
 
         Replaces the entries of the masks in place and sets the generator; `fsp.training.fit` calls it for a
@@ -378,7 +375,7 @@ class DynamicTraining:
 
         Parameters
         ----------
-        state : dict of name to Tensor
+        state : dict
             From `state_dict`.
 
         Raises
@@ -394,8 +391,7 @@ class DynamicTraining:
             if name in self._momentum:
                 self._momentum[name] = state[f"momentum.{name}"].to(parameter.device, copy=True)
         self.generator.set_state(state["generator"].cpu())
-        self._history = state["history"].tolist()
-        self.stopped = int(state["stopped"])
+        self._history, self.stopped = copy.deepcopy(state["exploration"]), state["stopped"]
 
     def _finite(self) -> bool:
         """Whether all can be ranked: what is not finite has no order, and `fit` ends a training that diverges."""
@@ -442,14 +438,14 @@ class DynamicTraining:
 
     def _note(self, step: int) -> None:
         """Add to the history; stop at a plateau."""
-        rates = [density(self.fired), density(self.explored), *layer_densities(self.fired).values()]
-        self._history.append([step, *rates])
+        rates = {"fired": density(self.fired), "explored": density(self.explored)}
+        self._history.append({"step": step, **rates, "layers": layer_densities(self.fired)})
         if self.config.plateau is not None and len(self._history) > PLATEAU_UPDATES:
-            rise = abs(self._history[-1][1] - self._history[-1 - PLATEAU_UPDATES][1])
+            rise = abs(self._history[-1]["fired"] - self._history[-1 - PLATEAU_UPDATES]["fired"])
             if 100 * rise / PLATEAU_UPDATES <= self.config.plateau:
                 self.stopped = step
 
 
-def _shapes(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Type and shape of every tensor of a state; of the history, which has as many rows as updates, a row's."""
-    return {name: f"{t.dtype} {list(t.shape[1:] if name == 'history' else t.shape)}" for name, t in state.items()}
+def _shapes(state: Mapping[str, object]) -> dict[str, str]:
+    """Type and shape of every tensor of a state."""
+    return {name: f"{t.dtype} {list(t.shape)}" for name, t in state.items() if isinstance(t, Tensor)}

@@ -41,6 +41,11 @@ def methods(hooks: Sequence[object], name: str) -> list[Callable]:
     return [getattr(hook, name) for hook in hooks if hasattr(hook, name)]
 
 
+def copied_state(model: nn.Module) -> dict[str, Tensor]:
+    """Copy of a model's ``state_dict``."""
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
 class Snapshots:
     """A hook that keeps copies of a model's ``state_dict`` after given steps.
 
@@ -76,7 +81,7 @@ class Snapshots:
 
     def _keep(self, step: int) -> None:
         if step in self.steps:
-            self.states[step] = {name: t.detach().clone() for name, t in self.model.state_dict().items()}
+            self.states[step] = copied_state(self.model)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The copies so far, under ``"step/name"``."""

@@ -4,11 +4,10 @@ One file of `fsp.files` holds everything: the tensors of model, optimiser, masks
 states, and as JSON the numbers beside them and what the training is known by.
 """
 
-import errno
+import glob
 import json
 import math
 import os
-import re
 import tempfile
 import time
 import warnings
@@ -30,11 +29,13 @@ FORMAT = 1  # of the file
 
 
 @dataclass
-class Position:
-    """Where a training stands after an optimiser step, beside what model, optimiser and schedule know.
+class State:
+    """All that changes in a training, as it is after an optimiser step.
 
     Attributes
     ----------
+    model, optimizer, schedule, masks, hooks
+        Those of `fsp.training.fit`; `masks` may be None.
     history : fsp.training.History
     order : Tensor
         State of the data's generator before the order of this epoch was drawn.
@@ -53,6 +54,11 @@ class Position:
         Weights of the best epoch.
     """
 
+    model: nn.Module
+    optimizer: Optimizer
+    schedule: LRScheduler
+    masks: Masks | None
+    hooks: Sequence[object]
     history: object
     order: Tensor
     total_loss: Tensor
@@ -64,7 +70,7 @@ class Position:
     best_state: dict[str, Tensor] | None = None
 
 
-NUMBERS = ("epoch", "step", "lr", "seen", "best_accuracy")  # of a Position
+NUMBERS = ("epoch", "step", "lr", "seen", "best_accuracy")  # of a State
 
 
 def identity(model: nn.Module, data: Data, config: object) -> dict[str, object]:
@@ -107,84 +113,49 @@ class Checkpoint:
     Parameters
     ----------
     path : str or path
-        Read now, if it exists.
     every_s : float, at least 0
         Seconds between two checkpoints; 0 for one after every step.
-    data, config, start_step
-        Those of `fsp.training.fit`: with the model's weights and the masks as they are now and the names of the hooks'
-        types, they decide whether a file that exists is of this training.
-    model, optimizer, schedule, masks, hooks
-        What is saved and restored, in place.  `masks` may be None.
+    training : dict of JSON values
+        What decides the result of the training, `identity` and more: a file with others is of another training.
 
     Raises
     ------
     ValueError
-        If the file is the checkpoint of another training (naming what differs), or `every_s` is no such number.
-    TypeError
-        If ``state_dict()`` of a hook holds what is neither a tensor nor JSON.
+        If `every_s` is no such number.
     OSError
         If no file can be written there.
-
-    Warns
-    -----
-    UserWarning
-        If the file is damaged: it is set aside as ``<name>.corrupt`` and the training starts anew.
     """
 
-    def __init__(
-        self,
-        path: str | Path,
-        every_s: float,
-        data: Data,
-        config: object,
-        start_step: int,
-        *,
-        model: nn.Module,
-        optimizer: Optimizer,
-        schedule: LRScheduler,
-        masks: Masks | None,
-        hooks: Sequence[object],
-    ):
+    def __init__(self, path: str | Path, every_s: float, training: dict[str, object]):
         if not (is_number(every_s) and every_s >= 0):
             raise ValueError(f"checkpoint_every_s={every_s!r}: expected a number of seconds of at least 0, such as 300")
-        self.path, self.every_s = Path(path), every_s
-        self.model, self.optimizer, self.schedule, self.masks = model, optimizer, schedule, masks
-        self.hooks = [hook for hook in hooks if hasattr(hook, "state_dict")]
-        self.device = next(model.parameters()).device
-        self.training = identity(model, data, config) | {
-            "format": FORMAT,
-            "masks": None if masks is None else digest(masks)[:16],
-            "hooks": [type(hook).__qualname__ for hook in hooks] or None,
-            "start_step": start_step,
-        }
-        self._states_of_hooks()
+        self.path, self.every_s, self.training = Path(path), every_s, training | {"format": FORMAT}
         if self.path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "checkpoint is a folder: expected the path of a file", str(self.path))
+            raise IsADirectoryError(f"checkpoint={path!r} is a folder: expected the path of a file")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=self.path.parent).close()  # an OSError now, and not after five minutes
-        self.found = self._read()
         self.written = time.monotonic()
 
     def due(self) -> bool:
         """Whether it is time for the next one."""
         return time.monotonic() - self.written >= self.every_s
 
-    def save(self, at: Position) -> None:
+    def save(self, at: State) -> None:
         """Write all that a training needs to go on from `at`; the file before is replaced when this one is whole."""
-        optimizer, schedule = self.optimizer.state_dict(), self.schedule.state_dict()
+        optimizer, schedule = at.optimizer.state_dict(), at.schedule.state_dict()
         schedule.pop("milestones", None)  # of "multistep", known from the config; JSON turns its whole numbers to text
-        of_hooks, values_of_hooks = self._states_of_hooks()
+        of_hooks, values_of_hooks = _states(at.hooks)
         groups = {
-            "model": self.model.state_dict(),
-            "masks": self.masks or {},
+            "model": at.model.state_dict(),
+            "masks": at.masks or {},
             "best": at.best_state or {},
             "optimizer": {f"{i}/{key}": value for i, of in optimizer["state"].items() for key, value in of.items()},
             "hooks": of_hooks,
             "random": {"cpu": torch.get_rng_state()},
             "at": {"order": at.order, "total_loss": at.total_loss},
         }
-        if self.device.type == "cuda":
-            groups["random"]["cuda"] = torch.cuda.get_rng_state(self.device)
+        if at.total_loss.is_cuda:
+            groups["random"]["cuda"] = torch.cuda.get_rng_state(at.total_loss.device)
         tensors = {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
         content = {
             "training": self.training,
@@ -197,72 +168,76 @@ class Checkpoint:
         save_tensors(self.path, "checkpoint", tensors, content)
         self.written = time.monotonic()
 
-    def restore(self, at: Position) -> None:
-        """Bring everything, `at` and the global random states included, to where the file left it, if there is one."""
-        if self.found is None:
-            return
-        (tensors, content), self.found = self.found, None
-        self.model.load_state_dict(_under("model/", tensors))
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        state = {}
-        for i, parameter in enumerate(parameters):
-            saved = _under(f"optimizer/{i}/", tensors)  # copied into the parameter's memory format
-            state[i] = {key: torch.empty_like(parameter).copy_(value) for key, value in saved.items()}
-        self.optimizer.load_state_dict({"state": state, "param_groups": content["optimizer"]})
-        self.schedule.load_state_dict(content["schedule"])
-        for name, mask in _under("masks/", tensors).items():
-            self.masks[name] = mask.to(self.masks[name].device)
-        for i, hook in enumerate(self.hooks):
-            hook.load_state_dict(_under(f"hooks/{i}/", tensors) | content["hooks"][i])
-        vars(at).update(content["at"])
-        vars(at.history).update(content["history"])
-        at.order, at.best_state = tensors["at/order"], _under("best/", tensors) or None
-        at.total_loss.copy_(tensors["at/total_loss"])
-        torch.set_rng_state(tensors["random/cpu"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["random/cuda"], self.device)
+    def restore(self, at: State) -> None:
+        """Bring `at` and the global random states to where the file left them, if there is one.
 
-    def remove(self) -> None:
-        """Remove the file, and what writers of it that were killed have left."""
-        self.path.unlink(missing_ok=True)
-        temporary = re.compile(rf"\.{re.escape(self.path.stem)}-[a-z0-9_]{{8}}{re.escape(self.path.suffix)}")
-        for path in self.path.parent.glob(".*"):
-            if temporary.fullmatch(path.name):
-                path.unlink(missing_ok=True)
+        Raises
+        ------
+        ValueError
+            If the file is the checkpoint of another training; the message names what differs.
+        TypeError
+            If ``state_dict()`` of a hook holds what is neither a tensor nor JSON.
 
-    def _states_of_hooks(self) -> tuple[dict[str, Tensor], list[dict[str, object]]]:
-        """Tensors of all hooks, and the JSON values of each."""
-        tensors, values = {}, []
-        for i, hook in enumerate(self.hooks):
-            state = hook.state_dict()
-            of_hook = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-            tensors |= {f"{i}/{name}": tensor for name, tensor in of_hook.items()}
-            values.append({name: value for name, value in state.items() if name not in of_hook})
-            try:
-                json.dumps(values[i])
-            except (TypeError, ValueError) as error:
-                raise TypeError(
-                    f"{type(hook).__qualname__}.state_dict() holds {values[i]} beside tensors: JSON cannot hold it: {error}"
-                ) from error
-        return tensors, values
-
-    def _read(self) -> tuple[dict[str, Tensor], dict] | None:
-        """Tensors and JSON content of the file; None without one. A damaged file is set aside."""
+        Warns
+        -----
+        UserWarning
+            If the file is damaged: it is set aside as ``<name>.corrupt``, and the training starts anew.
+        """
+        _states(at.hooks)
         try:
             tensors, content = load_tensors(self.path, "checkpoint")
         except FileNotFoundError:
-            return None
+            return
         except DamagedFile as error:
             aside = self.path.with_name(self.path.name + ".corrupt")
-            warnings.warn(f"{error}; set aside as {aside.name}, training starts anew", stacklevel=4)  # caller of fit
+            warnings.warn(f"{error}; set aside as {aside.name}, training starts anew", stacklevel=3)  # caller of fit
             os.replace(self.path, aside)
-            return None
+            return
         if different := differences(content["training"], self.training):
             raise ValueError(
                 f"{self.path} is the checkpoint of another training: {different}. Choose another path, delete the "
                 "file, or give the same settings, data, masks and model, with the weights it had before the first call"
             )
-        return tensors, content
+        at.model.load_state_dict(_under("model/", tensors))
+        parameters = [p for group in at.optimizer.param_groups for p in group["params"]]
+        state = {}
+        for i, parameter in enumerate(parameters):
+            saved = _under(f"optimizer/{i}/", tensors)  # copied into the parameter's memory format
+            state[i] = {key: torch.empty_like(parameter).copy_(value) for key, value in saved.items()}
+        at.optimizer.load_state_dict({"state": state, "param_groups": content["optimizer"]})
+        at.schedule.load_state_dict(content["schedule"])
+        for name, mask in _under("masks/", tensors).items():
+            at.masks[name] = mask.to(at.masks[name].device)
+        for i, hook in enumerate(at.hooks):
+            if hasattr(hook, "load_state_dict"):
+                hook.load_state_dict(_under(f"hooks/{i}/", tensors) | content["hooks"][i])
+        vars(at).update(content["at"])
+        vars(at.history).update(content["history"])
+        at.order, at.best_state = tensors["at/order"], _under("best/", tensors) or None
+        at.total_loss.copy_(tensors["at/total_loss"])
+        torch.set_rng_state(tensors["random/cpu"])
+        if at.total_loss.is_cuda:
+            torch.cuda.set_rng_state(tensors["random/cuda"], at.total_loss.device)
+
+    def remove(self) -> None:
+        """Remove the file, and what writers of it that were killed have left."""
+        self.path.unlink(missing_ok=True)
+        for left in self.path.parent.glob(f".{glob.escape(self.path.stem)}-????????{glob.escape(self.path.suffix)}"):
+            left.unlink(missing_ok=True)
+
+
+def _states(hooks: Sequence[object]) -> tuple[dict[str, Tensor], list[dict[str, object]]]:
+    """What hooks remember: tensors of all, named by the hook's place, and the JSON values of each."""
+    tensors, values = {}, []
+    for i, hook in enumerate(hooks):
+        state = hook.state_dict() if hasattr(hook, "state_dict") else {}
+        tensors |= {f"{i}/{name}": value for name, value in state.items() if isinstance(value, Tensor)}
+        values.append({name: value for name, value in state.items() if not isinstance(value, Tensor)})
+        try:
+            json.dumps(values[i])
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"state_dict() of {hook!r} holds neither tensors nor JSON: {values[i]}: {error}") from error
+    return tensors, values
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

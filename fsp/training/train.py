@@ -12,10 +12,11 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD, lr_scheduler
 
 from fsp.data import Data, Split, augment, batches, is_count
+from fsp.files import digest
 from fsp.masks import Masks, hold_
 from fsp.progress import bar
-from fsp.training.hooks import check_hooks, methods
-from fsp.training.resume import Checkpoint, Position
+from fsp.training.hooks import check_hooks, copied_state, methods
+from fsp.training.resume import Checkpoint, State, identity
 from fsp.training.settings import check_settings, is_number
 
 SCHEDULES = ("cosine", "multistep", "one_cycle", "constant")
@@ -232,23 +233,26 @@ def fit(
     nesterov = config.nesterov and config.momentum > 0
     optimizer = SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=nesterov)
     schedule = _schedule(optimizer, config, last_step)
-    saved = None
-    if checkpoint is not None:  # before the masks are applied: it asks for the initial weights
-        parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "masks": masks, "hooks": hooks}
-        saved = Checkpoint(checkpoint, checkpoint_every_s, data, config, start_step, **parts)
-    held = hold_(optimizer, model, masks or {})
     generator = torch.Generator().manual_seed(config.seed)
     augmented = data.augmented if config.augmented is None else config.augmented
-    history = History()
-    at = Position(history, generator.get_state(), total_loss=torch.zeros((), device=device))
-    if saved is not None:
+    history, total_loss = History(), torch.zeros((), device=device)
+    at = State(model, optimizer, schedule, masks, hooks, history, generator.get_state(), total_loss)
+    saved = None
+    if checkpoint is not None:  # before the masks are applied: it asks for the initial weights
+        training = identity(model, data, config) | {
+            "masks": None if masks is None else digest(masks)[:16],
+            "hooks": [type(hook).__qualname__ for hook in hooks] or None,
+            "start_step": start_step,
+        }
+        saved = Checkpoint(checkpoint, checkpoint_every_s, training)
         saved.restore(at)
         generator.set_state(at.order)
+    held = hold_(optimizer, model, masks or {})
 
     start = time.perf_counter() - history.seconds
     size, steps_an_epoch = len(data.train.labels), last_step // config.epochs
-    images_in_all, images_before = config.epochs * size, (at.epoch - 1) * size
-    with bar(total=images_in_all, initial=images_before, unit="img", unit_scale=True, delay=3, leave=False) as progress:
+    look = {"unit": "img", "unit_scale": True, "delay": 3, "leave": False}
+    with bar(total=config.epochs * size, initial=(at.epoch - 1) * size, **look) as progress:
         for epoch in range(at.epoch, config.epochs + 1):
             model.train()
             if at.seen == 0:  # otherwise a checkpoint was written in the middle of this epoch
@@ -287,30 +291,22 @@ def fit(
             train_loss = at.total_loss.item() / at.seen
             at.total_loss.zero_()
             at.seen = 0
-            validation = evaluate(model, data, "validation")
-            accuracy = validation["accuracy"]
-            history.epochs.append(
-                {
-                    "epoch": epoch,
-                    "lr": at.lr,
-                    "train_loss": train_loss,
-                    "validation_accuracy": accuracy,
-                    "validation_loss": validation["loss"],
-                }
-            )
+            validation = {f"validation_{name}": value for name, value in evaluate(model, data, "validation").items()}
+            accuracy = validation["validation_accuracy"]
+            history.epochs.append({"epoch": epoch, "lr": at.lr, "train_loss": train_loss, **validation})
             progress.set_postfix(refresh=False, loss=f"{train_loss:.3f}", validation=f"{accuracy:.3f}")
             if not (math.isfinite(train_loss) and all(p.isfinite().all() for p in model.parameters())):
                 history.status = "diverged"
                 break
             if accuracy > at.best_accuracy or math.isnan(accuracy):
                 at.best_accuracy, history.best_epoch = accuracy, epoch
-                at.best_state = _copied(model.state_dict())
+                at.best_state = copied_state(model)
             for call in methods(hooks, "epoch_end"):
                 call(epoch)
     held.remove()
 
     if at.best_state is not None:
-        last_state = _copied(model.state_dict())
+        last_state = copied_state(model)
         model.load_state_dict(at.best_state)
         history.test_accuracy_best = evaluate(model, data, "test")["accuracy"]
         model.load_state_dict(last_state)
@@ -397,8 +393,3 @@ def _schedule(optimizer: SGD, config: TrainConfig, steps: int) -> lr_scheduler.L
             optimizer, config.lr, steps, pct_start=rise, div_factor=100, final_div_factor=1e4
         )
     return lr_scheduler.ConstantLR(optimizer, factor=1.0)
-
-
-def _copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copy of a ``state_dict``."""
-    return {name: tensor.detach().clone() for name, tensor in state.items()}
