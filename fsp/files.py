@@ -1,14 +1,15 @@
 """Files that are written whole or not at all, and the one format for tensors on disk.
 
-A file of tensors is a safetensors file.  Its header holds, beside the tensors' names and shapes, what the file is of
-(its *kind*, such as "masks" or "checkpoint"), JSON content, and a SHA-256 over the tensors and that content.  Nothing
-in it is ever unpickled.
+A file of tensors is a safetensors file.  Its header holds, beside the tensors' names and shapes, the kind of the file
+(such as "masks" or "checkpoint") with its content as JSON, under ``fsp_<kind>``, and a SHA-256 over the tensors and
+that content, under ``sha256``.  Nothing in it is ever unpickled.
 """
 
 import hashlib
 import json
 import os
-import tempfile
+import re
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,9 +28,9 @@ class DamagedFile(ValueError):
 def replacing(path: str | Path) -> Iterator[Path]:
     """Write a file atomically: readers see the old content or the new, never a part.
 
-    Yields the path of an empty temporary file in the same folder (made if missing). On a normal exit it is
-    flushed to disk and renamed to `path`; on an exception it is removed and `path` stays as it was. Write into
-    that very file: ``safetensors.torch.save_file`` would make one more beside it, which a kill leaves there.
+    Yields the path of an empty temporary file in the same folder, which is made if it is missing. On a normal exit
+    that file is flushed to disk and renamed to `path`; on an exception it is removed and `path` stays as it was. Write
+    into that very file: ``safetensors.torch.save_file`` would make one more beside it, which a kill leaves there.
 
     Examples
     --------
@@ -42,21 +43,26 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
+    temporary.touch(exist_ok=False)  # with the permissions that the umask gives to a new file
     try:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
 
-def save_tensors(path: str | Path, kind: str, tensors: Mapping[str, Tensor], content: object) -> None:
+def leftovers(path: str | Path) -> list[Path]:
+    """Temporary files of `path` that `replacing` could not remove, because the process was killed."""
+    path = Path(path)
+    name = re.compile(rf"\.{re.escape(path.stem)}-[a-z0-9_]{{8}}{re.escape(path.suffix)}")
+    return sorted(found for found in path.parent.glob(".*") if name.fullmatch(found.name))
+
+
+def save_tensors(path: str | Path, kind: str, tensors: Mapping[str, Tensor], content: dict[str, object]) -> None:
     """Write tensors, and what is to be known of them, to one safetensors file, atomically.
 
     Parameters
@@ -66,23 +72,41 @@ def save_tensors(path: str | Path, kind: str, tensors: Mapping[str, Tensor], con
         What the file is of; `load_tensors` asks for it again.
     tensors : dict of name to Tensor
         On any device; tensors that share memory are written each in full.
-    content : dict, list or another value of JSON
+    content : dict
+        Of what JSON can hold; tuples come back as lists, and keys as text.
 
     Raises
     ------
     TypeError
         If `content` cannot be written as JSON.
+    ValueError
+        If a tensor is called ``__metadata__``, the name of the header itself.
     OSError
-        If the file cannot be written; one that was there stays.
+        If the file cannot be written.
+
+    Whatever is raised, a file that was there stays.
     """
-    own = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    if "__metadata__" in tensors:  # safetensors would write a file that it cannot read
+        raise ValueError(f"{path} cannot hold a tensor called '__metadata__': safetensors calls its header so")
+    own = {
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
     text = json.dumps(content)
     with replacing(path) as temporary:
         temporary.write_bytes(save(own, metadata={f"fsp_{kind}": text, "sha256": digest(own, text)}))
 
 
-def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict]:
-    """Tensors, on the CPU, and content of a file that `save_tensors` wrote.
+def load_tensors(path: str | Path, kind: str, *, unsigned: bool = False) -> tuple[dict[str, Tensor], dict]:
+    """Tensors, on the CPU and in any order, and content of a file that `save_tensors` wrote.
+
+    Parameters
+    ----------
+    path : path
+    kind : str
+    unsigned : bool
+        Read a file without a SHA-256 in its header too, as some were written before there was one; whoever asks for
+        it checks the file as far as it can be.
 
     Raises
     ------
@@ -91,11 +115,11 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict]:
     FileNotFoundError
         If there is none.
     """
-    with _opened(path, kind) as (file, text, checksum):
-        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118, it is no dict
-        if checksum != digest(tensors, text):
+    with _opened(path, kind) as (file, text, sha256):
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+        if sha256 != digest(tensors, text) and not (unsigned and sha256 is None):
             raise ValueError("its content does not have the SHA-256 in its header")
-        return tensors, json.loads(text)
+        return {name: tensor.clone() for name, tensor in tensors.items()}, json.loads(text)  # no longer of the file
 
 
 def load_content(path: str | Path, kind: str) -> dict:
@@ -111,8 +135,8 @@ def load_content(path: str | Path, kind: str) -> dict:
 
 
 @contextmanager
-def _opened(path: str | Path, kind: str) -> Iterator[tuple[safe_open, str, str]]:
-    """An open file, its content as text, and its SHA-256; whatever fails while reading is a DamagedFile."""
+def _opened(path: str | Path, kind: str) -> Iterator[tuple[safe_open, str, str | None]]:
+    """An open file, its content as text, and its SHA-256; what is wrong with it is a DamagedFile."""
     if not Path(path).exists():
         raise FileNotFoundError(f"{path} does not exist: expected a safetensors file of {kind}")
     try:
@@ -120,8 +144,8 @@ def _opened(path: str | Path, kind: str) -> Iterator[tuple[safe_open, str, str]]
             header = file.metadata() or {}
             if f"fsp_{kind}" not in header:
                 raise ValueError(f"its header does not say that it is of {kind}")
-            yield file, header[f"fsp_{kind}"], header.get("sha256", "")
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            yield file, header[f"fsp_{kind}"], header.get("sha256")
+    except (SafetensorError, ValueError) as error:
         raise DamagedFile(f"{path} is no whole file of {kind}: {error}") from error
 
 
@@ -142,7 +166,9 @@ def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
 
 
 def differences(there: Mapping[str, object], here: Mapping[str, object]) -> str:
-    """What differs between settings in a file and those asked for, by name; "" if nothing does.
+    """What differs between settings read from a file and those asked for, by name; "" if nothing does.
+
+    A setting that one side lacks counts as None.
 
     Examples
     --------
@@ -152,10 +178,3 @@ def differences(there: Mapping[str, object], here: Mapping[str, object]) -> str:
     here = json.loads(json.dumps(here))  # as it is read: tuples are lists
     names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
     return "; ".join(f"{name} is {there.get(name)!r} there and {here.get(name)!r} here" for name in names)
-
-
-def _umask() -> int:
-    """Permissions mask of this process (mkstemp ignores it and makes private files)."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

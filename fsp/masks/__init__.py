@@ -21,34 +21,7 @@ from fsp.masks.algebra import (
     prunable,
     scattered,
     shuffle,
-    shuffle_weights,
 )
-from fsp.masks.files import digest, load, metadata, save
-from fsp.masks.holding import apply_, from_torch, hold_, to_torch_
-
-__all__ = [
-    "NAMES",
-    "PRUNABLE",
-    "Masks",
-    "apply_",
-    "check_density",
-    "check_masks",
-    "check_plain",
-    "check_scope",
-    "density",
-    "digest",
-    "from_torch",
-    "hold_",
-    "keep_counts",
-    "keep_top",
-    "kept_count",
-    "layer_densities",
-    "load",
-    "metadata",
-    "prunable",
-    "save",
-    "scattered",
-    "shuffle",
-    "shuffle_weights",
-    "to_torch_",
-]
+from fsp.masks.exchange import from_torch, to_torch_
+from fsp.masks.files import load, metadata, save
+from fsp.masks.holding import apply_, hold_

@@ -133,8 +133,7 @@ def keep_top(
     _check_scores(scores)
     flat = torch.cat([s.flatten() for s in scores.values()])
     kept = _top(flat, kept_count(flat.numel(), density), _generator(generator), "all layers together")
-    parts = kept.split([s.numel() for s in scores.values()])
-    return {name: part.view_as(s) for (name, s), part in zip(scores.items(), parts, strict=True)}
+    return _unflattened(kept, scores)
 
 
 def keep_counts(
@@ -241,8 +240,7 @@ def shuffle(masks: Mapping[str, Tensor], *, scope: str = "layer", generator: tor
         return {name: _permuted(m.flatten(), generator).view_as(m) for name, m in masks.items()}
     check_scope(scope)
     flat = _permuted(torch.cat([m.flatten() for m in masks.values()]), generator)
-    parts = flat.split([m.numel() for m in masks.values()])
-    return {name: part.view_as(m) for (name, m), part in zip(masks.items(), parts, strict=True)}
+    return _unflattened(flat, masks)
 
 
 def scattered(
@@ -270,49 +268,18 @@ def scattered(
     ValueError
         If a mask fits no parameter of the model.
     """
-    new = shuffle(masks, generator=generator)
-    return new, _reordered(masks, new, model, generator)
+    new, weights = shuffle(masks, generator=generator), {}
+    for name, parameter in check_masks(model, masks).items():
+        weight = parameter.detach()
+        kept = _permuted(weight[masks[name]], generator)
+        weights[name] = torch.zeros_like(weight).masked_scatter_(new[name], kept)
+    return new, weights
 
 
-def shuffle_weights(masks: Mapping[str, Tensor], model: nn.Module, *, generator: torch.Generator) -> dict[str, Tensor]:
-    """The kept weights of every layer in random order on the same masks.
-
-    The control for the weights a method has chosen: neither topology nor the distribution of weights change, only
-    which weight lies where.
-
-    Parameters
-    ----------
-    masks : Masks
-    model : nn.Module
-        Gives the weights; it is not changed.
-    generator : torch.Generator on the CPU
-
-    Returns
-    -------
-    dict of name to Tensor
-        Zero off the masks; ``model.load_state_dict(weights, strict=False)`` puts them in.
-
-    Raises
-    ------
-    ValueError
-        If a mask fits no parameter of the model.
-
-    References
-    ----------
-    Su et al., Sanity-checking pruning methods: random tickets can win the jackpot. NeurIPS 2020.
-    """
-    return _reordered(masks, masks, model, generator)
-
-
-def _reordered(
-    old: Mapping[str, Tensor], new: Mapping[str, Tensor], model: nn.Module, generator: torch.Generator
-) -> dict[str, Tensor]:
-    """Weights that `old` keeps, in random order at the places that `new` keeps."""
-    weights = {}
-    for name, parameter in check_masks(model, old).items():
-        kept = _permuted(parameter.detach()[old[name]], generator)
-        weights[name] = torch.zeros_like(parameter.detach()).masked_scatter_(new[name], kept)
-    return weights
+def _unflattened(flat: Tensor, like: Mapping[str, Tensor]) -> Masks:
+    """One flat tensor cut into the tensors that it was joined from."""
+    parts = flat.split([tensor.numel() for tensor in like.values()])
+    return {name: part.view_as(tensor) for (name, tensor), part in zip(like.items(), parts, strict=True)}
 
 
 def _permuted(flat: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,4 +1,4 @@
-"""Masks on disk: safetensors, one bit a weight, with what made them; and digests of tensors."""
+"""Masks on disk: one bit a weight, with what made them, in a file of `fsp.files`."""
 
 import hashlib
 import json
@@ -8,14 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fsp.files import replacing
+from fsp.files import DamagedFile, load_content, load_tensors, save_tensors
 from fsp.masks.algebra import Masks, density, layer_densities
 
+KIND = "masks"
 OWN_KEYS = ("shapes", "achieved_density", "achieved_layer_densities", "checksum")  # of `metadata`
 
 
@@ -40,18 +39,17 @@ def save(path: str | Path, masks: Mapping[str, Tensor], /, **metadata: object) -
     """
     taken = [key for key in OWN_KEYS if key in metadata]
     if taken:
-        raise ValueError(f"metadata may not be called {', '.join(taken)}: fsp.masks.metadata tells these by itself")
+        raise ValueError(f"metadata may not be called {', '.join(taken)}: fsp.masks.metadata gives these by itself")
     packed = {name: torch.from_numpy(np.packbits(m.cpu().numpy().reshape(-1))) for name, m in masks.items()}
     shapes = {name: list(m.shape) for name, m in masks.items()}
-    header = {
+    content = {
         "shapes": shapes,
         "layer_densities": layer_densities(masks),
         "density": density(masks),
         "checksum": _checksum(shapes, packed),
         "metadata": metadata,
     }
-    with replacing(path) as temporary:
-        temporary.write_bytes(safetensors.torch.save(packed, metadata={"fsp_masks": json.dumps(header)}))
+    save_tensors(path, KIND, packed, content)
 
 
 def load(path: str | Path) -> Masks:
@@ -68,26 +66,27 @@ def load(path: str | Path) -> Masks:
 
     Raises
     ------
-    ValueError
-        If the file holds no masks of this package, or not those of the densities and SHA-256 in its header (files
-        written before there was a checksum have densities alone).
+    fsp.files.DamagedFile
+        A ValueError: the file holds no masks of this package, or not what was written.  Of files from before they had
+        a SHA-256 over everything, the densities and the SHA-256 of the masks are checked, as far as they hold them.
+    FileNotFoundError
+        If there is none.
     """
-    with _opened(path) as (file, header):
-        shapes = header["shapes"]
-        packed = {name: file.get_tensor(name) for name in shapes}
+    packed, content = load_tensors(path, KIND, unsigned=True)
+    with _reading(path):
+        shapes = content["shapes"]
         masks = {}
         for name, shape in shapes.items():
             bits = np.unpackbits(packed[name].numpy(), count=math.prod(shape))
             masks[name] = torch.from_numpy(bits.astype(bool)).view(shape)
-        achieved = header["layer_densities"]
-    checksum = _checksum(shapes, packed)
-    if layer_densities(masks) != achieved or header.get("checksum", checksum) != checksum:
-        raise ValueError(f"{path} is damaged: its masks do not have the densities and the SHA-256 in its header")
-    return masks
+        checksum = _checksum(shapes, packed)
+        if layer_densities(masks) != content["layer_densities"] or content.get("checksum", checksum) != checksum:
+            raise ValueError("its masks do not have the densities and the SHA-256 in its header")
+        return masks
 
 
 def metadata(path: str | Path) -> dict[str, object]:
-    """What a file of masks tells of itself; no mask is read.
+    """What the header of a file of masks says; no mask is read, so they may be damaged.
 
     Parameters
     ----------
@@ -103,31 +102,31 @@ def metadata(path: str | Path) -> dict[str, object]:
 
     Raises
     ------
-    ValueError
-        If the file holds no masks of this package.
+    fsp.files.DamagedFile, FileNotFoundError
+        As for `load`.
 
     Examples
     --------
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "masks.safetensors"
     >>> save(path, {"w": torch.tensor([True, False])}, method="snip", seed=3)
-    >>> told = metadata(path)
-    >>> told["method"], told["seed"], told["achieved_density"], len(told["checksum"])
+    >>> found = metadata(path)
+    >>> found["method"], found["seed"], found["achieved_density"], len(found["checksum"])
     ('snip', 3, 0.5, 64)
     """
-    with _opened(path) as (_, header):
-        own = (header["shapes"], header["density"], header["layer_densities"], header.get("checksum"))
-        return {**header["metadata"], **dict(zip(OWN_KEYS, own, strict=True))}
+    content = load_content(path, KIND)
+    with _reading(path):
+        own = (content["shapes"], content["density"], content["layer_densities"], content.get("checksum"))
+        return {**content["metadata"], **dict(zip(OWN_KEYS, own, strict=True))}
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator[tuple[safe_open, dict]]:
-    """An open file of masks and its header; whatever fails while reading is a ValueError naming the file."""
+def _reading(path: str | Path) -> Iterator[None]:
+    """A header or masks that are not what `save` writes are a DamagedFile."""
     try:
-        with safe_open(path, framework="pt") as file:
-            yield file, json.loads(file.metadata()["fsp_masks"])
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} holds no whole masks ({error}): fsp.masks.save writes them") from error
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedFile(f"{path} is no whole file of {KIND}: {error!r}") from error
 
 
 def _checksum(shapes: Mapping[str, list[int]], packed: Mapping[str, Tensor]) -> str:
@@ -135,20 +134,4 @@ def _checksum(shapes: Mapping[str, list[int]], packed: Mapping[str, Tensor]) -> 
     total = hashlib.sha256(json.dumps(shapes).encode())
     for name in shapes:
         total.update(packed[name].numpy())
-    return total.hexdigest()
-
-
-def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
-    """SHA-256 over names, types, shapes and bits of tensors, whatever their order, and a text.
-
-    Examples
-    --------
-    >>> digest({"w": torch.ones(2)}) == digest({"w": torch.ones(2, dtype=torch.float64)})
-    False
-    """
-    total = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        total.update(f"\0{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return total.hexdigest()

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from fsp import masks as mask_algebra
 from fsp import spectrum
-from fsp.masks import Masks, check_density, digest
+from fsp.files import digest
+from fsp.masks import Masks, check_density
 from fsp.progress import bar
 from fsp.pruning.scores import Batches
 from fsp.search.acceptance import ACCEPT, norms

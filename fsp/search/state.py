@@ -16,8 +16,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fsp import masks as mask_algebra
-from fsp.files import replacing
-from fsp.masks import Masks, digest
+from fsp.files import digest, replacing
+from fsp.masks import Masks
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ One file of `fsp.files` holds everything: the tensors of model, optimiser, masks
 states, and as JSON the numbers beside them and what the training is known by.
 """
 
-import glob
 import json
 import math
 import os
@@ -21,7 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fsp.data import Data
-from fsp.files import DamagedFile, differences, digest, load_tensors, save_tensors
+from fsp.files import DamagedFile, differences, digest, leftovers, load_tensors, save_tensors
 from fsp.masks import Masks
 from fsp.training.settings import is_number
 
@@ -222,7 +221,7 @@ class Checkpoint:
     def remove(self) -> None:
         """Remove the file, and what writers of it that were killed have left."""
         self.path.unlink(missing_ok=True)
-        for left in self.path.parent.glob(f".{glob.escape(self.path.stem)}-????????{glob.escape(self.path.suffix)}"):
+        for left in leftovers(self.path):
             left.unlink(missing_ok=True)
 
 

@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,12 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import inf, nan, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parametrizations, prune
 
 from fsp import masks
+from fsp.files import DamagedFile
 from fsp.masks import (
     apply_,
     from_torch,
@@ -31,7 +30,6 @@ from fsp.masks import (
     save,
     scattered,
     shuffle,
-    shuffle_weights,
     to_torch_,
 )
 
@@ -146,11 +144,6 @@ def test_one_weight_of_many_is_the_best_one():
     assert kept["b"].tolist() == [False, True, False]
 
 
-def test_four_scores_with_half_of_them_kept():
-    kept = keep_top({"w": torch.tensor([[0.3, -0.8], [0.1, 0.2]])}, 0.5)
-    assert kept["w"].tolist() == [[True, False], [False, True]]
-
-
 def test_global_scope_empties_a_weak_tensor_and_layer_scope_does_not():
     scores = {"weak": torch.tensor([0.1, 0.2]), "strong": torch.tensor([1.0, 2.0])}
     whole, each = keep_top(scores, 0.5), keep_top(scores, 0.5, scope="layer")
@@ -200,9 +193,11 @@ def test_scores_that_cannot_be_ranked_are_refused_by_name(bad, scope):
         keep_counts({"blocks.3.conv1": torch.tensor([1.0, bad])}, {"blocks.3.conv1": 1})
 
 
-def test_an_unknown_scope_names_the_two_there_are():
+@pytest.mark.parametrize("function", [keep_top, shuffle])
+def test_an_unknown_scope_names_the_two_there_are(function):
+    options = {"density": 0.5} if function is keep_top else {"generator": generator()}
     with pytest.raises(ValueError, match='"global" or "layer", not \'local\''):
-        keep_top({"w": torch.rand(4)}, 0.5, scope="local")
+        function({"w": bools(True)}, scope="local", **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
@@ -273,14 +268,6 @@ def test_weights_of_convolutions_and_linear_layers_are_prunable_and_nothing_else
     found = prunable(model)
     assert list(found) == ["conv1d.weight", "up.weight", "volume.weight", "head.weight", "frozen.weight"]
     assert all(found[name] is dict(model.named_parameters())[name] for name in found)
-
-
-def test_a_weight_that_two_modules_share_is_counted_once():
-    first = nn.Linear(3, 3)
-    second = nn.Linear(3, 3)
-    second.weight = first.weight
-    found = prunable(nn.Sequential(first, nn.ReLU(), second))
-    assert list(found) == ["0.weight"]
 
 
 @pytest.mark.parametrize(
@@ -531,11 +518,6 @@ def test_a_shuffle_reaches_every_position_equally_often():
     assert ((counts - 400) ** 2).sum() / (1200 * 2 / 9) * 5 / 6 < 35  # as above, with 5
 
 
-def test_an_unknown_shuffle_scope_names_the_two_there_are(lopsided):
-    with pytest.raises(ValueError, match='"global" or "layer", not \'even\''):
-        shuffle(lopsided, scope="even", generator=generator())
-
-
 def test_scattering_keeps_counts_and_the_multiset_of_kept_weights_but_not_their_places():
     model, kept = network(), half_masks(network())
     before = {name: p.clone() for name, p in model.named_parameters()}
@@ -550,36 +532,6 @@ def test_scattering_keeps_counts_and_the_multiset_of_kept_weights_but_not_their_
         assert not torch.equal(moved, original)  # the order is random too, not only the places
         assert not weights[name].requires_grad
     assert same(before, dict(model.named_parameters()))
-
-
-def test_shuffled_weights_stay_on_the_mask_in_another_order():
-    model, kept = network(), half_masks(network())
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    weights = shuffle_weights(kept, model, generator=generator(7))
-    assert list(weights) == list(kept)
-    for name, mask in kept.items():
-        assert not weights[name][~mask].any()
-        moved, original = weights[name][mask], before[name][mask].detach()
-        assert torch.equal(moved.sort().values, original.sort().values)
-        assert not torch.equal(moved, original)
-        assert not weights[name].requires_grad
-    assert same(before, dict(model.named_parameters()))
-    assert same(weights, shuffle_weights(kept, model, generator=generator(7)))
-    assert not same(weights, shuffle_weights(kept, model, generator=generator(8)))
-
-
-def test_kept_weights_reach_every_kept_position_equally_often():
-    layer, kept, rng, counts = nn.Linear(4, 1), {"weight": bools([True, True, False, True])}, generator(5), 0
-    layer.weight.data = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
-    for _ in range(1200):
-        counts += shuffle_weights(kept, layer, generator=rng)["weight"] == 4
-    assert counts[0, 2] == 0
-    assert ((counts[kept["weight"]] - 400.0) ** 2).sum() / 400 < 24  # chi-squared with 2 degrees of freedom
-
-
-def test_weights_are_not_shuffled_over_masks_that_fit_no_parameter():
-    with pytest.raises(ValueError, match="'w' belongs to no parameter"):
-        shuffle_weights({"w": bools(True)}, nn.Linear(1, 1), generator=generator())
 
 
 # ---- densities ---------------------------------------------------------------------------------------------------
@@ -708,92 +660,26 @@ def test_masks_come_back_from_a_file_as_they_were(tmp_path_factory, kept):
     assert all(mask.dtype == torch.bool for mask in back.values())
 
 
-def test_empty_rows_whole_empty_tensors_and_transposed_views_come_back(tmp_path):
-    kept = {
-        "rows": bools([True, False, True], [False, False, False], [False, True, True]),
-        "empty": torch.zeros(3, 5, 3, 3, dtype=torch.bool),
-        "view": bools([True, True, False], [False, True, False]).T,
-    }
-    save(tmp_path / "m.safetensors", kept)
-    assert same(kept, load(tmp_path / "m.safetensors"))
-
-
-def test_the_header_tells_achieved_densities_and_metadata_and_a_weight_costs_one_bit(tmp_path):
-    path = tmp_path / "made" / "m.safetensors"
-    kept = {"big": torch.rand(300, 400, generator=generator()) < 0.5, "small": bools(True, False, False, False)}
-    save(path, kept, method="snip", seed=3, options={"rounds": 5, "exclude": ["classifier"]})
-    with safe_open(path, framework="pt") as file:
-        header = json.loads(file.metadata()["fsp_masks"])
-    assert header["shapes"] == {"big": [300, 400], "small": [4]}
-    assert header["density"] == (int(kept["big"].sum()) + 1) / 120_004
-    assert header["layer_densities"] == {"big": int(kept["big"].sum()) / 120_000, "small": 0.25}
-    assert header["metadata"] == {"method": "snip", "seed": 3, "options": {"rounds": 5, "exclude": ["classifier"]}}
-    assert path.stat().st_size < 120_004 / 8 + 2000
-
-
-def test_a_damaged_mask_is_refused(tmp_path):
+def test_a_file_is_plain_one_bit_a_weight_first_weight_first_with_densities_and_metadata(tmp_path):
+    # anyone with safetensors and numpy can read it
     path = tmp_path / "m.safetensors"
-    save(path, {"w": torch.ones(64, dtype=torch.bool)})
-    content = path.read_bytes()
-    path.write_bytes(content[:-1] + b"\xfe")  # one bit of the last eight weights is gone
-    with pytest.raises(ValueError, match="damaged"):
-        load(path)
-
-
-def rewritten(path, change):
-    """The file with its header passed through `change`, tensors as they are."""
-    with safe_open(path, framework="pt") as file:
-        header = json.loads(file.metadata()["fsp_masks"])
-        tensors = {name: file.get_tensor(name) for name in header["shapes"]}
-    change(header)
-    save_file(tensors, path, metadata={"fsp_masks": json.dumps(header)})
-
-
-def test_a_mask_with_as_many_weights_elsewhere_is_damaged(tmp_path):
-    path = tmp_path / "m.safetensors"
-    save(path, {"w": bools([True, False], [False, False]), "v": torch.zeros(9, dtype=torch.bool)})
-    content = path.read_bytes()
-    assert content[-3:] == b"\x00\x00\x80"
-    path.write_bytes(content[:-1] + b"\x40")  # the same density, which alone would not tell
-    with pytest.raises(ValueError, match=r"damaged.*SHA-256"):
-        load(path)
-    path.write_bytes(content)
-    rewritten(path, lambda header: header["shapes"].update(w=[1, 4]))
-    with pytest.raises(ValueError, match="damaged"):
-        load(path)
-
-
-def test_a_file_without_checksum_is_read_and_its_densities_are_checked(tmp_path):
-    path, kept = tmp_path / "m.safetensors", {"w": torch.rand(5, 7, generator=generator()) < 0.5}
-    save(path, kept, seed=1)
-    rewritten(path, lambda header: header.pop("checksum"))
+    kept = {"view": bools([True, True], [False, True], [False, False]).T, "empty": torch.zeros(3, 3, dtype=torch.bool)}
+    save(path, kept, method="snip", options={"rounds": 5, "exclude": ["classifier"]}, density=0.45)
     assert same(load(path), kept)
-    assert metadata(path)["checksum"] is None
-    rewritten(path, lambda header: header["layer_densities"].update(w=0.25))
-    with pytest.raises(ValueError, match="damaged"):
-        load(path)
-
-
-def test_metadata_tells_what_was_given_and_what_was_reached_without_reading_a_mask(tmp_path):
-    path = tmp_path / "m.safetensors"
-    kept = {"w": bools([True, False], [False, False]), "v": bools(True, True)}
-    save(path, kept, method="snip", seed=3, options={"rounds": 5}, density=0.45)
-    told = metadata(path)
-    checksum = told.pop("checksum")
-    assert told == {
+    with safe_open(path, framework="np") as file:
+        header = json.loads(file.metadata()["fsp_masks"])
+        assert file.get_tensor("view").dtype == np.uint8
+        assert [file.get_tensor(name).tolist() for name in kept] == [[0b10011000], [0, 0]]
+    found = metadata(path)
+    assert found == {
         "method": "snip",
-        "seed": 3,
-        "options": {"rounds": 5},
+        "options": {"rounds": 5, "exclude": ["classifier"]},
         "density": 0.45,  # what was asked for
-        "shapes": {"w": [2, 2], "v": [2]},
-        "achieved_density": 0.5,
-        "achieved_layer_densities": {"w": 0.25, "v": 1.0},
+        "shapes": {"view": [2, 3], "empty": [3, 3]},
+        "achieved_density": 0.2,
+        "achieved_layer_densities": {"view": 0.5, "empty": 0.0},
+        "checksum": hashlib.sha256(json.dumps(header["shapes"]).encode() + b"\x98\0\0").hexdigest(),
     }
-    text = json.dumps({"w": [2, 2], "v": [2]}).encode()
-    assert checksum == hashlib.sha256(text + b"\x80\xc0").hexdigest()
-    content = path.read_bytes()
-    path.write_bytes(content[:-2] + b"\xff\xff")
-    assert metadata(path)["checksum"] == checksum  # `load` would refuse this file
 
 
 def test_equal_masks_have_equal_checksums_and_others_do_not(tmp_path):
@@ -807,6 +693,62 @@ def test_equal_masks_have_equal_checksums_and_others_do_not(tmp_path):
     assert len({first, *map(checksum, others)}) == 4
 
 
+def test_damaged_masks_are_refused_and_their_metadata_can_be_read_still(tmp_path):
+    path = tmp_path / "m.safetensors"
+    save(path, {"w": bools([True, False], [False, False])}, seed=3)
+    path.write_bytes(path.read_bytes()[:-1] + b"\x40")  # the same density
+    with pytest.raises(DamagedFile, match=r"m\.safetensors is no whole file of masks"):
+        load(path)
+    assert metadata(path)["seed"] == 3
+
+
+def write_old(path, bits=b"\x80\x98", **changes):
+    """A file as it was before `fsp.files`, byte for byte; a change to None leaves an entry out."""
+    content = {
+        "shapes": {"w": [2, 3], "b": [1]},
+        "layer_densities": {"w": 0.5, "b": 1.0},
+        "density": 4 / 7,
+        "checksum": "fd366cddd0772389255d5f9f347ab2fad6985af8cdfd088838302a058b156305",
+        "metadata": {"method": "snip", "seed": 3},
+    } | changes
+    content = {name: value for name, value in content.items() if value is not None}
+    header = {
+        "__metadata__": {"fsp_masks": json.dumps(content)},
+        "b": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
+        "w": {"dtype": "U8", "shape": [1], "data_offsets": [1, 2]},
+    }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bits)
+
+
+@pytest.mark.parametrize("changes", [{}, {"checksum": None}])
+def test_files_of_earlier_versions_are_read(tmp_path, changes):
+    path = tmp_path / "m.safetensors"
+    write_old(path, **changes)
+    assert same(load(path), {"w": bools([True, False, False], [True, True, False]), "b": bools(True)})
+    found = metadata(path)
+    assert (found["method"], found["seed"], found["achieved_density"]) == ("snip", 3, 4 / 7)
+    assert (found["checksum"] is None) == ("checksum" in changes)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"bits": b"\x80\xc8"},  # as many weights elsewhere: the checksum tells
+        {"bits": b"\x80\xd8", "checksum": None},  # one weight more: its density tells
+        {"shapes": {"w": [3, 2], "b": [1]}},
+        {"shapes": None},
+        {"shapes": {"v": [2, 3], "b": [1]}, "checksum": None},
+    ],
+)
+def test_files_of_earlier_versions_are_checked_as_far_as_they_can_be(tmp_path, damage):
+    path = tmp_path / "m.safetensors"
+    write_old(path, **damage)
+    with pytest.raises(DamagedFile, match=r"m\.safetensors is no whole file of masks"):
+        load(path)
+
+
 @pytest.mark.parametrize("name", ["shapes", "achieved_density", "achieved_layer_densities", "checksum"])
 def test_metadata_may_not_take_a_name_of_the_files_own(tmp_path, name):
     with pytest.raises(ValueError, match=f"may not be called {name}"):
@@ -814,57 +756,7 @@ def test_metadata_may_not_take_a_name_of_the_files_own(tmp_path, name):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_of_something_else_is_refused_with_the_way_to_make_one(tmp_path):
-    path = tmp_path / "weights.safetensors"
-    save_file({"w": torch.ones(2)}, path)
-    for read in (load, metadata):
-        with pytest.raises(ValueError, match=r"weights\.safetensors holds no whole masks.*fsp\.masks\.save"):
-            read(path)
-
-
-@pytest.mark.parametrize("content", [b"", b"not a safetensors file, but long enough to look at"])
-def test_a_file_that_is_no_safetensors_file_is_refused_as_a_value_error(tmp_path, content):
-    path = tmp_path / "m.safetensors"
-    path.write_bytes(content)
-    for read in (load, metadata):
-        with pytest.raises(ValueError, match="holds no whole masks"):
-            read(path)
-
-
-def test_a_save_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path):
-    path = tmp_path / "m.safetensors"
-    kept = {"w": bools(True, False, True)}
-    save(path, kept)
-    content = path.read_bytes()
+def test_masks_that_are_not_bool_are_not_saved(tmp_path):
     with pytest.raises(TypeError):
-        save(path, {"w": bools(False, False, True)}, method=object())  # JSON cannot hold it
-    with pytest.raises(TypeError):
-        save(path, {"w": torch.tensor([0.2, 0.7, 0.1])})
-    assert path.read_bytes() == content
-    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
-
-
-def test_a_save_that_breaks_off_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "m.safetensors"
-    save(path, {"w": bools(True, False, True)})
-    content = path.read_bytes()
-
-    write = Path.write_bytes
-
-    def breaks_off(self, content):
-        write(self, content[: len(content) // 2])
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", breaks_off)
-    with pytest.raises(OSError, match="no space"):
-        save(path, {"w": bools(False, False, True)})
-    assert path.read_bytes() == content
-    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
-
-
-def test_bits_are_packed_first_weight_first(tmp_path):
-    # the format is documented as plain: anyone with numpy can read it
-    save(tmp_path / "m.safetensors", {"w": bools([True, False, False], [True, True, False])})
-    with safe_open(tmp_path / "m.safetensors", framework="np") as file:
-        assert file.get_tensor("w").tolist() == [0b10011000]
-        assert file.get_tensor("w").dtype == np.uint8
+        save(tmp_path / "m.safetensors", {"w": torch.tensor([0.2, 0.7, 0.1])})
+    assert not list(tmp_path.iterdir())
