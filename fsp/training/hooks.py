@@ -90,7 +90,7 @@ class Snapshots:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Replace the copies by those of another `state_dict`."""
         own = self.model.state_dict()
-        self.states = {}
-        for key, tensor in state.items():
-            step, _, name = key.partition("/")
-            self.states.setdefault(int(step), {})[name] = tensor.to(own[name].device)
+        reached = sorted({int(key.split("/")[0]) for key in state})
+        self.states = {
+            step: {name: state[f"{step}/{name}"].to(t.device) for name, t in own.items()} for step in reached
+        }
