@@ -301,8 +301,9 @@ class DynamicTraining:
                 f"candidates = {config.candidates} needs criterion=, such as lambda mask, weight, name: "
                 "fsp.spectrum.coordinate(mask, weight).norm"
             )
-        self.masks, self.config, self.total_steps, self.generator = masks, config, total_steps, generator
-        self.criterion, self.before_update, self.on_update = criterion, before_update, on_update
+        self.model, self.masks, self.config, self.total_steps = model, masks, config, total_steps
+        self.generator, self.criterion = generator, criterion
+        self.before_update, self.on_update = before_update, on_update
         self._initial = self._copied(initial or {}) if config.new_weights == "initial" else {}
         self.fired = {name: mask.clone() for name, mask in masks.items()}
         self.explored = {name: mask.clone() for name, mask in masks.items()}

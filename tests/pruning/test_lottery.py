@@ -20,6 +20,7 @@ from fsp.data import load
 from fsp.files import load_tensors, save_tensors
 from fsp.masks import kept_count, prunable
 from fsp.masks import load as load_masks
+from fsp.models import build
 from fsp.models.mlp import mlp
 from fsp.pruning import lottery
 from fsp.pruning.lottery import imp, kept_by_level, rewind_
@@ -133,18 +134,12 @@ def test_with_a_density_the_last_level_keeps_exactly_what_pruning_at_initialisat
     [
         ({"levels": 2, "rate": 0}, r"rate 0 is not in \(0, 1\)"),
         ({"levels": 2, "rate": 1}, "rate 1 is not"),
-        ({"levels": 2, "rate": math.nan}, "rate nan is not"),
         ({"levels": 2, "rate": "0.2"}, "rate '0.2' is not"),
-        ({"levels": 2, "rate": True}, "rate True is not"),
         ({}, "levels=None and density=None: give exactly one"),
         ({"levels": 2, "density": 0.5}, "levels=2 and density=0.5: give exactly one"),
         ({"levels": 0}, "levels 0 is not a whole number"),
-        ({"levels": 1.0}, r"levels 1\.0 is not"),
-        ({"levels": True}, "levels True is not"),
         ({"density": 0}, r"density 0 is not in \(0, 1\]"),
-        ({"density": 1.5}, "density 1.5 is not"),
         ({"density": 1.0}, "density 1.0 keeps all 1232 weights"),
-        ({"density": 0.9999}, "density 0.9999 keeps all 1232 weights"),
         ({"levels": 60}, r"level \d+ would prune nothing: 4 of 1232 weights are left, fewer than 1 / rate = 5"),
         ({"density": 0.001}, r"level \d+ would prune nothing"),
         ({"levels": 40, "scope": "layer"}, r"level \d+ would prune nothing"),
@@ -152,8 +147,6 @@ def test_with_a_density_the_last_level_keeps_exactly_what_pruning_at_initialisat
         ({"levels": 2, "exclude": ["linear9"]}, "exclude='linear9' matches no"),
         ({"levels": 2, "rewind": 12}, r"rewind=12: expected a whole number of steps from 0 to 11"),
         ({"levels": 2, "rewind": -1}, "rewind=-1"),
-        ({"levels": 2, "rewind": 1.0}, r"rewind=1\.0"),
-        ({"levels": 2, "rewind": "1ep"}, "rewind='1ep'"),
     ],
 )
 def test_a_bad_argument_is_refused_before_any_training_and_leaves_no_file(monkeypatch, tmp_path, options, message):
@@ -161,6 +154,12 @@ def test_a_bad_argument_is_refused_before_any_training_and_leaves_no_file(monkey
     with pytest.raises(ValueError, match=message):
         imp(net(), DATA, CONFIG, directory=tmp_path / "imp", **options)
     assert not (tmp_path / "imp").exists()
+
+
+def test_a_density_that_prunes_no_layer_is_refused_in_layer_scope():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 1), *(nn.Linear(1, 1) for _ in range(200)), nn.Linear(1, 10))
+    with pytest.raises(ValueError, match=r"density 0\.99 keeps all weights of every layer"):
+        imp(model, DATA, CONFIG, density=0.99, scope="layer")
 
 
 # ---- masks -------------------------------------------------------------------------------------------------------
@@ -348,20 +347,11 @@ def test_one_call_gives_one_result_and_leaves_the_global_random_state_alone():
 
 def test_tickets_of_digits_are_as_good_as_the_dense_net_at_a_third_of_its_weights():
     config = TrainConfig(epochs=8, batch_size=64, lr=0.1)
-    levels = imp(mlp_64(), DATA, config, density=0.3, rewind=steps(DATA, config) // config.epochs)
+    model = build("mlp", DATA.shape, DATA.classes, hidden=(64,), generator=seeded())
+    levels = imp(model, DATA, config, density=0.3, rewind=steps(DATA, config) // config.epochs)
     accuracies = [level.history.test_accuracy for level in levels]
     assert accuracies[0] > 0.93
     assert accuracies[-1] > accuracies[0] - 0.03
-
-
-def mlp_64():
-    model = mlp((1, 8, 8), 10, hidden=(64,))
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            nn.init.kaiming_normal_(parameter, generator=seeded(parameter.numel()))
-        else:
-            nn.init.zeros_(parameter)
-    return model
 
 
 # ---- divergence --------------------------------------------------------------------------------------------------
@@ -599,9 +589,7 @@ def test_a_rewind_point_of_another_run_is_refused(tmp_path, finished):
     directory = shutil.copytree(finished[0], tmp_path / "run")
     weights, about = load_tensors(directory / "level_02.safetensors", "level")
     save_tensors(directory / "level_02.safetensors", "level", weights, about | {"rewound": "0" * 64})
-    with pytest.raises(
-        ValueError, match=r"level_02\.safetensors was not made from the weights in .*rewind\.safetensors"
-    ):
+    with pytest.raises(ValueError, match=r"level_02\.safetensors was not made from the weights in .*rewind"):
         again(directory)
 
 
