@@ -71,8 +71,8 @@ class DynamicSparsity:
         Guided growth: every update draws this many masks of each layer, with one drop and different growths, and the
         layer takes the one with the highest criterion.  Random growths only, for the others give one mask.
     plateau : float, optional
-        Masks stay as they are once each of the last five updates has explored, on average, no more than this many
-        percent of the weights: :math:`100\,|R_s(t) - R_s(t - 5)| / 5 \leq` plateau.  Default: never.
+        Masks stay as they are once the last five updates have explored, on average, at most this many percent of the
+        weights an update: :math:`100\,|R_s(t) - R_s(t - 5)| / 5 \leq` plateau.  Default: never.
     """
 
     update_every: int = 100

@@ -115,10 +115,6 @@ def test_a_level_keeps_what_a_recursion_in_whole_numbers_says(n, percent, levels
             kept_by_level(n, percent / 100, levels=levels)
 
 
-def test_twenty_percent_of_lenet_300_100_are_these_counts():
-    assert kept_by_level(266_200, levels=5) == [266_200, 212_960, 170_368, 136_295, 109_036, 87_229]
-
-
 @given(n=st.integers(1000, 10**8), percent=st.integers(5, 90), thousandths=st.integers(20, 989))
 def test_with_a_density_the_last_level_keeps_exactly_what_pruning_at_initialisation_keeps(n, percent, thousandths):
     density = thousandths / 1000
@@ -612,10 +608,3 @@ def test_the_bar_shows_density_and_validation_accuracy(monkeypatch, capsys):
     accuracy = levels[-1].history.epochs[-1]["validation_accuracy"]
     assert f"density={levels[-1].density:.3g}, validation={accuracy:.3f}" in shown
     assert "3/3" in shown
-
-
-def test_a_model_given_to_imp_twice_is_told_from_its_initial_weights(tmp_path):
-    model = net()
-    imp(model, DATA, CONFIG, levels=1, directory=tmp_path)
-    with pytest.raises(ValueError, match="initial_weights"):
-        imp(model, DATA, CONFIG, levels=1, directory=tmp_path)

@@ -129,17 +129,18 @@ def test_an_update_drops_the_smallest_and_grows_the_largest_growth(data, size, f
     assert new.nonzero().flatten().tolist() == by_sorting(weight, mask, fraction, growth)
 
 
+SIZES, SEEDS = st.integers(1, 6), st.integers(0, 1000)
+
+
 @settings(deadline=None)
-@given(st.integers(1, 6), st.integers(1, 6), st.floats(0, 1), st.integers(0, 3), st.integers(0, 1000))
-def test_the_count_is_exact_under_any_ties(rows, columns, fraction, levels, seed):
+@given(SIZES, SIZES, st.floats(0, 1), st.integers(0, 3), SEEDS, st.sampled_from(["magnitude", "set"]))
+def test_the_count_is_exact_under_any_ties(rows, columns, fraction, levels, seed, drop):
     generator = seeded(seed)
     weight, growth = torch.randint(-levels, levels + 1, (2, rows, columns), generator=generator).float()
     mask = torch.rand(rows, columns, generator=generator) < 0.5
     before = weight.clone(), mask.clone(), growth.clone()
-    new = update(weight, mask, fraction, growth, generator=generator)
-    assert new.dtype == torch.bool
-    assert new.shape == mask.shape
-    assert new.sum() == mask.sum()
+    new = update(weight, mask, fraction, growth, generator=generator, drop=drop)
+    assert (new.dtype, new.shape, new.sum()) == (torch.bool, mask.shape, mask.sum())
     assert all(torch.equal(a, b) for a, b in zip((weight, mask, growth), before, strict=True))
 
 
@@ -189,15 +190,6 @@ def test_the_drop_of_set_takes_half_from_each_sign_closest_to_zero(weight, fract
     new = update(torch.tensor(weight + [0.0] * 6), torch.arange(12) < 6, fraction, growth, drop="set")
     assert sorted(set(range(6)) - set(new.nonzero().flatten().tolist())) == dropped
     assert new.sum() == 6
-
-
-@settings(deadline=None)
-@given(st.data(), st.integers(1, 20), st.floats(0, 1))
-def test_the_drop_of_set_keeps_the_count_with_any_mix_of_signs_and_ties(data, size, fraction):
-    weight = torch.tensor(data.draw(st.lists(st.integers(-2, 2), min_size=size, max_size=size))).float()
-    mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=size, max_size=size)))
-    new = update(weight, mask, fraction, torch.rand(size), drop="set")
-    assert new.sum() == mask.sum()
 
 
 def test_counts_drawn_by_bernoulli_vary_around_the_exact_one():
@@ -391,20 +383,6 @@ def test_candidates_differ_in_what_they_grow_and_not_in_what_they_drop():
     assert all((c & ~survivors).sum() == 100 - survivors.sum() for c in candidates)
 
 
-def test_the_old_mask_is_no_contender():
-    model = nn.Sequential(nn.Linear(40, 10, bias=False))
-    old = torch.arange(400).view(10, 40) < 100
-    masks = {"0.weight": old}
-    config = DynamicSparsity(1, 0.3, anneal="constant", candidates=3)
-
-    def likeness(mask, weight, name):
-        return float((mask & old).sum())
-
-    moving = DynamicTraining(model, masks, config, 10, generator=seeded(), criterion=likeness)
-    moving.take_step(1, torch.optim.SGD(model.parameters(), 0.1))
-    assert not torch.equal(masks["0.weight"], old)
-
-
 def test_a_criterion_that_is_undefined_loses_and_all_undefined_is_no_error():
     model, answers = nn.Sequential(nn.Linear(40, 10, bias=False)), [math.nan, -5.0, math.nan]
     asked, masks = [], {"0.weight": torch.arange(400).view(10, 40) < 100}
@@ -486,20 +464,6 @@ def test_every_layer_keeps_its_count_at_each_step_of_a_long_training(preset):
     assert updates == [step for step in range(3, 1000, 3) if step < config.t_end_frac * 1000]
     moved = any(not torch.equal(masks[name], started[name]) for name in masks)
     assert moved == (preset != "static")
-
-
-@pytest.mark.parametrize("drop", ["magnitude", "set"])
-def test_every_layer_keeps_its_count_over_ten_thousand_updates(drop):
-    model, generator = nn.Sequential(nn.Linear(6, 5, bias=False)), seeded(1)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    masks = {"0.weight": torch.arange(30).view(5, 6) % 3 == 0}
-    config = DynamicSparsity(1, 0.5, anneal="constant", t_end_frac=1.0, drop=drop)
-    moving = DynamicTraining(model, masks, config, 10_002, generator=generator)
-    for step in range(1, 10_001):
-        nn.init.normal_(model[0].weight, generator=generator)
-        moving.take_step(step, optimizer)
-        assert masks["0.weight"].sum() == 10
-    assert len(moving.exploration()) == 10_001
 
 
 def momentum(optimizer, parameter):

@@ -374,14 +374,6 @@ def test_a_checkpoint_of_another_training_is_refused_by_the_name_of_what_differs
     assert Training("cosine", 99).run(path) == Training("cosine").run()
 
 
-def test_a_model_that_was_trained_already_is_refused(tmp_path):
-    path, training = tmp_path / "c.safetensors", Training("plain")
-    with pytest.raises(Killed):
-        training.run(path, until=4)
-    with pytest.raises(ValueError, match=r"initial_weights is .* with the weights it had before the first call"):
-        training.run(path)
-
-
 @pytest.mark.parametrize("damage", ["one bit", "another kind"])
 def test_a_file_that_is_no_whole_checkpoint_is_set_aside_with_a_warning_and_training_starts_anew(damage, tmp_path):
     path = tmp_path / "c.safetensors"
