@@ -4,27 +4,26 @@ Train, prune the smallest weights, put what is left back to an early point of th
 many trainings, so it is no pruning at initialisation; it is the bar that pruning at initialisation is measured by.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from itertools import pairwise
-from numbers import Real
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from fsp import masks as mask_algebra
 from fsp.data import Data, is_count
-from fsp.files import digest, replacing
+from fsp.files import differences, digest, load_tensors, replacing, save_tensors
 from fsp.masks import Masks, apply_, check_density, check_scope, keep_counts, kept_count, prunable
 from fsp.progress import bar
 from fsp.pruning.scores import magnitude
+from fsp.training.hooks import Snapshots
+from fsp.training.resume import identity
+from fsp.training.settings import is_number
 from fsp.training.train import History, TrainConfig, fit, steps
 
 State = dict[str, Tensor]
@@ -96,7 +95,7 @@ def kept_by_level(n: int, rate: float = 0.2, *, levels: int | None = None, densi
     >>> len(kept_by_level(270_896, density=0.02)) - 1
     18
     """
-    if isinstance(rate, bool) or not isinstance(rate, Real) or not 0 < rate < 1:
+    if not (is_number(rate) and 0 < rate < 1):
         raise ValueError(
             f"rate {rate!r} is not in (0, 1): it is the fraction of remaining weights to prune, such as 0.2"
         )
@@ -201,8 +200,9 @@ def imp(
     exclude : iterable of str
         Parameters or modules to leave dense, outside the masks.
     directory : path, optional
-        Where every level is written as soon as it is finished.  A second call with the same arguments continues after
-        the last level written, and one with more `levels` goes on from there.
+        Where every level is written as soon as it is finished, and a checkpoint of the level in training at least
+        every five minutes.  A second call with the same arguments continues there, and one with more `levels` goes on
+        after the last level.
     generator : torch.Generator on the CPU, optional
         Breaks ties; one number is drawn.  Default a fresh generator with seed 0.
 
@@ -231,11 +231,11 @@ def imp(
     On one machine with the same versions an interrupted call that is continued gives the weights of an uninterrupted
     one to the last bit, as far as `fsp.training.fit` is repeatable: on the CPU, without dropout.
 
-    A directory holds ``settings.json``; ``rewind.safetensors`` (:math:`\theta_k`); for each level
-    ``level_NN.masks.safetensors`` (read by `fsp.masks.load`), ``level_NN.weights.safetensors`` (:math:`\theta_T`, all
-    parameters and buffers) and ``level_NN.json``: the history (nan and infinity as Python's json writes them) and
-    digests of the rest.  It is written last: without it a level counts as not finished.  Every file is checked when
-    it is read, and the masks of a level against the weights that the level before it ended with.
+    A directory holds ``settings.json``; ``rewind.safetensors`` (:math:`\theta_k`); and for each level
+    ``level_NN.masks.safetensors`` (read by `fsp.masks.load`) and ``level_NN.safetensors`` (:math:`\theta_T`, all
+    parameters and buffers, with the history and digests of the masks and of :math:`\theta_k` in the header).  The
+    latter is written last: without it a level counts as not finished.  Every file is checked when it is read, and
+    the masks of a level against the weights that the level before it ended with.
 
     References
     ----------
@@ -266,14 +266,8 @@ def imp(
     seed = int(torch.randint(2**31, (), generator=generator))
     folder = None if directory is None else Path(directory)
     if folder is not None:
-        asked = {
-            "rate": float(rate),
-            "rewind": int(rewind),
-            "scope": scope,
-            "prunable": list(masks),
-            "seed_of_ties": seed,
-        }
-        _check_settings(folder, asked | _settings(model, data, config))
+        settings = {"rate": float(rate), "rewind": int(rewind), "scope": scope, "prunable": list(masks)}
+        _check_settings(folder, settings | {"seed_of_ties": seed} | identity(model, data, config))
 
     found: list[Level] = []
     rewound: State = {}
@@ -288,14 +282,18 @@ def imp(
                 history, weights, rewound = stored
                 model.load_state_dict(weights)
                 model.eval()
-            elif number == 0:
-                history, rewound = _train_dense(model, data, config, rewind)
             else:
-                rewind_(model, rewound, masks)
-                history = fit(model, data, config, masks=masks, start_step=rewind)
+                checkpoint = None if folder is None else folder / f"level_{number:02d}.checkpoint.safetensors"
+                if number == 0:
+                    snapshots = Snapshots(model, [rewind])
+                    history = fit(model, data, config, hooks=[snapshots], checkpoint=checkpoint)
+                    rewound = {name: t.cpu() for name, t in snapshots.states.get(rewind, {}).items()}
+                else:
+                    rewind_(model, rewound, masks)
+                    history = fit(model, data, config, masks=masks, start_step=rewind, checkpoint=checkpoint)
             found.append(Level(number, mask_algebra.density(masks), masks, history, rewound))
             if folder is not None and stored is None:
-                _write(folder, found[-1], _state(model))
+                _write(folder, found[-1], model)
             if history.status == "diverged":
                 break
             accuracy = history.epochs[-1]["validation_accuracy"]
@@ -326,18 +324,6 @@ def rewind_(model: nn.Module, rewound: Mapping[str, Tensor], masks: Masks) -> No
     apply_(model, masks)
 
 
-def _train_dense(model: nn.Module, data: Data, config: TrainConfig, rewind: int) -> tuple[History, State]:
-    """Level 0: train, and keep the weights after step `rewind`."""
-    rewound = {} if rewind else _state(model)
-
-    def take_step(step: int, optimizer: torch.optim.Optimizer) -> None:
-        optimizer.step()
-        if step == rewind:
-            rewound.update(_state(model))
-
-    return fit(model, data, config, take_step=take_step), rewound
-
-
 def _without_smallest(model: nn.Module, masks: Masks, counts: Mapping[str, int], generator: torch.Generator) -> Masks:
     """Masks of the largest remaining weights, as many as `counts` says: in all under "", or for each tensor."""
     remaining = {name: s[masks[name]] for name, s in magnitude(model, masks).items()}
@@ -349,76 +335,45 @@ def _without_smallest(model: nn.Module, masks: Masks, counts: Mapping[str, int],
     return {name: mask.masked_scatter(mask, kept[name]) for name, mask in masks.items()}
 
 
-def _state(model: nn.Module) -> State:
-    """Copy of all parameters and buffers, on the CPU; weights that two modules share are copied for each."""
-    return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in model.state_dict().items()}
-
-
 # ---- the directory -----------------------------------------------------------------------------------------------
-
-
-def _settings(model: nn.Module, data: Data, config: TrainConfig) -> dict[str, object]:
-    """What the levels depend on besides the arguments of `imp`."""
-    examples = {
-        f"{name}.{part}": getattr(getattr(data, name), part)
-        for name in ("train", "validation", "test")
-        for part in ("images", "labels")
-    }
-    return {
-        "model": type(model).__qualname__,
-        "initial_weights": digest(model.state_dict()),
-        "data": data.name,
-        "examples": digest(examples),
-        "mean": data.mean,
-        "std": data.std,
-        "augmented": data.augmented,
-        **{f"config.{name}": value for name, value in asdict(config).items()},
-    }
 
 
 def _check_settings(folder: Path, settings: dict[str, object]) -> None:
     """Write the settings, or raise if the levels in the folder were made with others."""
     path = folder / "settings.json"
-    settings = json.loads(json.dumps(settings))  # as they are read: tuples are lists
     if not path.exists():
-        if levels := sorted(folder.glob("level_*.json")):
+        if levels := sorted(folder.glob("level_*")):
             raise ValueError(
                 f"{levels[0]} was made with unknown settings, as {path} is missing: choose another directory"
             )
-        return _write_json(path, settings)
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        return
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        different = {name: (stored[name], value) for name, value in settings.items() if stored[name] != value}
-    except (ValueError, KeyError, TypeError) as error:
+        different = differences(json.loads(path.read_text(encoding="utf-8")), settings)
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}): choose another directory, or delete this one") from error
     if different:
-        told = "; ".join(f"{name} is {there!r} there and {here!r} here" for name, (there, here) in different.items())
         raise ValueError(
-            f"{folder} holds levels of another run: {told}. Choose another directory, or give the same settings, data "
-            "and model, with the weights it had before the first call"
+            f"{folder} holds levels of another run: {different}. Choose another directory, or give the same settings, "
+            "data and model, with the weights it had before the first call"
         )
 
 
-def _paths(folder: Path, number: int) -> tuple[Path, Path, Path, Path]:
-    """Files of one level: its record, masks, last weights, and the weights of the rewind point."""
-    parts = (".json", ".masks.safetensors", ".weights.safetensors")
-    return *(folder / f"level_{number:02d}{part}" for part in parts), folder / "rewind.safetensors"
+def _paths(folder: Path, number: int) -> tuple[Path, Path, Path]:
+    """Files of one level: its last weights, its masks, and the weights of the rewind point."""
+    level = f"level_{number:02d}"
+    return folder / f"{level}.safetensors", folder / f"{level}.masks.safetensors", folder / "rewind.safetensors"
 
 
-def _write(folder: Path, level: Level, weights: State) -> None:
-    """Write a level; its record, which makes it count, comes last."""
-    record_path, masks_path, weights_path, rewound_path = _paths(folder, level.level)
+def _write(folder: Path, level: Level, model: nn.Module) -> None:
+    """Write a level; its last weights, which make it count, come last."""
+    path, masks_path, rewound_path = _paths(folder, level.level)
     mask_algebra.save(masks_path, level.masks, level=level.level)
     if level.level == 0:
-        _write_state(rewound_path, level.rewound)
-    _write_state(weights_path, weights)
-    history = asdict(level.history)
-    digests = {
-        "history": _digest_of_json(history),
-        "weights": digest(weights),
-        "rewound": digest(level.rewound),
-    }
-    _write_json(record_path, {"history": history, "digests": digests})
+        save_tensors(rewound_path, "rewind point", level.rewound, {})
+    about = {"history": asdict(level.history), "masks": digest(level.masks), "rewound": digest(level.rewound)}
+    save_tensors(path, "level", model.state_dict(), about)
 
 
 def _read(folder: Path, number: int, masks: Masks, rewound: State) -> tuple[History, State, State] | None:
@@ -426,55 +381,23 @@ def _read(folder: Path, number: int, masks: Masks, rewound: State) -> tuple[Hist
 
     `masks` and `rewound` are those it has to be made with, `rewound` from level 1.
     """
-    record_path, masks_path, weights_path, rewound_path = _paths(folder, number)
-    if not record_path.exists():
+    path, masks_path, rewound_path = _paths(folder, number)
+    if not path.exists():
         return None
-    remedy = f"delete {record_path}, and the next call trains this level again"
-    path = record_path
+    remedy = f"delete {path}, and the next call trains this level again"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        history, digests = History(**record["history"]), record["digests"]
-        _expect(digests["history"], _digest_of_json(record["history"]))
-        path = masks_path
-        stored = mask_algebra.load(path)
-        path = weights_path
-        weights = load_file(path)
-        _expect(digests["weights"], digest(weights))
+        weights, about = load_tensors(path, "level")
+        stored = mask_algebra.load(masks_path)
         if number == 0:
-            path = rewound_path
-            rewound = load_file(path)
-            _expect(digests["rewound"], digest(rewound))
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}): {remedy}") from error
-    if digest(stored) != digest(masks):
+            rewound, _ = load_tensors(rewound_path, "rewind point")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{error}: {remedy}") from error
+    if not digest(masks) == about["masks"] == digest(stored):
         kept, asked = (sum(int(m.sum()) for m in each.values()) for each in (stored, masks))
         raise ValueError(
             f"{masks_path} keeps {kept} weights, and not the {asked} that follow from the level before it: it was made "
             f"with another density, or is damaged. Choose another directory, or {remedy}"
         )
-    if digests["rewound"] != digest(rewound):
-        raise ValueError(f"{record_path} was not made from the weights in {rewound_path}: {remedy}")
-    return history, weights, rewound
-
-
-def _expect(expected: str, found: str) -> None:
-    """Raise if two digests differ."""
-    if expected != found:
-        raise ValueError("its content is not what was written")
-
-
-def _write_state(path: Path, state: State) -> None:
-    """Write tensors as safetensors, atomically."""
-    with replacing(path) as temporary:
-        temporary.write_bytes(save(state))
-
-
-def _write_json(path: Path, content: dict) -> None:
-    """Write a JSON file atomically."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def _digest_of_json(content: dict) -> str:
-    """SHA-256 of a content as JSON."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    if digest(rewound) != about["rewound"]:
+        raise ValueError(f"{path} was not made from the weights in {rewound_path}: {remedy}")
+    return History(**about["history"]), weights, rewound

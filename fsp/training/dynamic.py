@@ -20,15 +20,18 @@ References
    (guided growth).
 """
 
+import copy
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from numbers import Real
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from fsp.data import is_count
+from fsp.files import differences
 from fsp.masks import Masks, check_masks, density, keep_counts, layer_densities
+from fsp.training.settings import check_settings, is_number
 
 GROWTHS = ("random", "gradient", "momentum", "random_unfired")
 MOMENTUM = 0.9  # of the dense gradient average that growth by momentum ranks
@@ -55,8 +58,8 @@ class DynamicSparsity:
         mask so far has kept, and at random among the rest when these run out.
     drop : {"magnitude", "set"}
         The smallest in magnitude; or half of them the smallest positive weights and half the negative ones closest
-        to 0, one positive more if the number is odd.  A 0 counts as positive; a sign that has too few leaves the rest
-        to the other.
+        to 0, one positive more if the number is odd.  A 0 counts as positive; if one sign has too few weights, more
+        of the other are dropped.
     replace_step : bool
         Whether an update takes the place of the optimiser step, as in RigL, or follows it.
     exact_counts : bool
@@ -65,11 +68,11 @@ class DynamicSparsity:
     new_weights : {"zero", "initial"}
         Value of a grown weight.  "initial" is what the code of [5]_ means to do and never does (D12).
     candidates : int
-        Guided growth: this many masks, with one drop and different growths, are drawn at every update, and each layer
-        takes the one with the highest criterion.  Random growths only, for the others give one mask.
+        Guided growth: every update draws this many masks of each layer, with one drop and different growths, and the
+        layer takes the one with the highest criterion.  Random growths only, for the others give one mask.
     plateau : float, optional
-        Masks stay as they are once the last five updates explored, on average, no more than this many percent of the
-        weights each: :math:`100\,|R_s(t) - R_s(t - 5)| / 5 \leq` plateau.  Default: never.
+        Masks stay as they are once the last five updates have explored, on average, at most this many percent of the
+        weights an update: :math:`100\,|R_s(t) - R_s(t - 5)| / 5 \leq` plateau.  Default: never.
     """
 
     update_every: int = 100
@@ -86,33 +89,27 @@ class DynamicSparsity:
     plateau: float | None = None
 
     def __post_init__(self):
-        def number(name: str, valid: Callable[[float], bool]) -> bool:
-            value = getattr(self, name)
-            return isinstance(value, Real) and not isinstance(value, bool) and valid(value)
-
-        def count(name: str) -> bool:
-            return number(name, lambda v: isinstance(v, int) and v >= 1)
-
-        sound = number("zeta0", lambda v: 0 <= v < 1)
-        random = self.grow in ("random", "random_unfired")
-        switches = ("replace_step", "exact_counts")
-        for name, valid, expected in [
-            ("update_every", count("update_every"), "a whole number >= 1"),
+        sound = is_number(self.zeta0) and 0 <= self.zeta0 < 1
+        smaller = sound and is_number(self.zeta_min) and 0 <= self.zeta_min <= self.zeta0
+        one_mask = self.grow not in ("random", "random_unfired")
+        plateau = self.plateau is None or (is_number(self.plateau) and 0 <= self.plateau <= 100)
+        rules = [
+            ("update_every", is_count(self.update_every, 1), "a whole number >= 1"),
             ("zeta0", sound, "in [0, 1)"),
-            ("zeta_min", sound and number("zeta_min", lambda v: 0 <= v <= self.zeta0), "in [0, zeta0]"),
+            ("zeta_min", smaller, "in [0, zeta0]"),
             ("anneal", self.anneal in ("cosine", "constant"), '"cosine" or "constant"'),
-            ("t_end_frac", number("t_end_frac", lambda v: 0 < v <= 1), "in (0, 1]"),
+            ("t_end_frac", is_number(self.t_end_frac) and 0 < self.t_end_frac <= 1, "in (0, 1]"),
             ("grow", self.grow in GROWTHS, f"one of {', '.join(GROWTHS)}"),
             ("drop", self.drop in ("magnitude", "set"), '"magnitude" or "set"'),
-            *((name, isinstance(getattr(self, name), bool), "True or False") for name in switches),
+            ("replace_step", isinstance(self.replace_step, bool), "True or False"),
+            ("exact_counts", isinstance(self.exact_counts, bool), "True or False"),
             ("exact_counts", self.exact_counts or self.grow == "random", 'True, the only choice unless grow="random"'),
             ("new_weights", self.new_weights in ("zero", "initial"), '"zero" or "initial"'),
-            ("candidates", count("candidates"), "a whole number >= 1"),
-            ("candidates", random or self.candidates == 1, f"1: growth by {self.grow} gives one mask"),
-            ("plateau", self.plateau is None or number("plateau", lambda v: 0 <= v <= 100), "in [0, 100] or None"),
-        ]:
-            if not valid:
-                raise ValueError(f"DynamicSparsity: {name} = {getattr(self, name)!r} is not {expected}")
+            ("candidates", is_count(self.candidates, 1), "a whole number >= 1"),
+            ("candidates", self.candidates == 1 or not one_mask, f"1: growth by {self.grow} gives one mask"),
+            ("plateau", plateau, "in [0, 100] or None"),
+        ]
+        check_settings(self, rules)
 
 
 # "static" never moves: the control that is measured as often as the others.  "set_itop_guided" is [5]'s variant.
@@ -158,13 +155,13 @@ def drop_and_grow(
     weight: Tensor,
     mask: Tensor,
     fraction: float,
-    growth: Tensor,
+    growths: Sequence[Tensor],
     *,
     generator: torch.Generator,
     drop: str = "magnitude",
     exact_counts: bool = True,
-) -> Tensor:
-    r"""New mask of one layer: some kept weights out, as many others in.
+) -> list[Tensor]:
+    r"""New masks of one layer: some kept weights out, as many others in.
 
     Parameters
     ----------
@@ -173,9 +170,9 @@ def drop_and_grow(
     mask : Tensor of bool, same shape
     fraction : float, in [0, 1]
         Of the kept weights to drop, :math:`n = \lceil \zeta\,nnz \rceil` and no more than there are pruned weights.
-    growth : Tensor, same shape
-        Higher grows first, among the weights that are pruned after the drop; a weight just dropped may come back.
-        Without `exact_counts`: independent and uniform in [0, 1).
+    growths : sequence of Tensor, same shape
+        For each new mask, what grows: the highest first, among the weights that are pruned after the drop, those just
+        dropped included.  Without `exact_counts`: independent and uniform in [0, 1).
     generator : torch.Generator on the CPU
         Breaks ties.
     drop : {"magnitude", "set"}
@@ -184,8 +181,9 @@ def drop_and_grow(
 
     Returns
     -------
-    Tensor of bool
-        With exactly as many kept weights as `mask`, or that many in expectation.
+    list of Tensor of bool
+        After one and the same drop, a mask for each growth, with exactly as many kept weights as `mask`, or that many
+        in expectation.
 
     References
     ----------
@@ -194,35 +192,31 @@ def drop_and_grow(
     Examples
     --------
     >>> weight, gradient = torch.tensor([0.1, -0.7, 0.4, 0.0, 0.0]), torch.tensor([0.0, 0.0, 0.0, 1.0, 9.0])
-    >>> drop_and_grow(weight, weight != 0, 1 / 3, gradient, generator=torch.Generator())
-    tensor([False,  True,  True, False,  True])
+    >>> drop_and_grow(weight, weight != 0, 1 / 3, [gradient], generator=torch.Generator())
+    [tensor([False,  True,  True, False,  True])]
     """
-    survivors = _after_drop(weight, mask, fraction, drop, generator)
-    return survivors | _grown(survivors, int(mask.sum() - survivors.sum()), growth, exact_counts, generator)
+    survivors = _after_drop(weight.detach(), mask, fraction, drop, generator)
+    n = int(mask.sum() - survivors.sum())
+    if exact_counts:
+        return [survivors | _top(growth, ~survivors, n, generator) for growth in growths]
+    probability = n / max(1, int((~survivors).sum()))
+    return [survivors | (growth < probability) for growth in growths]
 
 
 def _after_drop(weight: Tensor, mask: Tensor, fraction: float, drop: str, generator: torch.Generator) -> Tensor:
-    """What a mask keeps of itself."""
+    """The part of a mask that is left after the drop."""
     kept = int(mask.sum())
     n = min(math.ceil(fraction * kept), mask.numel() - kept)
-    strength = weight.detach().abs()
     if drop == "magnitude":
-        return _top(strength, mask, kept - n, generator)
-    positive = mask & (weight.detach() >= 0)
+        return _top(weight.abs(), mask, kept - n, generator)
+    positive = mask & (weight >= 0)
     negative = mask & ~positive
-    sizes = int(positive.sum()), int(negative.sum())
+    n_positive, n_negative = int(positive.sum()), int(negative.sum())
     # half each; where a sign has fewer, the other makes up for it
-    n_positive = min(max(math.ceil(n / 2), n - sizes[1]), sizes[0])
-    return _top(strength, positive, sizes[0] - n_positive, generator) | _top(
-        strength, negative, sizes[1] - (n - n_positive), generator
-    )
-
-
-def _grown(survivors: Tensor, n: int, growth: Tensor, exact_counts: bool, generator: torch.Generator) -> Tensor:
-    """What grows beside the survivors: n weights, or each with probability n / (number of pruned ones)."""
-    if exact_counts:
-        return _top(growth, ~survivors, n, generator)
-    return ~survivors & (growth < n / max(1, int((~survivors).sum())))
+    dropped = min(max(math.ceil(n / 2), n - n_negative), n_positive)
+    left_positive = _top(weight.abs(), positive, n_positive - dropped, generator)
+    left_negative = _top(weight.abs(), negative, n_negative - (n - dropped), generator)
+    return left_positive | left_negative
 
 
 def _top(strength: Tensor, among: Tensor, k: int, generator: torch.Generator) -> Tensor:
@@ -233,19 +227,8 @@ def _top(strength: Tensor, among: Tensor, k: int, generator: torch.Generator) ->
 # ---- a network in training ---------------------------------------------------------------------------------------
 
 
-def stepper(
-    model: nn.Module,
-    masks: Masks,
-    config: DynamicSparsity,
-    total_steps: int,
-    *,
-    generator: torch.Generator,
-    criterion: Callable[[Tensor, Tensor, str], float] | None = None,
-    initial: Mapping[str, Tensor] | None = None,
-    before_update: Callable[[int, Masks], None] | None = None,
-    on_update: Callable[[int, Masks], None] | None = None,
-) -> "Stepper":
-    """Make the ``take_step`` argument of `fsp.training.fit`: optimiser steps with topology updates in between.
+class DynamicTraining:
+    """Optimiser steps with topology updates in between: a hook of `fsp.training.fit`.
 
     Parameters
     ----------
@@ -266,10 +249,16 @@ def stepper(
         ``before_update(step, masks)`` with the outgoing masks and their weights; ``on_update(step, masks)`` with the
         incoming ones, the weights already masked.
 
-    Returns
-    -------
-    Stepper
-        ``take_step(step, optimizer)``, steps counted from 1.
+    Attributes
+    ----------
+    masks : Masks
+        Those in force.
+    fired : Masks
+        Union of all masks in force so far, the first included; ``fsp.masks.density(fired)`` is the ITOP rate.
+    explored : Masks
+        The same with the rejected candidates.
+    stopped : int
+        Step of the update after which exploration had come to a plateau; 0 before.
 
     Raises
     ------
@@ -285,76 +274,59 @@ def stepper(
     >>> masks = pruning.prune(model, "erk", 0.3, generator=generator)
     >>> def norm(mask, weight, name):
     ...     return spectrum.coordinate(mask, weight).norm
-    >>> take_step = stepper(
+    >>> moving = DynamicTraining(
     ...     model, masks, PRESETS["set_itop_guided"], 9000, generator=generator, criterion=norm
     ... )
-    >>> take_step(1500, torch.optim.SGD(model.parameters(), 0.1))
-    >>> [(row["step"], row["fired"] < row["explored"]) for row in take_step.exploration()]
+    >>> moving.take_step(1500, torch.optim.SGD(model.parameters(), 0.1))  # as `fit` calls it, with hooks=[moving]
+    >>> [(row["step"], row["fired"] < row["explored"]) for row in moving.exploration()]
     [(0, False), (1500, True)]
     """
-    parameters = check_masks(model, masks)
-    if config.candidates > 1 and criterion is None:
-        raise ValueError(
-            f"candidates = {config.candidates} needs criterion=, such as lambda mask, weight, name: "
-            "fsp.spectrum.coordinate(mask, weight).norm"
-        )
-    start = {}
-    if config.new_weights == "initial":
-        for name, parameter in parameters.items():
-            if initial is None or name not in initial or initial[name].shape != parameter.shape:
+
+    def __init__(
+        self,
+        model: nn.Module,
+        masks: Masks,
+        config: DynamicSparsity,
+        total_steps: int,
+        *,
+        generator: torch.Generator,
+        criterion: Callable[[Tensor, Tensor, str], float] | None = None,
+        initial: Mapping[str, Tensor] | None = None,
+        before_update: Callable[[int, Masks], None] | None = None,
+        on_update: Callable[[int, Masks], None] | None = None,
+    ):
+        self._parameters = check_masks(model, masks)
+        if config.candidates > 1 and criterion is None:
+            raise ValueError(
+                f"candidates = {config.candidates} needs criterion=, such as lambda mask, weight, name: "
+                "fsp.spectrum.coordinate(mask, weight).norm"
+            )
+        self.model, self.masks, self.config, self.total_steps = model, masks, config, total_steps
+        self.generator, self.criterion = generator, criterion
+        self.before_update, self.on_update = before_update, on_update
+        self._initial = self._copied(initial or {}) if config.new_weights == "initial" else {}
+        self.fired = {name: mask.clone() for name, mask in masks.items()}
+        self.explored = {name: mask.clone() for name, mask in masks.items()}
+        averaged = self._parameters if config.grow == "momentum" else {}
+        self._momentum = {name: torch.zeros_like(parameter.detach()) for name, parameter in averaged.items()}
+        self.stopped = 0
+        self._history: list[dict] = []  # see `exploration`
+        self._note(0)
+
+    def _copied(self, initial: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Initial weights of every layer; a ValueError if there are none."""
+        for name, parameter in self._parameters.items():
+            if name not in initial or initial[name].shape != parameter.shape:
                 raise ValueError(
                     f'new_weights = "initial" needs initial=, a dict with the dense initial weights of {name!r}, '
                     f"shape {tuple(parameter.shape)}"
                 )
-            start[name] = initial[name].detach().to(parameter.device, parameter.dtype, copy=True)
-    return Stepper(model, masks, config, total_steps, generator, criterion, start, before_update, on_update)
+        return {name: initial[name].detach().to(p.device, p.dtype, copy=True) for name, p in self._parameters.items()}
 
-
-@dataclass(eq=False, repr=False)
-class Stepper:
-    """Optimiser steps with topology updates in between; made by `stepper`.
-
-    Attributes
-    ----------
-    masks : Masks
-        Those in force.
-    fired : Masks
-        Union of all masks in force so far, the first included; ``fsp.masks.density(fired)`` is the ITOP rate.
-    explored : Masks
-        The same with the rejected candidates.
-    step : int
-        The last one taken.
-    stopped : int
-        Step of the update after which exploration had come to a plateau; 0 before.
-    """
-
-    model: nn.Module
-    masks: Masks
-    config: DynamicSparsity
-    total_steps: int
-    generator: torch.Generator
-    criterion: Callable[[Tensor, Tensor, str], float] | None
-    initial: dict[str, Tensor]
-    before_update: Callable[[int, Masks], None] | None
-    on_update: Callable[[int, Masks], None] | None
-    fired: Masks = field(init=False)
-    explored: Masks = field(init=False)
-    step: int = field(init=False, default=0)
-    stopped: int = field(init=False, default=0)
-
-    def __post_init__(self):
-        self._parameters = check_masks(self.model, self.masks)
-        self.fired = {name: mask.clone() for name, mask in self.masks.items()}
-        self.explored = {name: mask.clone() for name, mask in self.masks.items()}
-        averaged = self._parameters if self.config.grow == "momentum" else {}
-        self._momentum = {name: torch.zeros_like(parameter.detach()) for name, parameter in averaged.items()}
-        self._history: list[list[float]] = []  # step, R_s with and without rejected candidates, R_s of each layer
-        self._note(0)
-
-    def __call__(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+    def take_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         """Take one step, counted from 1, with the gradients in place."""
-        self.step, config = step, self.config
-        for name, average in self._momentum.items():  # the optimiser's own knows nothing of pruned weights
+        config = self.config
+        for name, average in self._momentum.items():  # the optimiser's own is 0 at pruned weights
             if self._parameters[name].grad is not None:
                 average.mul_(MOMENTUM).add_(self._parameters[name].grad)
         due = step % config.update_every == 0 and step < config.t_end_frac * self.total_steps and not self.stopped
@@ -363,7 +335,8 @@ class Stepper:
         if due and self._finite():
             if self.before_update is not None:
                 self.before_update(step, self.masks)
-            self._update(zeta(config, step, self.total_steps))
+            for name in self.masks:
+                self._update(name, zeta(config, step, self.total_steps))
             self._note(step)
             if self.on_update is not None:
                 self.on_update(step, self.masks)
@@ -377,38 +350,33 @@ class Stepper:
             One for the first masks (step 0) and one for each update: ``step``, ``fired`` (the ITOP rate over all
             layers), ``explored`` (the same with rejected candidates) and ``layers``, the ITOP rate of each by name.
         """
-        return [
-            dict(step=int(step), fired=fired, explored=explored, layers=dict(zip(self.masks, layers, strict=True)))
-            for step, fired, explored, *layers in self._history
-        ]
+        return copy.deepcopy(self._history)
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, object]:
         """Everything that a resumed training needs besides model and optimiser.
 
         Returns
         -------
-        dict of name to Tensor
-            Copies on the CPU that `safetensors.torch.save_file` can write: masks, what was explored, gradient
-            averages, the state of the generator, numbers.
+        dict
+            Tensors, copied to the CPU: masks, what was explored, gradient averages, the state of the generator.  JSON
+            values: the rows of `exploration`, and `stopped`.
         """
         groups = {"mask": self.masks, "fired": self.fired, "explored": self.explored, "momentum": self._momentum}
         tensors = {f"{group}.{name}": t for group, found in groups.items() for name, t in found.items()}
-        return {name: t.to("cpu", copy=True).contiguous() for name, t in tensors.items()} | {
-            "generator": self.generator.get_state(),
-            "history": torch.tensor(self._history, dtype=torch.float64),
-            "numbers": torch.tensor([self.step, self.stopped]),
-        }
+        copies = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+        copies["generator"] = self.generator.get_state()
+        return {**copies, "exploration": self.exploration(), "stopped": self.stopped}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Continue where another stepper was when it gave its state.
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Continue where another training was when it gave its state.
 
-        Replaces the entries of the masks in place and sets the generator; do it before `fsp.training.fit` is called.
-        The training goes on to the last bit as if uninterrupted (CPU, one number of threads) if the model and the
-        optimiser, momentum included, are restored too and the next call is for step ``self.step + 1``.
+        Replaces the entries of the masks in place and sets the generator; `fsp.training.fit` calls it for a
+        checkpoint.  The training goes on to the last bit as if uninterrupted (CPU, one number of threads) if the
+        model and the optimiser, momentum included, are restored too.
 
         Parameters
         ----------
-        state : dict of name to Tensor
+        state : dict
             From `state_dict`.
 
         Raises
@@ -416,27 +384,15 @@ class Stepper:
         ValueError
             If the state is of other layers or another kind of growth; nothing has been changed then.
         """
-        own = self.state_dict()
-        if different := sorted(own.keys() ^ state.keys()):
-            raise ValueError(
-                f"the state {'lacks' if different[0] in own else 'holds'} {different[0]!r}, and this stepper does not: "
-                "it was saved with other masks or another `grow`"
-            )
-        for name, here in own.items():
-            there, free = state[name], int(name == "history")  # as many rows as updates
-            if there.dtype != here.dtype or there.shape[free:] != here.shape[free:]:
-                raise ValueError(
-                    f"{name!r} of the state is {there.dtype} {tuple(there.shape)}, and {here.dtype} "
-                    f"{tuple(here.shape)} here: it was saved with other masks"
-                )
+        if different := differences(_shapes(state), _shapes(self.state_dict())):
+            raise ValueError(f"the state was saved with other masks or another `grow`: {different}")
         for name, parameter in self._parameters.items():
             for group, found in (("mask", self.masks), ("fired", self.fired), ("explored", self.explored)):
                 found[name] = state[f"{group}.{name}"].to(found[name].device, copy=True)
             if name in self._momentum:
                 self._momentum[name] = state[f"momentum.{name}"].to(parameter.device, copy=True)
         self.generator.set_state(state["generator"].cpu())
-        self._history = state["history"].tolist()
-        self.step, self.stopped = state["numbers"].tolist()
+        self._history, self.stopped = copy.deepcopy(state["exploration"]), state["stopped"]
 
     def _finite(self) -> bool:
         """Whether all can be ranked: what is not finite has no order, and `fit` ends a training that diverges."""
@@ -445,31 +401,27 @@ class Stepper:
         return all(t.isfinite().all() for t in ranked)
 
     @torch.no_grad()
-    def _update(self, fraction: float) -> None:
-        """Move every mask once."""
-        config, generator = self.config, self.generator
-        for name, parameter in self._parameters.items():
-            old = self.masks[name]
-            growths = [self._growth(name, parameter) for _ in range(config.candidates)]
-            survivors = _after_drop(parameter, old, fraction, config.drop, generator)
-            n = int(old.sum() - survivors.sum())
-            best, highest = None, -math.inf
-            for growth in growths:
-                mask = survivors | _grown(survivors, n, growth, config.exact_counts, generator)
-                self.explored[name] |= mask
-                weight = self._weight_under(name, mask, old)
-                value = -math.inf
-                if config.candidates > 1:
-                    value = float(self.criterion(mask, weight, name))
-                    value = -math.inf if math.isnan(value) else value
-                if value >= highest:
-                    best, highest = (mask, weight), value
-            self.masks[name] = best[0]
-            self.fired[name] |= best[0]
-            parameter.copy_(best[1])
+    def _update(self, name: str, fraction: float) -> None:
+        """Move the mask of one layer."""
+        config, parameter = self.config, self._parameters[name]
+        growths = [self._growth(name) for _ in range(config.candidates)]
+        options = {"drop": config.drop, "exact_counts": config.exact_counts}
+        found = drop_and_grow(parameter, self.masks[name], fraction, growths, generator=self.generator, **options)
+        best, highest = None, -math.inf
+        for mask in found:
+            self.explored[name] |= mask
+            weight = self._weight_under(name, mask)
+            value = float(self.criterion(mask, weight, name)) if config.candidates > 1 else 0.0
+            value = -math.inf if math.isnan(value) else value
+            if value >= highest:
+                best, highest = (mask, weight), value
+        self.masks[name], weight = best
+        self.fired[name] |= self.masks[name]
+        parameter.copy_(weight)
 
-    def _growth(self, name: str, parameter: Tensor) -> Tensor:
+    def _growth(self, name: str) -> Tensor:
         """What grows first in one layer."""
+        parameter = self._parameters[name]
         if self.config.grow == "gradient":
             return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.abs()
         if self.config.grow == "momentum":
@@ -479,17 +431,22 @@ class Stepper:
         drawn = torch.rand(parameter.shape, generator=self.generator, dtype=dtype).to(parameter.device)
         return drawn if self.config.grow == "random" else drawn + ~self.fired[name]
 
-    def _weight_under(self, name: str, mask: Tensor, old: Tensor) -> Tensor:
-        """Weights of one layer after an update; those that were kept before have their value, dropped and back too."""
-        new = self.initial.get(name, torch.zeros((), device=mask.device))
-        weight = self._parameters[name].detach()
-        return torch.where(mask & old, weight, torch.where(mask, new.to(weight), 0))
+    def _weight_under(self, name: str, mask: Tensor) -> Tensor:
+        """Weights of one layer under a new mask; what was kept before keeps its value, also if dropped and regrown."""
+        weight = self._parameters[name]
+        new = self._initial.get(name, torch.zeros((), device=mask.device)).to(weight)
+        return torch.where(mask & self.masks[name], weight, torch.where(mask, new, 0))
 
     def _note(self, step: int) -> None:
         """Add to the history; stop at a plateau."""
-        rates = [density(self.fired), density(self.explored), *layer_densities(self.fired).values()]
-        self._history.append([step, *rates])
+        rates = {"fired": density(self.fired), "explored": density(self.explored)}
+        self._history.append({"step": step, **rates, "layers": layer_densities(self.fired)})
         if self.config.plateau is not None and len(self._history) > PLATEAU_UPDATES:
-            rise = abs(self._history[-1][1] - self._history[-1 - PLATEAU_UPDATES][1])
+            rise = abs(self._history[-1]["fired"] - self._history[-1 - PLATEAU_UPDATES]["fired"])
             if 100 * rise / PLATEAU_UPDATES <= self.config.plateau:
                 self.stopped = step
+
+
+def _shapes(state: Mapping[str, object]) -> dict[str, str]:
+    """Type and shape of every tensor of a state."""
+    return {name: f"{t.dtype} {list(t.shape)}" for name, t in state.items() if isinstance(t, Tensor)}

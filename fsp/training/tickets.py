@@ -6,7 +6,7 @@ Ticket 0 is the first mask; every topology update ends one ticket and starts the
 Tickets of one training follow each other in time, so anything that grows with training grows along them.  The initial
 weights under a ticket's mask tell what the mask alone is worth (D34): see `put_`.
 
-A directory holds, of tensors written with safetensors:
+A directory holds, in files of `fsp.files`, each with a SHA-256 of its content:
 
 ==========================================  ==========================================================================
 ``init.safetensors``                        the dense initial model
@@ -15,31 +15,24 @@ A directory holds, of tensors written with safetensors:
                                             (biases, norms, running statistics) in full
 ==========================================  ==========================================================================
 
-Files of weights are written last and hold the SHA-256 of their masks and of themselves.  No other precision is used
-than the model's.
+Weights are written after their masks, in the model's own precision.
 
 References
 ----------
 .. [1] Hoang, Kundu, Liu, Wang: Don't just prune by magnitude! Your mask topology is a secret weapon. NeurIPS 2023.
 """
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from fsp import masks as mask_algebra
-from fsp.files import digest, replacing
+from fsp.files import digest, load_tensors, save_tensors
 from fsp.masks import Masks, apply_, check_masks
 
 INIT = -1  # number of the ticket of dense initial weights
-KINDS = ("init", "start", "end")
 
 
 class Ticket(NamedTuple):
@@ -65,21 +58,18 @@ class Ticket(NamedTuple):
     number: int
 
 
-# ---- collecting --------------------------------------------------------------------------------------------------
-
-
-def collect(directory: str | Path, model: nn.Module, masks: Masks, *, start_step: int = 0) -> "Collector":
+def collect(directory: str | Path, model: nn.Module, masks: Masks) -> "Collector":
     """Begin to collect the tickets of a training.
 
-    Writes the initial weights and ticket 0.  Give the methods of the collector to `fsp.training.dynamic.stepper`::
+    Writes the initial weights and ticket 0.  Give the methods of the collector to
+    `fsp.training.dynamic.DynamicTraining`::
 
-        collector = tickets.collect(directory, model, masks)
-        take_step = stepper(
-            model, masks, config, total, generator=generator,
-            before_update=collector.end, on_update=collector.start,
+        found = tickets.collect(directory, model, masks)
+        moving = DynamicTraining(
+            model, masks, config, total, generator=generator, before_update=found.end, on_update=found.start
         )
-        fit(model, data, training, masks=masks, take_step=take_step)
-        collector.end(total, masks)  # the last ticket as the training leaves it
+        fit(model, data, training, masks=masks, hooks=[moving])
+        found.end(total, masks)  # the last ticket as the training leaves it
 
     Parameters
     ----------
@@ -89,9 +79,6 @@ def collect(directory: str | Path, model: nn.Module, masks: Masks, *, start_step
         With its dense initial weights: not yet masked.
     masks : Masks
         The first ones.
-    start_step : int, >= 0
-        To go on with a training that was interrupted: steps it has taken.  Tickets after that are deleted, for they
-        come again; `model` and `masks` are then those restored, and are not written.
 
     Returns
     -------
@@ -100,44 +87,26 @@ def collect(directory: str | Path, model: nn.Module, masks: Masks, *, start_step
     Raises
     ------
     ValueError
-        If a mask fits no parameter; at the start, if the directory holds tickets or the pruned weights of the model
-        are 0 already; later, if the directory holds none to go on from, or others than those that end in `masks`.
+        If a mask fits no parameter, the directory holds tickets already, or the pruned weights of the model are 0
+        already.
     """
     parameters = check_masks(model, masks)
-    if isinstance(start_step, bool) or not isinstance(start_step, int) or start_step < 0:
-        raise ValueError(f"start_step={start_step!r}: expected a whole number of steps >= 0")
-    collector = Collector(Path(directory), model)
-    found = contents(directory)
-    if start_step:
-        if not found or found[0][1] != "init":
-            raise ValueError(
-                f"{directory} holds no tickets to go on from at step {start_step}: begin with start_step=0"
-            )
-        for number, kind, step in found:
-            if step > start_step:
-                _path(collector.directory, number, kind).unlink()
-                if kind == "start":
-                    _path(collector.directory, number, "masks").unlink()
-        collector.number = max(number for number, _, step in found if step <= start_step)
-        collector.check(masks)
-        return collector
-    if found:
-        raise ValueError(
-            f"{directory} holds {len(found)} tickets already: choose another directory, delete this one, or give "
-            "start_step= to go on"
-        )
+    directory = Path(directory)
+    if any(directory.glob("*.safetensors")):
+        raise ValueError(f"{directory} holds tickets already: choose another directory, or delete this one")
     pruned = [p.detach()[~masks[name].to(p.device)] for name, p in parameters.items()]
     if any(len(p) for p in pruned) and not any(p.any() for p in pruned):
         raise ValueError(
             "the pruned weights of the model are 0 already, so its dense initial weights cannot be kept: collect "
             "before fsp.masks.apply_ and training"
         )
-    _write(_path(collector.directory, INIT, "init"), model.state_dict(), number=INIT, kind="init", step=0, masks="")
+    about = {"number": INIT, "kind": "init", "step": 0}
+    save_tensors(_path(directory, INIT, "init"), "ticket", model.state_dict(), about)
+    collector = Collector(directory, model)
     collector.start(0, masks)
     return collector
 
 
-@dataclass
 class Collector:
     """Writes the tickets of one training; made by `collect`.
 
@@ -150,67 +119,35 @@ class Collector:
         The ticket in force.
     """
 
-    directory: Path
-    model: nn.Module
-    number: int = INIT
+    def __init__(self, directory: Path, model: nn.Module):
+        self.directory, self.model, self.number = directory, model, INIT
+        self._masks = ""  # SHA-256 of those of the ticket in force
 
     def start(self, step: int, masks: Masks) -> None:
-        """Write the masks and weights of a new ticket; the argument ``on_update`` of `fsp.training.dynamic.stepper`."""
+        """Write the masks and weights of a new ticket; the argument ``on_update`` of `DynamicTraining`."""
         self.number += 1
+        self._masks = digest(masks)
         mask_algebra.save(_path(self.directory, self.number, "masks"), masks, number=self.number, step=step)
         self._weights("start", step, masks)
 
     def end(self, step: int, masks: Masks) -> None:
-        """Write the weights of a ticket that ends; the argument ``before_update`` of `fsp.training.dynamic.stepper`.
+        """Write the weights of a ticket that ends; the argument ``before_update`` of `DynamicTraining`.
 
         Raises
         ------
         ValueError
             If the masks are not those that the ticket started with.
         """
-        self.check(masks)
+        if digest(masks) != self._masks:
+            raise ValueError(f"the masks are not those that ticket {self.number} in {self.directory} started with")
         self._weights("end", step, masks)
-
-    def check(self, masks: Masks) -> None:
-        """Raise a ValueError unless the ticket in force has these masks."""
-        path = _path(self.directory, self.number, "masks")
-        stored = mask_algebra.load(path)
-        if stored.keys() != masks.keys() or not all(torch.equal(stored[name], m.cpu()) for name, m in masks.items()):
-            raise ValueError(f"the masks are not those of ticket {self.number} in {path}: is it of another training?")
 
     def _weights(self, kind: str, step: int, masks: Masks) -> None:
         """Write kept weights, and the rest in full."""
         state = self.model.state_dict()
         kept = {name: t[masks[name].to(t.device)] if name in masks else t for name, t in state.items()}
-        checksum = mask_algebra.metadata(_path(self.directory, self.number, "masks"))["checksum"]
-        path = _path(self.directory, self.number, kind)
-        _write(path, kept, number=self.number, kind=kind, step=step, masks=checksum)
-
-
-# ---- reading -----------------------------------------------------------------------------------------------------
-
-
-def contents(directory: str | Path) -> list[tuple[int, str, int]]:
-    """What a directory of tickets holds; no weight is read.
-
-    Parameters
-    ----------
-    directory : path
-
-    Returns
-    -------
-    list of (number, kind, step)
-        In order of time, the initial weights first; empty for a directory without tickets.
-
-    Raises
-    ------
-    ValueError
-        If a file is no ticket of this package.
-    """
-    files = [*Path(directory).glob("init.safetensors")]
-    files += [path for kind in KINDS[1:] for path in Path(directory).glob(f"ticket_*.{kind}.safetensors")]
-    headers = [_header(path) for path in files]
-    return sorted(((h["number"], h["kind"], h["step"]) for h in headers), key=lambda t: (t[0], KINDS.index(t[1])))
+        about = {"number": self.number, "kind": kind, "step": step, "masks": self._masks}
+        save_tensors(_path(self.directory, self.number, kind), "ticket", kept, about)
 
 
 def load(directory: str | Path, number: int, kind: str = "start") -> Ticket:
@@ -234,26 +171,20 @@ def load(directory: str | Path, number: int, kind: str = "start") -> Ticket:
         If there is no such ticket, or its files are damaged or do not belong together.
     """
     directory = Path(directory)
-    kind = "init" if number == INIT else kind
     path, masks_path = _path(directory, number, kind), _path(directory, max(number, 0), "masks")
     if not path.exists():
-        held = ", ".join(f"{n} {k}" for n, k, _ in contents(directory)) or "none"
+        held = ", ".join(sorted(found.name for found in directory.glob("*.safetensors"))) or "no file"
         raise ValueError(f"{directory} holds no ticket {number} {kind}; it holds {held}")
-    header, masks = _header(path), mask_algebra.load(masks_path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it and collect again") from error
-    if digest(state) != header["checksum"]:
-        raise ValueError(f"{path} is damaged: its weights do not have the SHA-256 in its header; collect again")
+    weights, about = load_tensors(path, "ticket")
+    masks = mask_algebra.load(masks_path)
     if number == INIT:
-        return Ticket({name: torch.ones_like(m) for name, m in masks.items()}, state, header["step"], kind, number)
-    if mask_algebra.metadata(masks_path)["checksum"] != header["masks"]:
+        masks = {name: torch.ones_like(mask) for name, mask in masks.items()}
+    elif digest(masks) != about["masks"]:
         raise ValueError(f"{path} was written with other masks than those in {masks_path}; collect again")
-    for name, mask in masks.items():
-        state[name] = torch.zeros(mask.shape, dtype=state[name].dtype).masked_scatter_(mask, state[name])
-    return Ticket(masks, state, header["step"], kind, number)
+    else:
+        for name, mask in masks.items():
+            weights[name] = torch.zeros(mask.shape, dtype=weights[name].dtype).masked_scatter_(mask, weights[name])
+    return Ticket(masks, weights, about["step"], about["kind"], number)
 
 
 def put_(model: nn.Module, ticket: Ticket, *, initial: Ticket | None = None) -> None:
@@ -283,27 +214,6 @@ def put_(model: nn.Module, ticket: Ticket, *, initial: Ticket | None = None) -> 
     apply_(model, ticket.masks)
 
 
-# ---- files -------------------------------------------------------------------------------------------------------
-
-
 def _path(directory: Path, number: int, part: str) -> Path:
     """File of one part of a ticket."""
     return directory / ("init.safetensors" if number == INIT else f"ticket_{number:04d}.{part}.safetensors")
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor], **header: object) -> None:
-    """Write weights and what they are, atomically."""
-    # copies: safetensors refuses tensors that share memory, as tied weights do
-    own = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
-    header |= {"checksum": digest(own)}
-    with replacing(path) as temporary:
-        temporary.write_bytes(save(own, metadata={"fsp_ticket": json.dumps(header)}))
-
-
-def _header(path: Path) -> dict:
-    """What a file of weights tells of itself."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return json.loads(file.metadata()["fsp_ticket"])
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} holds no whole ticket ({error}): delete it and collect again") from error

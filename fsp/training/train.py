@@ -2,21 +2,22 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from numbers import Real
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, lr_scheduler
 
-from fsp.data import Data, is_count
-from fsp.data.batching import augment, batches
+from fsp.data import Data, Split, augment, batches, is_count
+from fsp.files import digest
 from fsp.masks import Masks, hold_
 from fsp.progress import bar
-from fsp.training.resume import Checkpoint, Position, identity
+from fsp.training.hooks import check_hooks, copied_state, methods
+from fsp.training.resume import Checkpoint, State, identity
+from fsp.training.settings import check_settings, is_number
 
 SCHEDULES = ("cosine", "multistep", "one_cycle", "constant")
 
@@ -73,31 +74,24 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self):
-        def number(name: str, valid: Callable[[float], bool]) -> bool:
-            value = getattr(self, name)
-            return isinstance(value, Real) and not isinstance(value, bool) and valid(value)
-
-        fractions = isinstance(self.milestones, Sequence) and all(
-            isinstance(m, Real) and 0 < m < 1 for m in self.milestones
-        )
-        switches = ("nesterov", "bfloat16", "channels_last")
-        for name, valid, expected in [
+        fractions = isinstance(self.milestones, Sequence) and all(is_number(m) and 0 < m < 1 for m in self.milestones)
+        rules = [
             ("epochs", is_count(self.epochs, 1), "a whole number >= 1"),
             ("batch_size", is_count(self.batch_size, 1), "a whole number >= 1"),
-            ("lr", number("lr", lambda v: 0 < v < math.inf), "a number > 0"),
-            ("momentum", number("momentum", lambda v: 0 <= v < 1), "in [0, 1)"),
-            ("weight_decay", number("weight_decay", lambda v: 0 <= v < math.inf), "a number >= 0"),
+            ("lr", is_number(self.lr) and self.lr > 0, "a number > 0"),
+            ("momentum", is_number(self.momentum) and 0 <= self.momentum < 1, "in [0, 1)"),
+            ("weight_decay", is_number(self.weight_decay) and self.weight_decay >= 0, "a number >= 0"),
             ("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
             ("milestones", fractions, "a list of fractions in (0, 1)"),
-            ("gamma", number("gamma", lambda v: 0 < v <= 1), "in (0, 1]"),
-            ("warm_up", number("warm_up", lambda v: 0 < v < 1), "in (0, 1)"),
-            ("label_smoothing", number("label_smoothing", lambda v: 0 <= v < 1), "in [0, 1)"),
+            ("gamma", is_number(self.gamma) and 0 < self.gamma <= 1, "in (0, 1]"),
+            ("warm_up", is_number(self.warm_up) and 0 < self.warm_up < 1, "in (0, 1)"),
+            ("label_smoothing", is_number(self.label_smoothing) and 0 <= self.label_smoothing < 1, "in [0, 1)"),
             ("seed", is_count(self.seed, 0), "a whole number >= 0"),
             ("augmented", self.augmented in (None, True, False), "True, False or None"),
-            *((name, isinstance(getattr(self, name), bool), "True or False") for name in switches),
-        ]:
-            if not valid:
-                raise ValueError(f"TrainConfig: {name} = {getattr(self, name)!r} is not {expected}")
+        ]
+        for name in ("nesterov", "bfloat16", "channels_last"):
+            rules.append((name, isinstance(getattr(self, name), bool), "True or False"))
+        check_settings(self, rules)
 
 
 @dataclass
@@ -107,13 +101,12 @@ class History:
     Attributes
     ----------
     epochs : list of dict
-        One entry an epoch: epoch, lr (of its first step), train_loss, validation_accuracy, validation_loss.  An epoch
-        that is skipped has none, and the loss of one that is skipped in part is that of the rest.
+        One entry an epoch: epoch, lr (of its first step), train_loss, validation_accuracy, validation_loss.  Epochs
+        that `start_step` skips have no entry; if it skips part of an epoch, train_loss is the mean over the rest.
     status : {"finished", "diverged"}
-        Diverged: the training loss or a weight is not finite at the end of the last entry's epoch, and training
-        stopped there.
+        "diverged": after the last epoch listed, the training loss or a weight was not finite, so training stopped.
     best_epoch : int
-        Epoch with the highest validation accuracy, the earliest of equals; 0 before the first.
+        Epoch with the highest validation accuracy, the earliest of equals; 0 if the first epoch diverged.
     test_accuracy : float
         In [0, 1], at the last epoch; ``nan`` if diverged.
     test_accuracy_best : float
@@ -121,9 +114,10 @@ class History:
     test_loss : float
         Mean cross entropy at the last epoch, in nats.
     steps : int
-        Optimiser steps asked for (RigL replaces some by topology updates); skipped ones do not count.
+        Steps made, those included that RigL replaces by topology updates; those that `start_step` skips do not count.
     seconds : float
-        Wall time of training and evaluation; of a training that went on from a checkpoint, without what was lost.
+        Wall time of training and evaluation.  After a resume from a checkpoint: the time up to the checkpoint and the
+        time since the resume.
     """
 
     epochs: list[dict] = field(default_factory=list)
@@ -157,7 +151,7 @@ def fit(
     config: TrainConfig,
     *,
     masks: Masks | None = None,
-    take_step: Callable[[int, torch.optim.Optimizer], None] | None = None,
+    hooks: Sequence[object] = (),
     start_step: int = 0,
     checkpoint: str | Path | None = None,
     checkpoint_every_s: float = 300.0,
@@ -173,9 +167,9 @@ def fit(
     config : TrainConfig
     masks : Masks, optional
         Pruned weights are 0 throughout.  Replacing an entry during training changes the topology.
-    take_step : callable, optional
-        ``take_step(step, optimizer)`` is called instead of ``optimizer.step()`` with the gradients in place and the
-        number of the step, from 1; see `fsp.training.dynamic.stepper`.
+    hooks : sequence of objects
+        What happens beside the optimiser steps, such as `fsp.training.Snapshots` and
+        `fsp.training.dynamic.DynamicTraining`; see `fsp.training.hooks` for the methods that are called.
     start_step : int, from 0 to ``steps(data, config) - 1``
         Skip this many steps: the model has the weights that follow them, and meets from there on the batches, the
         augmentation and the learning rates that a whole training meets.  See `fsp.pruning.lottery`.
@@ -193,11 +187,12 @@ def fit(
     Raises
     ------
     ValueError
-        If a mask fits no parameter, or `start_step` leaves no step to train; if `checkpoint` is the file of another
-        training, by the names of what differs (a setting, the data, the initial weights or masks ...);
-        `checkpoint_every_s` is out of range, or `take_step` has only one of ``state_dict`` and ``load_state_dict``.
+        If a mask fits no parameter; `start_step` leaves no step to train; a hook has none of the methods of a hook or
+        only one of ``state_dict`` and ``load_state_dict``; two hooks have ``take_step``; `checkpoint` is the file of
+        another training (the message names what differs: a setting, the data, the initial weights or masks ...);
+        `checkpoint_every_s` is out of range.
     TypeError
-        If ``take_step.state_dict()`` holds what is neither a tensor nor JSON.
+        If ``state_dict()`` of a hook holds what is neither a tensor nor JSON, and there is a `checkpoint`.
     OSError
         If the checkpoint cannot be written; the one before it stays.
 
@@ -213,15 +208,12 @@ def fit(
 
     A training that is killed and goes on from its checkpoint is, on the CPU, bit-equal to one that is not: also with
     momentum, batch norm, dropout (the global random state of torch, and that of the CUDA device, are put back to what
-    they were), augmentation and masks that move.  Call it again with the same settings and data, and the model and
-    masks as they were before the first call.  Buffers that a model leaves out of its ``state_dict`` are not saved.  A
-    `take_step` that remembers something between steps, such as a generator, offers it by two methods, as that of
-    `fsp.training.dynamic.stepper` does: ``state_dict()`` gives a dict of tensors and JSON values, and
-    ``load_state_dict`` takes one back, with tensors on the CPU and tuples as lists.  Without them it counts as one that
-    remembers nothing.
+    they were), augmentation and masks that move.  Call it again with the same settings and data, and the model,
+    masks and hooks as they were before the first call.  Buffers that a model leaves out of its ``state_dict`` are not
+    saved, and a hook without a ``state_dict`` counts as one that remembers nothing.
 
     After `start_step` the optimiser is fresh.  Without momentum the weights end bit-equal to those of the whole
-    training; with momentum they do not, for its buffers at that step are unknown, nor in a model with dropout, which
+    training.  With momentum they do not, for its buffers at that step are unknown; nor in a model with dropout, which
     draws from the global random state.
     """
     last_step = steps(data, config)
@@ -230,6 +222,10 @@ def fit(
             f"start_step={start_step!r}: expected a whole number from 0 to {last_step - 1}, for this training has "
             f"{last_step} steps"
         )
+    check_hooks(hooks)
+    take_step = methods(hooks, "take_step") or [lambda step, optimizer: optimizer.step()]
+    at_each_step = methods(hooks, "before_step") + take_step + methods(hooks, "after_step")
+
     device = next(model.parameters()).device
     on_cuda = device.type == "cuda"
     layout = torch.channels_last if config.channels_last and on_cuda else torch.preserve_format
@@ -237,32 +233,32 @@ def fit(
     nesterov = config.nesterov and config.momentum > 0
     optimizer = SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=nesterov)
     schedule = _schedule(optimizer, config, last_step)
-    saved = None
-    if checkpoint is not None:
-        training = identity(model, data, config, masks, take_step, start_step)
-        parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "masks": masks, "take_step": take_step}
-        saved = Checkpoint(checkpoint, checkpoint_every_s, training, **parts)
-    held = hold_(optimizer, model, masks) if masks is not None else None
     generator = torch.Generator().manual_seed(config.seed)
     augmented = data.augmented if config.augmented is None else config.augmented
-    history = History()
-    at = Position(history, generator.get_state(), total_loss=torch.zeros((), device=device))
-    if saved is not None:
+    history, total_loss = History(), torch.zeros((), device=device)
+    at = State(model, optimizer, schedule, masks, hooks, history, generator.get_state(), total_loss)
+    saved = None
+    if checkpoint is not None:  # before the masks are applied: it asks for the initial weights
+        training = identity(model, data, config) | {
+            "masks": None if masks is None else digest(masks)[:16],
+            "hooks": [type(hook).__qualname__ for hook in hooks] or None,
+            "start_step": start_step,
+        }
+        saved = Checkpoint(checkpoint, checkpoint_every_s, training)
         saved.restore(at)
         generator.set_state(at.order)
+    held = hold_(optimizer, model, masks or {})
+
     start = time.perf_counter() - history.seconds
     size, steps_an_epoch = len(data.train.labels), last_step // config.epochs
-    with bar(
-        total=config.epochs * size, initial=(at.epoch - 1) * size, unit="img", unit_scale=True, delay=3, leave=False
-    ) as progress:
+    look = {"unit": "img", "unit_scale": True, "delay": 3, "leave": False}
+    with bar(total=config.epochs * size, initial=(at.epoch - 1) * size, **look) as progress:
         for epoch in range(at.epoch, config.epochs + 1):
             model.train()
             if at.seen == 0:  # otherwise a checkpoint was written in the middle of this epoch
                 at.epoch, at.lr, at.order = epoch, schedule.get_last_lr()[0], generator.get_state()
-            first = (epoch - 1) * steps_an_epoch + 1
-            for step, (images, labels) in enumerate(
-                batches(data.train, config.batch_size, generator=generator), start=first
-            ):
+            epoch_batches = batches(data.train, config.batch_size, generator=generator)
+            for step, (images, labels) in enumerate(epoch_batches, start=(epoch - 1) * steps_an_epoch + 1):
                 if augmented:
                     images = augment(images, generator=generator)
                 progress.update(len(labels))
@@ -277,40 +273,46 @@ def fit(
                 with torch.autocast("cuda", torch.bfloat16, enabled=config.bfloat16 and on_cuda):
                     loss = cross_entropy(model(inputs), labels, label_smoothing=config.label_smoothing)
                 loss.backward()
-                history.steps += 1
-                if take_step is None:
-                    optimizer.step()
-                else:
-                    take_step(step, optimizer)
+                for call in at_each_step:
+                    call(step, optimizer)
                 if step < last_step:
                     schedule.step()
+                history.steps += 1
                 at.step = step
                 at.total_loss += loss.detach() * len(labels)
                 at.seen += len(labels)
                 if saved is not None and saved.due():
                     history.seconds = time.perf_counter() - start
                     saved.save(at)
-            if at.seen == 0:
+            if at.seen == 0:  # start_step skips this epoch
                 continue
+
             # one look an epoch: reading the loss at every step would stall a GPU, and a nan stays a nan
             train_loss = at.total_loss.item() / at.seen
             at.total_loss.zero_()
             at.seen = 0
-            validation = evaluate(model, data, "validation")
-            history.epochs.append(
-                {"epoch": epoch, "lr": at.lr, "train_loss": train_loss}
-                | {f"validation_{name}": value for name, value in validation.items()}
-            )
-            progress.set_postfix(refresh=False, loss=f"{train_loss:.3f}", validation=f"{validation['accuracy']:.3f}")
+            validation = {f"validation_{name}": value for name, value in evaluate(model, data, "validation").items()}
+            accuracy = validation["validation_accuracy"]
+            history.epochs.append({"epoch": epoch, "lr": at.lr, "train_loss": train_loss, **validation})
+            progress.set_postfix(refresh=False, loss=f"{train_loss:.3f}", validation=f"{accuracy:.3f}")
             if not (math.isfinite(train_loss) and all(p.isfinite().all() for p in model.parameters())):
                 history.status = "diverged"
                 break
-            if validation["accuracy"] > at.best_accuracy or math.isnan(validation["accuracy"]):
-                at.best_accuracy, history.best_epoch = validation["accuracy"], epoch
-                at.best_state = {name: t.detach().clone() for name, t in model.state_dict().items()}
-    if held is not None:
-        held.remove()
-    _read_test(model, data, history, at.best_state)
+            if accuracy > at.best_accuracy or math.isnan(accuracy):
+                at.best_accuracy, history.best_epoch = accuracy, epoch
+                at.best_state = copied_state(model)
+            for call in methods(hooks, "epoch_end"):
+                call(epoch)
+    held.remove()
+
+    if at.best_state is not None:
+        last_state = copied_state(model)
+        model.load_state_dict(at.best_state)
+        history.test_accuracy_best = evaluate(model, data, "test")["accuracy"]
+        model.load_state_dict(last_state)
+    if history.status == "finished":
+        test = evaluate(model, data, "test")
+        history.test_accuracy, history.test_loss = test["accuracy"], test["loss"]
     history.seconds = time.perf_counter() - start
     if saved is not None:
         saved.remove()
@@ -318,14 +320,17 @@ def fit(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: Data, split: str, *, batch_size: int = 1000) -> dict[str, float]:
+def evaluate(model: nn.Module, data: Data, split: str | Split, *, batch_size: int = 1000) -> dict[str, float]:
     """Accuracy and loss of a model on one split; leaves the model in eval mode.
 
     Parameters
     ----------
     model : nn.Module
+        Maps inputs to logits.
     data : fsp.data.Data
-    split : {"train", "validation", "test"}
+        Normalises the images.
+    split : {"train", "validation", "test"} or fsp.data.Split
+        A split of `data`, or other examples with images as `data` holds them: not normalised.
     batch_size : int
 
     Returns
@@ -334,7 +339,7 @@ def evaluate(model: nn.Module, data: Data, split: str, *, batch_size: int = 1000
         ``accuracy`` in [0, 1] and ``loss``, the mean cross entropy in nats; both ``nan`` for an empty split.
     """
     model.eval()
-    examples = getattr(data, split)
+    examples = getattr(data, split) if isinstance(split, str) else split
     correct = loss = 0.0
     for images, labels in batches(examples, batch_size):
         logits = model(data.normalise(images)).float()
@@ -342,6 +347,38 @@ def evaluate(model: nn.Module, data: Data, split: str, *, batch_size: int = 1000
         loss += cross_entropy(logits, labels, reduction="sum").item()
     n = len(examples.labels) or math.nan
     return {"accuracy": correct / n, "loss": loss / n}
+
+
+@torch.no_grad()
+def predict(model: nn.Module, data: Data, split: str | Split | Tensor, *, batch_size: int = 1000) -> Tensor:
+    """Class probabilities; leaves the model in eval mode.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Maps inputs to logits.
+    data : fsp.data.Data
+        Normalises the images.
+    split : {"train", "validation", "test"}, fsp.data.Split or Tensor
+        A split of `data`, or other images as `data` holds them: (N, C, H, W), not normalised.
+    batch_size : int
+
+    Returns
+    -------
+    Tensor, float32, shape (N, classes)
+        Softmax of the logits, on the model's device; each row sums to 1.
+
+    Examples
+    --------
+    >>> from fsp.data import load
+    >>> model, data = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), load("digits")
+    >>> predict(model, data, data.test.images[:3]).shape
+    torch.Size([3, 10])
+    """
+    model.eval()
+    examples = getattr(data, split) if isinstance(split, str) else split
+    images = examples if isinstance(examples, Tensor) else examples.images
+    return torch.cat([model(data.normalise(part)).float().softmax(1) for part in images.split(batch_size)])
 
 
 def _schedule(optimizer: SGD, config: TrainConfig, steps: int) -> lr_scheduler.LRScheduler:
@@ -356,15 +393,3 @@ def _schedule(optimizer: SGD, config: TrainConfig, steps: int) -> lr_scheduler.L
             optimizer, config.lr, steps, pct_start=rise, div_factor=100, final_div_factor=1e4
         )
     return lr_scheduler.ConstantLR(optimizer, factor=1.0)
-
-
-def _read_test(model: nn.Module, data: Data, history: History, best_state: dict | None) -> None:
-    """Test accuracy of the best weights on validation and of the last ones; the model keeps the last."""
-    last_state = {name: t.detach().clone() for name, t in model.state_dict().items()}
-    if best_state is not None:
-        model.load_state_dict(best_state)
-        history.test_accuracy_best = evaluate(model, data, "test")["accuracy"]
-        model.load_state_dict(last_state)
-    if history.status == "finished":
-        test = evaluate(model, data, "test")
-        history.test_accuracy, history.test_loss = test["accuracy"], test["loss"]

@@ -7,18 +7,20 @@ import multiprocessing
 import random
 import signal
 import time
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from fsp.data import Split, load
+from fsp.masks import save as save_masks
 from fsp.pruning.methods import prune
 from fsp.training import resume, train
-from fsp.training.dynamic import PRESETS, stepper
+from fsp.training.dynamic import PRESETS, DynamicTraining
+from fsp.training.hooks import Snapshots
 from fsp.training.train import TrainConfig, fit
 
 STEPS_AN_EPOCH, EPOCHS = 5, 3
@@ -77,18 +79,19 @@ CASES = {
 
 
 class Training:
-    """One training as a fresh process would make it: the model, masks and hook of the case, and another global seed."""
+    """One training as a fresh process would make it: the model, masks and hooks of a case, and a global seed."""
 
     def __init__(self, case, global_seed=0, **options):
         options = CASES[case] | options
         pruned, moves, start = options.pop("pruned", False), options.pop("moves", None), options.pop("start_step", 0)
         self.net, self.data, self.config = small(), task(), config(**options)
         self.masks = prune(self.net, "random", 0.4, generator=seeded()) if pruned else None
-        self.take_step = None
+        self.snapshots = Snapshots(self.net, [0, 4, 9])
+        self.hooks = [self.snapshots]
         if moves:
             settings = dataclasses.replace(PRESETS[moves], update_every=2)
             steps = train.steps(self.data, self.config)
-            self.take_step = stepper(self.net, self.masks, settings, steps, generator=seeded(5))
+            self.hooks.append(DynamicTraining(self.net, self.masks, settings, steps, generator=seeded(5)))
         self.start, self.made = start, 0
         torch.manual_seed(global_seed)
 
@@ -101,30 +104,22 @@ class Training:
                     raise Killed
                 self.made += 1
 
-        hook = self.net.register_forward_pre_hook(count)
-        options = {"checkpoint_every_s": 0} | options
+        handle = self.net.register_forward_pre_hook(count)
+        options = {"masks": self.masks, "hooks": self.hooks, "start_step": self.start, "checkpoint": path} | options
         try:
-            self.history = fit(
-                self.net,
-                self.data,
-                self.config,
-                masks=self.masks,
-                take_step=self.take_step,
-                start_step=self.start,
-                checkpoint=path,
-                **options,
-            )
+            self.history = fit(self.net, self.data, self.config, **{"checkpoint_every_s": 0} | options)
         finally:
-            hook.remove()
+            handle.remove()
         return self.outcome()
 
     def outcome(self):
-        """Weights, buffers, masks and history without the wall time, comparable with ==; the bits of floats, too."""
-        tensors = self.net.state_dict() | {f"mask {name}": m for name, m in (self.masks or {}).items()}
-        history = dataclasses.asdict(self.history) | {"seconds": None}
-        random_state = torch.get_rng_state()
-        bits = {name: t.reshape(-1).view(torch.uint8).tolist() for name, t in (tensors | {"rng": random_state}).items()}
-        return bits, repr(history), self.take_step and self.take_step.exploration()
+        """Weights, buffers, masks, snapshots, random state and history without the wall time, comparable with ==."""
+        states = {"end": self.net.state_dict(), "masks": self.masks or {}, **self.snapshots.states}
+        tensors = {f"{at} {name}": t for at, state in states.items() for name, t in state.items()}
+        tensors["random"] = torch.get_rng_state()
+        bits = {name: t.reshape(-1).view(torch.uint8).tolist() for name, t in tensors.items()}
+        explored = [hook.exploration() for hook in self.hooks[1:]]
+        return bits, repr(dataclasses.replace(self.history, seconds=0)), explored
 
 
 def killed(case, path, until, **options):
@@ -188,31 +183,6 @@ def test_a_training_killed_while_it_evaluates_goes_on_bit_equal(split, time, lef
     again = Training("pruned", global_seed=99)
     assert again.run(path) == expected
     assert again.made == left * STEPS_AN_EPOCH
-
-
-def test_a_training_may_be_killed_many_times(tmp_path):
-    expected, path = Training("set").run(), tmp_path / "c.safetensors"
-    for seed, more in enumerate([1, 3, 1, 5, 2]):  # steps until the next kill
-        killed("set", path, more, global_seed=seed)
-    assert position(path)["step"] == 12
-    assert Training("set", global_seed=99).run(path) == expected
-
-
-def test_a_kill_in_the_middle_of_a_write_leaves_the_checkpoint_before(tmp_path, monkeypatch):
-    expected, path = Training("cosine").run(), tmp_path / "c.safetensors"
-    write, written = Path.write_bytes, []
-
-    def torn(file, content):
-        written.append(file)
-        write(file, content[:1000] if len(written) == 8 else content)
-        if len(written) == 8:
-            raise Killed
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Path, "write_bytes", torn)
-        killed("cosine", path, None)
-    assert position(path)["step"] == 7
-    assert Training("cosine", global_seed=99).run(path) == expected
 
 
 def test_checkpoints_change_nothing_in_a_training_that_is_not_killed(tmp_path):
@@ -301,20 +271,19 @@ def test_on_cuda_dropout_and_memory_format_go_on_where_they_were(tmp_path):
 
 def test_the_file_is_gone_when_training_ends_and_so_are_leftovers_of_killed_writers(tmp_path):
     path = tmp_path / "run.safetensors"
-    leftover = tmp_path / ".run-a1b2c3_9.safetensors"
-    others = [".run-x.safetensors", "run-a1b2c3_9.safetensors", ".run-a1b2c3_9.safetensors.old", ".run"]
-    for name in [leftover.name, *others]:
-        (tmp_path / name).write_bytes(b"")
     for case in ("plain", "diverging"):
+        (tmp_path / ".run-a1b2c3_9.safetensors").touch()
+        (tmp_path / ".run-of-mine.safetensors").touch()
         killed(case, path, 2)
         assert path.exists()
         Training(case).run(path)
-        assert {p.name for p in tmp_path.iterdir()} == set(others)
+        assert [p.name for p in tmp_path.iterdir()] == [".run-of-mine.safetensors"]
 
 
 def test_a_checkpoint_is_written_when_it_is_due_and_not_before(tmp_path, monkeypatch):
     written = []
-    monkeypatch.setattr(resume, "save", lambda *a, **k: written.append(a) or save(*a, **k))
+    save = resume.save_tensors
+    monkeypatch.setattr(resume, "save_tensors", lambda *a: written.append(a) or save(*a))
     Training("plain").run(tmp_path / "c.safetensors", checkpoint_every_s=300)
     assert written == []
     clock = iter(range(10**6))
@@ -343,7 +312,7 @@ def test_the_wall_time_of_the_parts_is_added_up(tmp_path):
     training = Training("plain")
     clock = iter(range(0, 10**6, 10))
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(training.time, "perf_counter", lambda: next(clock))
+        patched.setattr(train.time, "perf_counter", lambda: next(clock))
         with pytest.raises(Killed):
             training.run(path, until=4)  # the clock is read once at the start and at each of four checkpoints
     again = Training("plain")
@@ -351,37 +320,12 @@ def test_the_wall_time_of_the_parts_is_added_up(tmp_path):
     assert 40 < again.history.seconds < 50
 
 
-def test_the_bar_stands_where_the_training_does(tmp_path, monkeypatch):
-    class Bar:
-        def __init__(self, **options):
-            self.n, self.total = options["initial"], options["total"]
-            bars.append(self)
-
-        __enter__ = lambda self: self  # noqa: E731
-        __exit__ = set_postfix = lambda self, *a, **k: None
-
-        def update(self, n):
-            self.n += n
-
-    bars = []
-    killed("plain", tmp_path / "c.safetensors", 12)
-    monkeypatch.setattr(train, "bar", Bar)
-    Training("plain").run(tmp_path / "c.safetensors")
-    assert bars[0].n == bars[0].total == EPOCHS * 70
-
-
 def test_the_masks_of_the_moment_are_put_into_the_dict_that_is_given(tmp_path):
-    path = tmp_path / "c.safetensors"
-    first = Training("set")
-    initial = copy.deepcopy(first.masks)
-    with pytest.raises(Killed):
-        first.run(path, until=6)
-    again = Training("set")
-    given = again.masks
-    assert all(torch.equal(given[name], initial[name]) for name in initial)
-    with pytest.raises(Killed):
-        again.run(path, until=0)
-    assert given is again.masks
+    first, again = Training("set"), Training("set")
+    given, initial = again.masks, dict(again.masks)
+    for training, until in ((first, 6), (again, 0)):
+        with pytest.raises(Killed):
+            training.run(tmp_path / "c.safetensors", until=until)
     assert all(torch.equal(given[name], first.masks[name]) for name in initial)
     assert not all(torch.equal(given[name], initial[name]) for name in initial)
 
@@ -389,32 +333,24 @@ def test_the_masks_of_the_moment_are_put_into_the_dict_that_is_given(tmp_path):
 # ---- what is refused ---------------------------------------------------------------------------------------------
 
 
-def _other_weights(training):
-    training.net = small(1)
-
-
-def _other_model(training):
-    training.net = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
-
-
-def _other_examples(training):
+def examples(training):
     labels = training.data.train.labels.flip(0)
-    training.data = dataclasses.replace(training.data, train=Split(training.data.train.images, labels))
+    return dataclasses.replace(training.data, train=Split(training.data.train.images, labels))
 
 
 OTHERS = {
-    "config.lr": lambda t: setattr(t, "config", config(lr=0.2)),
-    "config.epochs": lambda t: setattr(t, "config", config(epochs=4)),
-    "config.milestones": lambda t: setattr(t, "config", config(milestones=(0.3,))),
-    "config.seed": lambda t: setattr(t, "config", config(seed=4)),
-    "examples": _other_examples,
-    "mean": lambda t: setattr(t, "data", dataclasses.replace(t.data, mean=(0.3,))),
-    "augmented": lambda t: setattr(t, "data", dataclasses.replace(t.data, augmented=not t.data.augmented)),
-    "initial_weights": _other_weights,
-    "parameters": _other_model,
-    "masks": lambda t: setattr(t, "masks", prune(t.net, "random", 0.4, generator=seeded(9))),
-    "take_step": lambda t: setattr(t, "take_step", lambda step, optimizer: optimizer.step()),
-    "start_step": lambda t: setattr(t, "start", 2),
+    "config.lr": lambda t: {"config": config(lr=0.2)},
+    "config.epochs": lambda t: {"config": config(epochs=4)},
+    "config.milestones": lambda t: {"config": config(milestones=(0.3,))},
+    "config.seed": lambda t: {"config": config(seed=4)},
+    "examples": lambda t: {"data": examples(t)},
+    "mean": lambda t: {"data": dataclasses.replace(t.data, mean=(0.3,))},
+    "augmented": lambda t: {"data": dataclasses.replace(t.data, augmented=not t.data.augmented)},
+    "initial_weights": lambda t: {"net": small(1)},
+    "parameters": lambda t: {"net": nn.Sequential(nn.Flatten(), nn.Linear(16, 3))},
+    "masks": lambda t: {"masks": prune(t.net, "random", 0.4, generator=seeded(9))},
+    "hooks": lambda t: {"hooks": [SimpleNamespace(epoch_end=int)]},
+    "start_step": lambda t: {"start": 2},
 }
 
 
@@ -424,7 +360,7 @@ def test_a_checkpoint_of_another_training_is_refused_by_the_name_of_what_differs
     killed("cosine", path, 4)
     before = path.read_bytes()
     other = Training("cosine")
-    OTHERS[name](other)
+    vars(other).update(OTHERS[name](other))
     weights = copy.deepcopy(other.net.state_dict())
     with pytest.raises(
         ValueError, match=rf"is the checkpoint of another training: .*\b{name} is .* there and"
@@ -438,48 +374,22 @@ def test_a_checkpoint_of_another_training_is_refused_by_the_name_of_what_differs
     assert Training("cosine", 99).run(path) == Training("cosine").run()
 
 
-def test_a_model_that_was_trained_already_is_refused(tmp_path):
-    path, training = tmp_path / "c.safetensors", Training("plain")
-    with pytest.raises(Killed):
-        training.run(path, until=4)
-    with pytest.raises(ValueError, match=r"initial_weights is .* with the weights it had before the first call"):
-        training.run(path)
-
-
-def _flip(content, at):
-    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
-
-
-DAMAGES = {
-    "empty": lambda content: b"",
-    "text": lambda content: b"not a checkpoint at all, by no means",
-    "short": lambda content: content[: len(content) // 2],
-    "one bit of a tensor": lambda content: _flip(content, len(content) - 5),
-    "one digit of the header": lambda content: content.replace(b'\\"step\\": 4', b'\\"step\\": 5'),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_set_aside_with_a_warning_and_training_starts_anew(damage, tmp_path):
+@pytest.mark.parametrize("damage", ["one bit", "another kind"])
+def test_a_file_that_is_no_whole_checkpoint_is_set_aside_with_a_warning_and_training_starts_anew(damage, tmp_path):
     path = tmp_path / "c.safetensors"
     killed("cosine", path, 4)
-    broken = DAMAGES[damage](path.read_bytes())
-    assert broken != path.read_bytes()
-    path.write_bytes(broken)
+    if damage == "one bit":
+        content = path.read_bytes()
+        path.write_bytes(content[:-5] + bytes([content[-5] ^ 1]) + content[-4:])
+    else:
+        save_masks(path, {"w": torch.ones(3, dtype=torch.bool)})
+    broken = path.read_bytes()
     again = Training("cosine")
-    with pytest.warns(UserWarning, match=r"is no whole checkpoint .*; set aside as c.safetensors.corrupt") as warned:
+    with pytest.warns(UserWarning, match=r"set aside as c.safetensors.corrupt, training starts anew") as warned:
         assert again.run(path) == Training("cosine").run()
     assert warned[0].filename == __file__
     assert again.made == STEPS
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"c.safetensors.corrupt": broken}
-
-
-def test_a_safetensors_file_of_something_else_is_set_aside_and_not_lost(tmp_path):
-    path = tmp_path / "masks.safetensors"
-    save_file({"w": torch.ones(3)}, path)
-    with pytest.warns(UserWarning, match="no whole checkpoint"):
-        Training("plain").run(path)
-    assert torch.equal(load_file(tmp_path / "masks.safetensors.corrupt")["w"], torch.ones(3))
 
 
 @pytest.mark.parametrize("every", [-1, float("nan"), float("inf"), "300", True, None])
@@ -497,62 +407,36 @@ def test_a_place_that_cannot_be_written_to_is_an_error_before_training(tmp_path)
         assert training.made == 0
 
 
-class Remembers:
-    """A hook with a state."""
-
-    def __init__(self, **state):
-        self.kept, self.given = state, None
-
-    def __call__(self, step, optimizer):
-        optimizer.step()
-
-    def state_dict(self):
-        return self.kept
-
-    def load_state_dict(self, state):
-        self.given = state
+def remembers(state, given=()):
+    """A hook with a state; what is loaded is appended to a list."""
+    return SimpleNamespace(epoch_end=int, state_dict=lambda: state, load_state_dict=lambda found: given.append(found))
 
 
-def test_what_a_hook_offers_comes_back_tensors_and_json_alike(tmp_path):
-    path = tmp_path / "c.safetensors"
-    offered = {"a/b": torch.tensor([1.5, float("nan")]), "bits": torch.ones(2, 3, dtype=torch.bool)}
-    offered |= {"n": 3, "list": [1, [2.5, None]], "text": "é", "empty": {}}
+def test_what_hooks_offer_comes_back_to_each_tensors_and_json_alike(tmp_path):
+    tensors = {"a/b": torch.tensor([1.5, -0.0]), "bits": torch.ones(2, 3, dtype=torch.bool)}
+    values = {"n": 3, "list": [1, [2.5, None]], "text": "é", "empty": {}}
+    states = [{"n": 1}, tensors | values]
     first, again = Training("plain"), Training("plain")
-    first.take_step, again.take_step = Remembers(**offered), Remembers()
-    with pytest.raises(Killed):
-        first.run(path, until=3)
-    with pytest.raises(Killed):
-        again.run(path, until=0)
-    found = again.take_step.given
-    assert found.keys() == offered.keys()
-    for name, value in offered.items():
-        if isinstance(value, torch.Tensor):
-            torch.testing.assert_close(found[name], value, rtol=0, atol=0, equal_nan=True)
-        else:
-            assert found[name] == value
+    given = [[], []]
+    silent = SimpleNamespace(after_step=lambda step, optimizer: None)
+    first.hooks = [remembers(states[0]), silent, remembers(states[1])]
+    again.hooks = [remembers({}, given[0]), silent, remembers({}, given[1])]
+    for training, until in ((first, 3), (again, 0)):
+        with pytest.raises(Killed):
+            training.run(tmp_path / "c.safetensors", until=until)
+    assert given[0] == [{"n": 1}]
+    assert given[1][0].keys() == states[1].keys()
+    assert all(torch.equal(given[1][0][name], tensor) for name, tensor in tensors.items())
+    assert {name: given[1][0][name] for name in values} == values
 
 
-@pytest.mark.parametrize("value", [{1, 2}, object(), torch.float32])
+@pytest.mark.parametrize("value", [{1, 2}, torch.float32])
 def test_a_hook_whose_state_cannot_be_saved_is_refused_before_training(value, tmp_path):
     training = Training("plain")
-    training.take_step = Remembers(fine=1, odd=value)
-    with pytest.raises(
-        TypeError, match=r"take_step\.state_dict\(\)\['odd'\] is .*: expected a tensor or what JSON can hold"
-    ):
+    training.hooks = [remembers({"fine": 1, "odd": value})]
+    with pytest.raises(TypeError, match=r"holds neither tensors nor JSON: .*odd"):
         training.run(tmp_path / "c.safetensors")
     assert training.made == 0
-
-
-@pytest.mark.parametrize("name", ["state_dict", "load_state_dict"])
-def test_a_hook_with_one_half_of_the_two_functions_is_refused(name, tmp_path):
-    def take_step(step, optimizer):
-        optimizer.step()
-
-    setattr(take_step, name, dict)
-    training = Training("plain")
-    training.take_step = take_step
-    with pytest.raises(ValueError, match="has only one of `state_dict` and `load_state_dict`"):
-        training.run(tmp_path / "c.safetensors")
 
 
 def test_weights_that_two_layers_share_are_saved_and_stay_shared(tmp_path):

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from fsp import masks as mask_algebra
-from fsp import spectrum
 from fsp.data import load
+from fsp.files import DamagedFile
 from fsp.pruning.methods import prune
 from fsp.training import tickets
-from fsp.training.dynamic import DynamicSparsity, stepper
+from fsp.training.dynamic import DynamicSparsity, DynamicTraining
 from fsp.training.train import TrainConfig, fit
 
 CONFIG = DynamicSparsity(4, 0.5, t_end_frac=1.0)
@@ -73,8 +73,8 @@ def trained(directory):
 
     this = [next(number)]
     note("start", 0, masks)
-    take = stepper(net, masks, CONFIG, TOTAL, generator=seeded(), before_update=before, on_update=after)
-    fit(net, task(), TrainConfig(6, 16), masks=masks, take_step=take)
+    moving = DynamicTraining(net, masks, CONFIG, TOTAL, generator=seeded(), before_update=before, on_update=after)
+    fit(net, task(), TrainConfig(6, 16), masks=masks, hooks=[moving])
     note("end", TOTAL, masks)
     collector.end(TOTAL, masks)
     return expected
@@ -91,17 +91,12 @@ def collected(tmp_path_factory):
 # ---- what is written and read ------------------------------------------------------------------------------------
 
 
-def test_every_update_ends_a_ticket_and_starts_the_next(collected):
-    directory, _ = collected
-    updates = [4, 8, 12, 16, 20, 24, 28]
-    starts, ends = enumerate([0, *updates]), enumerate([*updates, TOTAL])
-    pairs = [((i, "start", s), (j, "end", e)) for (i, s), (j, e) in zip(starts, ends, strict=True)]
-    assert tickets.contents(directory) == [(-1, "init", 0), *itertools.chain(*pairs)]
-
-
-def test_every_ticket_is_read_as_it_was(collected):
+def test_every_update_ends_a_ticket_and_starts_the_next_and_each_is_read_as_it_was(collected):
     directory, expected = collected
-    assert len(expected) == 17
+    times = [0, 4, 8, 12, 16, 20, 24, 28, TOTAL]
+    starts = {(number, "start"): step for number, step in enumerate(times[:-1])}
+    ends = {(number, "end"): step for number, step in enumerate(times[1:])}
+    assert {key: value[0] for key, value in expected.items()} == {(-1, "init"): 0, **starts, **ends}
     for (number, kind), (step, masks, state) in expected.items():
         ticket = tickets.load(directory, number, kind)
         assert (ticket.number, ticket.kind, ticket.step) == (number, kind, step)
@@ -143,17 +138,6 @@ def test_files_are_compact(tmp_path):
     assert sizes["init.safetensors"] >= 4 * 400_000
 
 
-def test_a_ticket_has_a_full_spectrum_coordinate_with_its_own_and_with_the_initial_weights(collected):
-    directory, expected = collected
-    ticket, initial = tickets.load(directory, 2), tickets.load(directory, -1)
-    masks, state = expected[2, "start"][1:]
-    own = spectrum.coordinates(ticket.masks, ticket.weights)
-    assert repr(own) == repr(spectrum.coordinates(masks, state))
-    anchored = spectrum.coordinates(ticket.masks, initial.weights)
-    assert own["1.weight"].ramanujan_gap == anchored["1.weight"].ramanujan_gap
-    assert own["1.weight"].weighted_gap != anchored["1.weight"].weighted_gap
-
-
 def test_weights_that_two_modules_share_and_empty_layers_can_be_kept(tmp_path):
     one = nn.Linear(5, 5, bias=False)
     net = nn.Sequential(one, nn.ReLU(), one, nn.Linear(5, 2, bias=False))
@@ -193,79 +177,11 @@ def test_the_initial_ticket_gives_the_dense_model_back(collected):
     assert all(m.all() for m in ticket.masks.values())
 
 
-def test_a_ticket_can_be_trained_with_its_mask(collected):
-    directory, _ = collected
-    net, ticket = small(), tickets.load(directory, 4)
-    tickets.put_(net, ticket)
-    fit(net, task(), TrainConfig(2, 16), masks=ticket.masks)
-    assert all((net.get_parameter(name)[~mask] == 0).all() for name, mask in ticket.masks.items())
-
-
-# ---- going on after an interruption ------------------------------------------------------------------------------
-
-
-def begin(directory, state=None, moves=None):
-    """Model, masks and stepper; with the state of both, as they were after some steps."""
-    net = small()
-    masks = prune(net, "erk", 0.3, generator=seeded())
-    take = stepper(net, masks, CONFIG, TOTAL, generator=seeded())
-    if state is not None:
-        net.load_state_dict(state)
-        take.load_state_dict(moves)
-    collector = tickets.collect(directory, net, masks, start_step=take.step)
-    take.before_update, take.on_update = collector.end, collector.start
-    return net, masks, take, collector
-
-
-def everything(directory):
-    return {found[:2]: (found[2], tickets.load(directory, *found[:2])) for found in tickets.contents(directory)}
-
-
-@pytest.mark.parametrize(("saved", "killed"), [(3, 3), (3, 9), (8, 8), (10, 22), (28, 29)])
-def test_a_training_that_goes_on_collects_the_tickets_of_an_uninterrupted_one(tmp_path, saved, killed):
-    training, found = TrainConfig(6, 16, momentum=0.0), {}
-    net, masks, take, collector = begin(tmp_path / "whole")
-    fit(net, task(), training, masks=masks, take_step=take)
-    collector.end(TOTAL, masks)
-
-    net, masks, take, _ = begin(tmp_path / "killed")
-
-    def until_killed(step, optimizer):
-        take(step, optimizer)
-        if step == saved:
-            found["state"], found["moves"] = copied(net.state_dict()), take.state_dict()
-        if step == killed:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fit(net, task(), training, masks=masks, take_step=until_killed)
-    net, masks, take, collector = begin(tmp_path / "killed", found["state"], found["moves"])
-    assert all(step <= saved for _, _, step in tickets.contents(tmp_path / "killed"))
-    fit(net, task(), training, masks=masks, take_step=take, start_step=saved)
-    collector.end(TOTAL, masks)
-
-    whole, continued = everything(tmp_path / "whole"), everything(tmp_path / "killed")
-    assert whole.keys() == continued.keys()
-    for key, (step, ticket) in whole.items():
-        assert continued[key][0] == step
-        assert same(continued[key][1].masks, ticket.masks)
-        assert same(continued[key][1].weights, ticket.weights)
-
-
-def test_going_on_with_the_masks_of_another_training_is_refused(tmp_path):
-    net = small()
-    masks = prune(net, "erk", 0.3, generator=seeded())
-    tickets.collect(tmp_path, net, masks)
-    other = prune(net, "erk", 0.3, generator=seeded(1))
-    with pytest.raises(ValueError, match="the masks are not those of ticket 0"):
-        tickets.collect(tmp_path, net, other, start_step=2)
-
-
 def test_ending_a_ticket_with_other_masks_is_refused(tmp_path):
     net = small()
     masks = prune(net, "erk", 0.3, generator=seeded())
     collector = tickets.collect(tmp_path, net, masks)
-    with pytest.raises(ValueError, match="the masks are not those of ticket 0"):
+    with pytest.raises(ValueError, match="the masks are not those that ticket 0"):
         collector.end(4, {name: ~mask for name, mask in masks.items()})
     assert not (tmp_path / "ticket_0000.end.safetensors").exists()
 
@@ -276,7 +192,7 @@ def test_ending_a_ticket_with_other_masks_is_refused(tmp_path):
 def test_a_directory_that_holds_tickets_is_refused(collected):
     directory, _ = collected
     net = small()
-    with pytest.raises(ValueError, match="holds 17 tickets already"):
+    with pytest.raises(ValueError, match="holds tickets already"):
         tickets.collect(directory, net, prune(net, "erk", 0.3, generator=seeded()))
 
 
@@ -289,22 +205,9 @@ def test_a_model_that_is_masked_already_is_refused(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("start_step", [-1, 1.5, True])
-def test_a_start_step_that_is_no_count_is_refused(tmp_path, start_step):
-    net = small()
-    with pytest.raises(ValueError, match="expected a whole number of steps >= 0"):
-        tickets.collect(tmp_path, net, prune(net, "erk", 0.3, generator=seeded()), start_step=start_step)
-
-
-def test_going_on_where_nothing_was_collected_is_refused(tmp_path):
-    net = small()
-    with pytest.raises(ValueError, match="holds no tickets to go on from at step 4"):
-        tickets.collect(tmp_path, net, prune(net, "erk", 0.3, generator=seeded()), start_step=4)
-
-
 @pytest.mark.parametrize(("number", "kind"), [(8, "start"), (0, "middle")])
 def test_a_ticket_that_is_not_there_is_refused_with_those_that_are(collected, number, kind):
-    with pytest.raises(ValueError, match=f"holds no ticket {number} {kind}; it holds -1 init, 0 start, 0 end, 1 start"):
+    with pytest.raises(ValueError, match=rf"holds no ticket {number} {kind}; it holds init.*, ticket_0000\.end"):
         tickets.load(collected[0], number, kind)
 
 
@@ -319,15 +222,12 @@ def test_a_ticket_of_another_model_is_refused(collected):
         tickets.put_(nn.Sequential(nn.Linear(16, 24)), tickets.load(collected[0], 1))
 
 
-@pytest.mark.parametrize("where", [-5, 20, 300])
-def test_a_damaged_file_is_refused(tmp_path, where):
+def test_a_damaged_file_is_refused(tmp_path):
     net = small()
     tickets.collect(tmp_path, net, prune(net, "erk", 0.3, generator=seeded()))
     path = tmp_path / "ticket_0000.start.safetensors"
-    content = bytearray(path.read_bytes())
-    content[where] ^= 0x10
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"ticket_0000\.start\.safetensors"):
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(DamagedFile, match=r"ticket_0000\.start\.safetensors"):
         tickets.load(tmp_path, 0)
 
 
@@ -348,9 +248,9 @@ def test_tickets_are_collected_from_cuda(tmp_path):
     masks = prune(net, "erk", 0.3, generator=seeded())
     collector = tickets.collect(tmp_path, net, masks)
     moves = {"before_update": collector.end, "on_update": collector.start}
-    take = stepper(net, masks, CONFIG, TOTAL, generator=seeded(), **moves)
+    moving = DynamicTraining(net, masks, CONFIG, TOTAL, generator=seeded(), **moves)
     data = load("synthetic", shape=(1, 4, 4), classes=3, size=100, validation=0, device="cuda")
-    fit(net, data, TrainConfig(6, 16), masks=masks, take_step=take)
+    fit(net, data, TrainConfig(6, 16), masks=masks, hooks=[moving])
     collector.end(TOTAL, masks)
     ticket, other = tickets.load(tmp_path, 7, "end"), small(seed=5).cuda()
     tickets.put_(other, ticket)

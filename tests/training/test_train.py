@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import math
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,9 +16,8 @@ from fsp.data import Split, load
 from fsp.data.batching import augment, batches
 from fsp.pruning.methods import prune
 from fsp.training import train
-from fsp.training.train import SCHEDULES, TrainConfig, evaluate, fit
-
-FIELDS = ("epochs", "status", "best_epoch", "test_accuracy", "test_accuracy_best", "test_loss", "steps")
+from fsp.training.hooks import Snapshots
+from fsp.training.train import SCHEDULES, TrainConfig, evaluate, fit, predict
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +52,11 @@ def same(a, b):
 
 def outcome(history):
     """All of a History but the wall time; repr, because nan is not equal to itself."""
-    return repr([getattr(history, name) for name in FIELDS])
+    return repr(dataclasses.replace(history, seconds=0))
+
+
+def hook(**methods):
+    return SimpleNamespace(**methods)
 
 
 # ---- training ----------------------------------------------------------------------------------------------------
@@ -144,32 +148,19 @@ def test_dropout_of_a_model_draws_from_the_global_state_which_therefore_decides_
     assert results[0] == results[1] != results[2]
 
 
-def test_every_step_sees_the_next_batch_of_the_seeded_order():
-    data, seen = task(), []
-    net = small()
-    net.register_forward_pre_hook(lambda net, inputs: seen.append(inputs[0].clone()) if net.training else None)
-    fit(net, data, TrainConfig(epochs=2, batch_size=32, seed=5))
-    generator = seeded(5)
-    expected = [data.normalise(x) for _ in range(2) for x, _ in batches(data.train, 32, generator=generator)]
-    assert [len(x) for x in seen] == [32, 32, 6] * 2
-    assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
-
-
 # ---- masks -------------------------------------------------------------------------------------------------------
 
 
 def test_pruned_weights_are_zero_at_every_step_and_free_afterwards():
-    net, seen = small(), []
+    net, seen, optimizers = small(), [], []
     masks = prune(net, "random", 0.4, generator=seeded())
-    caught = {}
 
-    def step(number, optimizer):
-        optimizer.step()
-        caught["optimizer"] = optimizer
+    def after_step(step, optimizer):
+        optimizers.append(optimizer)
         seen.append(all((net.get_parameter(name)[~mask] == 0).all() for name, mask in masks.items()))
 
     config = TrainConfig(epochs=4, batch_size=16, momentum=0.9, weight_decay=0.1)
-    fit(net, task(), config, masks=masks, take_step=step)
+    fit(net, task(), config, masks=masks, hooks=[hook(after_step=after_step)])
     assert seen == [True] * 20
     for name, mask in masks.items():
         weight = net.get_parameter(name)
@@ -177,11 +168,10 @@ def test_pruned_weights_are_zero_at_every_step_and_free_afterwards():
         assert (weight[mask] != 0).all()
 
     # the masks are released: a further step of the same optimiser moves pruned weights
-    optimizer = caught["optimizer"]
-    optimizer.param_groups[0]["lr"] = 0.1
+    optimizers[0].param_groups[0]["lr"] = 0.1
     for parameter in net.parameters():
         parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
+    optimizers[0].step()
     assert all((net.get_parameter(name)[~mask] != 0).all() for name, mask in masks.items())
 
 
@@ -197,12 +187,67 @@ def test_masks_given_are_not_changed_and_dense_masks_change_nothing():
     assert same(state(net), state(twin))
 
 
-def test_a_mask_that_fits_no_parameter_is_refused_before_training():
-    net = small()
-    before = state(net)
-    with pytest.raises(ValueError, match=r"mask 'elsewhere\.weight' belongs to no parameter"):
-        fit(net, task(), TrainConfig(epochs=1), masks={"elsewhere.weight": torch.ones(2, 2, dtype=torch.bool)})
-    assert same(state(net), before)
+# ---- hooks -------------------------------------------------------------------------------------------------------
+
+
+def test_hooks_are_called_at_their_moments_in_the_order_in_which_they_are_given():
+    net, calls = small(), []
+
+    def noting(name):
+        def at_step(step, optimizer):
+            calls.append((name, step, net[1].weight.grad is not None, net[1].weight.detach().clone()))
+
+        return at_step
+
+    def take_step(step, optimizer):
+        noting("take")(step, optimizer)
+        optimizer.step()
+
+    def epoch_end(epoch):
+        calls.append(("epoch", epoch, net.training, None))
+
+    one = hook(before_step=noting("before"), take_step=take_step, epoch_end=epoch_end)
+    other = hook(before_step=noting("also before"), after_step=noting("after"))
+    history = fit(net, task(), TrainConfig(epochs=2, batch_size=64), hooks=[one, other])
+    in_a_step = ["before", "also before", "take", "after"]
+    assert [call[:2] for call in calls] == [
+        *((name, step) for step in (1, 2) for name in in_a_step),
+        ("epoch", 1),
+        *((name, step) for step in (3, 4) for name in in_a_step),
+        ("epoch", 2),
+    ]
+    before, _, take, after = calls[:4]
+    assert before[2], "gradients are in place"
+    assert torch.equal(before[3], take[3])
+    assert not torch.equal(take[3], after[3])
+    assert not calls[8][2], "an epoch ends in eval mode"
+    plain = small()
+    assert outcome(fit(plain, task(), TrainConfig(epochs=2, batch_size=64))) == outcome(history)
+    assert same(state(plain), state(net)), "a hook that only looks changes nothing"
+
+
+@pytest.mark.parametrize(
+    ("hooks", "message"),
+    [
+        ([lambda step, optimizer: None], "has none of the methods before_step, take_step, after_step, epoch_end"),
+        ([hook(take_step=print), hook(take_step=print)], "more than one hook has `take_step`"),
+        ([hook(after_step=print, state_dict=dict)], "has only one of `state_dict` and `load_state_dict`"),
+        ([hook(after_step=print, load_state_dict=dict)], "has only one of `state_dict` and `load_state_dict`"),
+    ],
+)
+def test_hooks_that_would_do_nothing_or_contradict_each_other_are_refused(hooks, message):
+    with pytest.raises(ValueError, match=message):
+        fit(small(), task(), TrainConfig(epochs=1), hooks=hooks)
+
+
+def test_snapshots_are_copies_of_all_weights_and_statistics_after_their_steps():
+    net, states = small(0, nn.BatchNorm1d(8)), []
+    first = state(net)
+    kept = Snapshots(net, [0, 2, 5, 99])
+    watch = hook(after_step=lambda step, optimizer: states.append(state(net)))
+    fit(net, task(), TrainConfig(epochs=2, batch_size=16), hooks=[kept, watch])
+    assert list(kept.states) == [0, 2, 5], "a step that the training does not reach is missing"
+    assert all(same(kept.states[step], expected) for step, expected in [(0, first), (2, states[1]), (5, states[4])])
 
 
 # ---- schedules ---------------------------------------------------------------------------------------------------
@@ -212,14 +257,13 @@ def rates(config, *, size=100):
     """Learning rate and momentum with which each step of a training is made."""
     used = []
 
-    def step(number, optimizer):
+    def before_step(step, optimizer):
         group = optimizer.param_groups[0]
         used.append((group["lr"], group["momentum"]))
-        assert number == len(used)
-        optimizer.step()
+        assert step == len(used)
 
     data = task(size=size)
-    history = fit(small(), data, config, take_step=step)
+    history = fit(small(), data, config, hooks=[hook(before_step=before_step)])
     assert history.steps == len(used) == config.epochs * math.ceil(len(data.train.labels) / config.batch_size)
     return np.array(used).T
 
@@ -252,23 +296,11 @@ def test_multistep_schedule_drops_at_its_fractions_of_the_training(milestones, g
     np.testing.assert_allclose(lr, expected, rtol=1e-12)
 
 
-def test_constant_schedule_keeps_the_rate_to_the_last_bit():
-    lr, momentum = rates(TrainConfig(epochs=3, batch_size=16, lr=0.3, momentum=0.8, schedule="constant"))
+@pytest.mark.parametrize(("schedule", "epochs"), [("constant", 15), ("one_cycle", 1), ("one_cycle", 2)])
+def test_a_constant_rate_and_a_one_cycle_without_room_stay_the_same_to_the_last_bit(schedule, epochs):
+    lr, momentum = rates(TrainConfig(epochs=epochs, batch_size=1000, lr=0.3, momentum=0.8, schedule=schedule))
     assert set(lr) == {0.3}
     assert set(momentum) == {0.8}
-
-
-@pytest.mark.parametrize(("epochs", "warm_up"), [(20, 0.1), (10, 0.3), (4, 0.5)])
-def test_one_cycle_schedule_rises_to_the_peak_and_falls_to_nothing_with_momentum_against_it(epochs, warm_up):
-    lr, momentum = rates(TrainConfig(epochs=epochs, batch_size=16, lr=0.1, schedule="one_cycle", warm_up=warm_up))
-    peak = lr.argmax()
-    assert abs(peak - (warm_up * 5 * epochs - 1)) <= 1
-    assert (np.diff(lr)[:peak] > 0).all()
-    assert (np.diff(lr)[peak:] < 0).all()
-    assert lr[0] == pytest.approx(1e-3)
-    assert lr[peak] == pytest.approx(0.1, rel=1e-2)
-    assert lr[-1] < 0.03 * lr[peak]
-    np.testing.assert_allclose((momentum - 0.85) / 0.1, 1 - (lr - 1e-3) / (0.1 - 1e-3), atol=0.02)
 
 
 @pytest.mark.parametrize(("epochs", "warm_up"), [(20, 0.1), (10, 0.3), (4, 0.5)])
@@ -277,17 +309,6 @@ def test_one_cycle_schedule_is_that_of_prune_and_tune(epochs, warm_up):
     steps = 5 * epochs
     np.testing.assert_allclose(lr, one_cycle(steps, warm_up, 1e-3, 0.1, 1e-7), rtol=1e-9)
     np.testing.assert_allclose(momentum, one_cycle(steps, warm_up, 0.95, 0.85, 0.95), rtol=1e-9)
-
-
-def test_one_cycle_of_ten_epochs_on_cifar_has_the_published_values():
-    """3,910 steps (batch 128, 50,000 images): 1e-3 at the start, .1 at step 390, 1e-7 at the last one."""
-    lr, momentum = rates(TrainConfig(epochs=391, batch_size=16, lr=0.1, schedule="one_cycle"), size=212)
-    assert len(lr) == 3910
-    assert lr[0] == pytest.approx(1e-3)
-    assert lr[390] == pytest.approx(0.1)
-    assert lr.argmax() == momentum.argmin() == 390
-    assert lr[-1] == pytest.approx(1e-7)
-    assert (momentum[0], momentum[390], momentum[-1]) == pytest.approx((0.95, 0.85, 0.95))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -305,29 +326,23 @@ def test_one_cycle_has_its_start_its_peak_and_its_end_in_short_trainings_too(ste
     assert momentum[[0, 1, -1]] == pytest.approx([0.95, 0.85, 0.95])
 
 
-@pytest.mark.parametrize("steps", [1, 2])
-def test_one_cycle_without_room_for_a_cycle_is_constant(steps):
-    lr, momentum = rates(TrainConfig(epochs=steps, batch_size=1000, lr=0.1, momentum=0.8, schedule="one_cycle"))
-    assert set(lr) == {0.1}
-    assert set(momentum) == {0.8}
-
-
 # ---- starting at a later step ------------------------------------------------------------------------------------
 
 
 def watched(net, data, config, **options):
     """Number, learning rate, momentum and inputs of each step, the states after them, and the history."""
     made, states, inputs = [], [], []
-    hook = net.register_forward_pre_hook(lambda net, x: inputs.append(x[0].clone()) if net.training else None)
+    handle = net.register_forward_pre_hook(lambda net, x: inputs.append(x[0].clone()) if net.training else None)
 
-    def step(number, optimizer):
+    def before_step(step, optimizer):
         group = optimizer.param_groups[0]
-        made.append((number, group["lr"], group["momentum"], inputs[-1]))
-        optimizer.step()
+        made.append((step, group["lr"], group["momentum"], inputs[-1]))
+
+    def after_step(step, optimizer):
         states.append(state(net))
 
-    history = fit(net, data, config, take_step=step, **options)
-    hook.remove()
+    history = fit(net, data, config, hooks=[hook(before_step=before_step, after_step=after_step)], **options)
+    handle.remove()
     return made, states, history
 
 
@@ -378,6 +393,7 @@ def test_the_loss_of_a_partly_skipped_epoch_is_the_mean_over_the_rest():
     assert history.epochs[0]["train_loss"] == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.filterwarnings("error")
 def test_skipped_steps_move_nothing_although_gradients_are_left_from_before():
     net, data = small(0, nn.BatchNorm1d(8)), task()
     for parameter in net.parameters():
@@ -386,11 +402,6 @@ def test_skipped_steps_move_nothing_although_gradients_are_left_from_before():
     net.register_forward_pre_hook(lambda net, x: seen.append(state(net)) if not seen else None)
     fit(net, data, TrainConfig(epochs=2, batch_size=16), start_step=6)
     assert same(seen[0], before)
-
-
-@pytest.mark.filterwarnings("error")
-def test_skipping_steps_gives_no_warning():
-    fit(small(), task(), TrainConfig(epochs=2, batch_size=16), start_step=6)
 
 
 @pytest.mark.parametrize("start", [-1, 10, 1.0, "3", True, None])
@@ -448,6 +459,11 @@ def test_evaluate_equals_a_calculation_by_hand(batch_size):
     found = evaluate(net, data, "test", batch_size=batch_size)
     assert found["accuracy"] == 0.75
     assert found["loss"] == pytest.approx(sum(math.log1p(math.exp(-m)) for m in margins) / 4, rel=1e-6)
+    assert evaluate(net, data, data.test, batch_size=batch_size) == found
+    assert evaluate(net, data, Split(data.test.images, 1 - data.test.labels))["accuracy"] == 0.25
+    assert evaluate(net, dataclasses.replace(data, mean=(0.0, 3.0)), "test")["accuracy"] == 0.25, (
+        "images are normalised"
+    )
 
 
 def test_evaluate_uses_running_statistics_and_leaves_the_weights_alone_in_eval_mode():
@@ -463,17 +479,28 @@ def test_evaluate_uses_running_statistics_and_leaves_the_weights_alone_in_eval_m
     np.testing.assert_allclose([f["loss"] for f in found], found[0]["loss"], rtol=1e-5)
 
 
-def test_evaluate_reads_the_split_it_is_asked_for():
-    net, data = four_images()
-    wrong = dataclasses.replace(data, train=Split(data.test.images, 1 - data.test.labels))
-    assert evaluate(net, wrong, "train")["accuracy"] == 0.25
-    assert evaluate(net, wrong, "test")["accuracy"] == 0.75
+def test_predictions_are_the_softmax_of_the_logits_of_normalised_images_in_eval_mode():
+    net, data = small(0, nn.BatchNorm1d(8)), task()
+    fit(net, data, TrainConfig(epochs=1, batch_size=16))
+    net.train()
+    found = predict(net, data, "test", batch_size=7)
+    assert not net.training
+    with torch.no_grad():
+        logits = net(data.normalise(data.test.images))
+    assert (found.shape, found.dtype, found.requires_grad) == ((20, 3), torch.float32, False)
+    torch.testing.assert_close(found, logits.exp() / logits.exp().sum(1, keepdim=True))
+    torch.testing.assert_close(found.sum(1), torch.ones(20))
+    assert torch.equal(predict(net, data, data.test, batch_size=7), found)
+    assert torch.equal(predict(net, data, data.test.images, batch_size=7), found)
+    assert (found.argmax(1) == data.test.labels).float().mean() == pytest.approx(
+        evaluate(net, data, "test")["accuracy"]
+    )
 
 
-def test_an_empty_split_has_no_accuracy_and_no_loss():
-    found = evaluate(small(), task(validation=0), "validation")
-    assert found.keys() == {"accuracy", "loss"}
-    assert all(math.isnan(value) for value in found.values())
+def test_an_empty_split_has_no_accuracy_no_loss_and_no_predictions():
+    net, data = small(), task(validation=0)
+    assert repr(evaluate(net, data, "validation")) == "{'accuracy': nan, 'loss': nan}"
+    assert predict(net, data, "validation").shape == (0, 3)
 
 
 # ---- selection on validation, test read once ---------------------------------------------------------------------
@@ -520,20 +547,6 @@ def test_the_best_epoch_is_the_first_with_the_highest_validation_accuracy(monkey
     assert not net.training
 
 
-def test_real_accuracies_select_the_epoch_and_the_test_accuracy_is_that_of_its_weights():
-    data = task(noise=2.0, size=300, task=2)
-    config = TrainConfig(epochs=12, batch_size=8, lr=0.1, schedule="constant")
-    net = small()
-    history = fit(net, data, config)
-    accuracies = [entry["validation_accuracy"] for entry in history.epochs]
-    assert history.best_epoch == 1 + int(np.argmax(accuracies))
-    assert 1 < history.best_epoch < 12, "the example should have its best epoch in between"
-    assert history.test_accuracy == evaluate(net, data, "test")["accuracy"]
-    shorter = small()
-    fit(shorter, data, dataclasses.replace(config, epochs=history.best_epoch))
-    assert history.test_accuracy_best == evaluate(shorter, data, "test")["accuracy"] != history.test_accuracy
-
-
 def test_nothing_but_the_test_numbers_depends_on_the_test_split():
     data, config = task(), TrainConfig(epochs=4, batch_size=16)
     other = dataclasses.replace(data, test=Split(-data.test.images, data.test.labels.flip(0)))
@@ -572,19 +585,13 @@ def test_a_training_that_diverges_stops_and_its_record_says_so(monkeypatch):
 
 
 def breaks_at(net, when):
-    """Steps that end in broken weights."""
-
-    def step(number, optimizer):
-        optimizer.step()
-        if number == when:
-            net[1].weight.data.fill_(math.nan)
-
-    return step
+    """A hook after whose step the weights are broken."""
+    return hook(after_step=lambda step, optimizer: net[1].weight.data.fill_(math.nan) if step == when else None)
 
 
 def test_after_divergence_the_best_epoch_before_it_is_still_reported():
     net, twin, config = small(), small(), TrainConfig(epochs=6, batch_size=16, schedule="constant", lr=0.05)
-    history = fit(net, task(), config, take_step=breaks_at(net, 12))  # in the third epoch
+    history = fit(net, task(), config, hooks=[breaks_at(net, 12)])  # in the third epoch
     whole = fit(twin, task(), dataclasses.replace(config, epochs=2))
     assert history.status == "diverged"
     assert [math.isfinite(entry["train_loss"]) for entry in history.epochs] == [True, True, False]
@@ -596,7 +603,7 @@ def test_after_divergence_the_best_epoch_before_it_is_still_reported():
 def test_weights_that_break_in_the_very_last_step_count_as_diverged(validation):
     net, data = small(), task(validation=validation)
     last = 2 * math.ceil(len(data.train.labels) / 16)
-    history = fit(net, data, TrainConfig(epochs=2, batch_size=16), take_step=breaks_at(net, last))
+    history = fit(net, data, TrainConfig(epochs=2, batch_size=16), hooks=[breaks_at(net, last)])
     assert history.status == "diverged"
     assert math.isnan(history.test_accuracy)
 
@@ -663,17 +670,19 @@ def test_on_cuda_bfloat16_and_channels_last_are_used_when_asked_and_learn_as_wel
 # ---- bad settings ------------------------------------------------------------------------------------------------
 
 REFUSED = {
-    "epochs": [0, -1, 2.0, "3"],
+    "epochs": [0, -1, 2.0, "3", True],
     "batch_size": [0, 16.0, None],
-    "lr": [0, -0.1, math.nan, math.inf],
+    "lr": [0, -0.1, math.nan, math.inf, "0.1"],
     "momentum": [-0.1, 1, math.nan],
     "weight_decay": [-1e-4, math.inf, math.nan],
     "schedule": ["cosin", "", None],
-    "milestones": [(0.5, 1.0), (0,), (math.nan,)],
+    "milestones": [(0.5, 1.0), (0,), (math.nan,), 0.5],
     "gamma": [0, 1.5, -0.1],
-    "warm_up": [0, 1, math.nan],
+    "warm_up": [0, 1, math.nan, None],
     "label_smoothing": [-0.1, 1],
-    "seed": [-1, 0.5],
+    "seed": [-1, 0.5, True],
+    "augmented": ["yes"],
+    "nesterov": [1],
 }
 
 
@@ -684,26 +693,8 @@ def test_a_setting_out_of_range_is_refused_by_name(name, value):
     assert repr(value) in str(error.value)
 
 
-def test_an_unknown_schedule_gets_the_list_of_schedules():
-    with pytest.raises(ValueError, match="cosine, multistep, one_cycle, constant"):
-        TrainConfig(schedule="step")
-
-
-@pytest.mark.parametrize(
-    ("name", "value"), [("lr", "0.1"), ("milestones", 0.5), ("warm_up", None), ("epochs", True), ("seed", True)]
-)
-def test_a_setting_of_the_wrong_type_is_refused_by_name(name, value):
-    with pytest.raises((TypeError, ValueError), match=rf"TrainConfig: {name} = "):
-        TrainConfig(**{name: value})
-
-
 def test_training_without_momentum_needs_one_setting_only():
     nets = small(), small()
     for net, nesterov in zip(nets, (True, False), strict=True):
         fit(net, task(), TrainConfig(epochs=2, momentum=0, nesterov=nesterov))
     assert same(state(nets[0]), state(nets[1]))
-
-
-def test_settings_cannot_be_changed_afterwards():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        TrainConfig().lr = 1.0
