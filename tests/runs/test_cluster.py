@@ -27,7 +27,7 @@ from fsp import models, runs
 from fsp.data import load as load_data
 from fsp.runs import cluster, key, load, read_record, sweep, sweeping, tables
 from fsp.runs.housekeeping import orphans
-from fsp.runs.locks import claim
+from fsp.runs.locks import lock
 from fsp.runs.records import record_paths
 from fsp.training.train import TrainConfig, fit
 
@@ -222,7 +222,7 @@ def test_a_worker_that_is_stuck_past_its_time_is_ended_and_the_run_has_timed_out
 
 def test_a_run_claimed_elsewhere_is_waited_for_and_not_done_twice(tmp_path, client):
     with ThreadPoolExecutor() as pool:
-        with claim(tmp_path / f"{key(XS[0])}.json"):
+        with lock(tmp_path / f"{key(XS[0])}.json"):
             sweeping = pool.submit(sweep, square, XS, store=tmp_path, scheduler=client)
             until(lambda: len(record_paths(tmp_path)) == 2)
             assert sorted(load(tmp_path)["x"]) == [2, 3]

@@ -22,9 +22,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fsp import paths, runs
-from fsp.runs import attempt, key, load, locks, read_record, records, sweep, tables, unfinished
+from fsp.runs import attempt, key, load, locks, read_record, scratching, sweep, tables
 from fsp.runs import provenance as provenance_module
-from fsp.runs.locks import claim, is_claimed, owner
+from fsp.runs.locks import lock, locked_by
 from fsp.runs.provenance import provenance
 
 # Children of a server that has imported torch already start in a few milliseconds.
@@ -92,11 +92,8 @@ def test_key_tells_seeds_apart(config, one, other):
     ("one", "other"),
     [
         ({"a": 1}, {"a": True}),
-        ({"a": 0}, {"a": None}),
         ({"a": 1}, {"a": "1"}),
-        ({"a": 1}, {"b": 1}),
         ({"a": 0.1 + 0.2}, {"a": 0.3}),
-        ({"a": [1, 2]}, {"a": [2, 1]}),
         ({"a": [[1], 2]}, {"a": [1, [2]]}),
         ({"a": 2**53 + 1}, {"a": float(2**53)}),
         ({"a": {"device": 1}}, {"a": {"device": 2}}),
@@ -115,13 +112,10 @@ def test_key_is_the_hash_of_the_canonical_json_and_so_the_same_for_ever():
 @pytest.mark.parametrize(
     ("config", "error", "named"),
     [
-        ({"lr": math.nan}, ValueError, "'lr' is nan"),
         ({"lr": [0.1, math.inf]}, ValueError, r"'lr\[1\]' is inf"),
         ({"net": {"depth": {3}}}, TypeError, "'net.depth' is .3. of type set"),
         ({"net": {3: "depth"}}, TypeError, "'net' holds a name 3"),
-        ({"mask": torch.ones(1)}, TypeError, "'mask' .* Tensor"),
         ({3: "x"}, TypeError, "entry 3: expected a name of type str"),
-        ([("x", 1)], TypeError, "expected a dict"),
     ],
 )
 def test_key_refuses_what_json_cannot_hold_and_names_it(config, error, named):
@@ -130,12 +124,12 @@ def test_key_refuses_what_json_cannot_hold_and_names_it(config, error, named):
 
 
 def test_a_table_has_the_config_the_metrics_the_status_and_the_key(tmp_path):
-    config = {"name": "a", "widths": (8, 4), "options": {"k": 1}, "device": torch.device("cpu"), "none": None}
+    config = {"name": "a\n", "widths": (8, 4), "options": {"k": 1}, "device": torch.device("cpu"), "none": None}
     frame = sweep(lambda c: [{"step": i, "ok": i > 0} for i in range(2)], [config], store=tmp_path)
     assert list(frame) == ["name", "widths", "options", "none", "step", "ok", "status", "key"]
     assert frame.drop(columns="none").values.tolist() == [
-        ["a", "[8,4]", '{"k":1}', 0, False, "finished", key(config)],
-        ["a", "[8,4]", '{"k":1}', 1, True, "finished", key(config)],
+        ['"a\\n"', "[8,4]", '{"k":1}', 0, False, "finished", key(config)],
+        ['"a\\n"', "[8,4]", '{"k":1}', 1, True, "finished", key(config)],
     ]
     assert frame["none"].isna().all()
     assert [frame[name].dtype.kind for name in ("none", "step", "ok")] == ["f", "i", "b"]
@@ -207,25 +201,29 @@ def test_recompute_does_all_again_and_leaves_old_records_until_then(tmp_path):
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
 def test_an_interrupt_passes_through_and_loses_nothing(tmp_path, stop):
-    def stopped(config):
-        if config["x"] == 3:
+    def stopped(limit, config):  # a partial has no name to show with the progress
+        if config["x"] == limit:
             raise stop
         return square(config)
 
     with pytest.raises(stop):
-        sweep(stopped, XS, store=tmp_path)
+        sweep(functools.partial(stopped, 3), XS, store=tmp_path)
     assert load(tmp_path)["x"].tolist() == [1, 2]
 
 
-def test_a_failed_run_is_recorded_and_tried_again(tmp_path):
+def sweep_with_a_failure(function, **options):
     with pytest.warns(UserWarning, match="1 of 3 runs failed, the first with ArithmeticError: two is too many"):
-        frame = sweep(fails_at_2, XS, store=tmp_path)
+        return sweep(function, XS, **options)
+
+
+def test_a_failed_run_is_tried_again_unless_told_otherwise(tmp_path):
+    frame = sweep_with_a_failure(fails_at_2, store=tmp_path)
     assert frame["status"].tolist() == ["finished", "failed", "finished"]
     assert frame["square"].isna().tolist() == [False, True, False]
     assert frame.attrs == {"computed": 2, "reused": 0, "failed": 1, "other_code": 0}
-    record = read_record(tmp_path / f"{key({'x': 2})}.json")
-    assert (record["status"], record["rows"]) == ("failed", [])
-    assert "in fails_at_2" in record["error"]
+    left = sweep_with_a_failure(never, store=tmp_path, retry_failed=False)
+    assert left.equals(load(tmp_path))
+    assert left.attrs == {"computed": 0, "reused": 2, "failed": 1, "other_code": 0}
     again = sweep(square, XS, store=tmp_path)
     assert again.attrs == {"computed": 1, "reused": 2, "failed": 0, "other_code": 0}
     assert again.equals(sweep(square, XS, store=tmp_path / "undisturbed"))
@@ -233,42 +231,37 @@ def test_a_failed_run_is_recorded_and_tried_again(tmp_path):
 
 def test_a_failure_never_replaces_a_result(tmp_path):
     sweep(square, XS, store=tmp_path)
-    with pytest.warns(UserWarning, match="1 of 3 runs failed"):
-        frame = sweep(fails_at_2, XS, store=tmp_path, recompute=True)
+    frame = sweep_with_a_failure(fails_at_2, store=tmp_path, recompute=True)
     assert frame["status"].tolist() == ["finished", "failed", "finished"]
     assert sweep(never, XS, store=tmp_path)["square"].tolist() == [1, 4, 9]
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda path: path.write_bytes(path.read_bytes()[:-20]),
-        lambda path: path.write_bytes(b""),
-        lambda path: path.write_bytes(b"\xff\x00" * 40),
-        lambda path: path.write_text("[]"),
-        lambda path: path.write_text(path.read_text().replace('"schema": 2', '"schema": 3')),
-        lambda path: path.write_text(path.read_text().replace('"x": 2', '"x": 4')),
-        lambda path: path.write_text(path.read_text().replace('"wall_s"', '"wall"')),
-        lambda path: path.write_text(path.read_text().replace('"square": 4', '"square": [4]')),
-        lambda path: path.write_text(path.read_text().replace('"finished"', '"done"')),
-        lambda path: path.write_text(path.read_text().replace('"kind": null', '"kind": "timeout"')),
-    ],
-    ids=["truncated", "empty", "binary", "list", "schema", "config", "field", "metric", "status", "kind"],
-)
-def test_a_damaged_record_is_set_aside_and_computed_again(tmp_path, damage):
+DAMAGES = [  # in the text of a record
+    ('"schema": 2', '"schema": 3'),
+    ('"schema": 2', '"schema": 1'),  # which had no "kind"
+    ('"x": 2', '"x": 4'),
+    ('"wall_s"', '"wall"'),
+    ('"square": 4', '"square": [4]'),
+    ('"finished"', '"done"'),
+    ('"kind": null', '"kind": "timeout"'),
+    ('"rows": [', '"rows": '),
+]
+
+
+@pytest.mark.parametrize(("old", "new"), DAMAGES)
+def test_a_damaged_record_is_set_aside_and_computed_again(tmp_path, old, new):
     whole = sweep(square, XS, store=tmp_path)
     path = tmp_path / f"{key({'x': 2})}.json"
-    before = path.read_bytes()
-    damage(path)
-    damaged = path.read_bytes()
-    assert damaged != before
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
     with pytest.raises(ValueError, match="not a whole run record"):
         load(tmp_path)
     with pytest.warns(UserWarning, match="set aside"):
         frame = sweep(square, XS, store=tmp_path)
     assert frame.attrs["computed"] == 1
     assert frame.equals(whole)
-    assert path.with_name(path.name + ".corrupt").read_bytes() == damaged
+    assert path.with_name(path.name + ".corrupt").read_text() == text.replace(old, new)
     assert len(load(tmp_path)) == 3
 
 
@@ -299,8 +292,7 @@ def test_a_committed_table_stands_in_for_records(tmp_path):
 
 def test_a_record_goes_before_a_row_of_the_table_and_a_failed_row_counts_for_nothing(tmp_path):
     table = tmp_path / "a.csv"
-    with pytest.warns(UserWarning, match="1 of 3"):
-        tables.update(sweep(fails_at_2, XS, store=tmp_path / "one"), table)
+    tables.update(sweep_with_a_failure(fails_at_2, store=tmp_path / "one"), table)
     sweep(lambda c: {"square": 100}, XS[:1], store=tmp_path / "two")
     frame = sweep(lambda c: {"square": 200}, XS, store=tmp_path / "two", table=table)
     assert frame["square"].tolist() == [100, 200, 9]
@@ -377,12 +369,6 @@ def test_update_table_replaces_its_own_rows_and_keeps_the_others_as_they_were(tm
         tables.update(frame.drop(columns="key"), path)
 
 
-def test_unprintable_text_in_a_config_is_kept_apart_in_the_table(tmp_path):
-    configs = [{"label": "a\rb"}, {"label": "a\nb"}, {"label": "ab"}]
-    frame = sweep(lambda c: {"n": len(c["label"])}, configs, store=tmp_path)
-    assert frame["label"].tolist() == [r'"a\rb"', r'"a\nb"', "ab"]
-
-
 def test_the_progress_bar_counts_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FSP_PROGRESS", "1")
     sweep(square, XS[:1], store=tmp_path)
@@ -394,13 +380,6 @@ def test_the_progress_bar_counts_runs(tmp_path, monkeypatch, capsys):
     assert re.search(r"fails_at_2: 100%.* 3/3 .*run.*finished=2, running=0, failed=1", captured.err)
 
 
-def test_load_gives_all_records_and_nothing_else(tmp_path):
-    frame = sweep(square, XS, store=tmp_path)
-    (tmp_path / ".half-written.json").write_text("{")
-    (tmp_path / "notes.json").write_text("{")
-    assert load(tmp_path).equals(frame)
-
-
 @pytest.mark.parametrize(
     ("function", "configs", "options", "error", "named"),
     [
@@ -408,22 +387,17 @@ def test_load_gives_all_records_and_nothing_else(tmp_path):
         (never, [], {}, ValueError, "configs is empty"),
         (never, {"x": 1}, {}, TypeError, "configs is a dict: expected a list"),
         (never, [{"x": 1}, 3], {}, TypeError, r"configs\[1\]: config is 3"),
-        (never, [{"x": 1}, {"x": {2}}], {}, TypeError, r"configs\[1\]: config entry 'x' is .2. of type set"),
         (never, [{"x": 1}, {"x": math.nan}], {}, ValueError, r"configs\[1\]: config entry 'x' is nan"),
         (never, [{"x": 1}, {"y": 1}, {"x": 1.0, "device": "cuda"}], {}, ValueError, r"\[2\] is the same .*0\].*: 1.0,"),
         (never, [{"x": 1, "status": 1}], {}, ValueError, r"configs\[0\] has an entry 'status'"),
-        (never, [{"key": 1}], {}, ValueError, r"configs\[0\] has an entry 'key'"),
-        (never, XS, {"scheduler": "here"}, ValueError, 'scheduler is .here.: expected None .*"local" or the address'),
-        (never, XS, {"scheduler": "10.0.0.1:8786"}, ValueError, "scheduler is '10.0.0.1:8786': expected None"),
+        (never, XS, {"scheduler": "10.0.0.1:8786"}, ValueError, "scheduler is '10.0.0.1:8786': expected None .*or the"),
         (never, XS, {"scheduler": 4}, ValueError, "scheduler is 4: expected None"),
-        (never, XS, {"workers": 2}, ValueError, 'workers and per_gpu belong to scheduler="local"'),
-        (never, XS, {"scheduler": "tcp://a:1", "per_gpu": 2}, ValueError, "workers and per_gpu belong"),
+        (never, XS, {"scheduler": "tcp://a:1", "per_gpu": 2}, ValueError, "workers and per_gpu belong to scheduler="),
         (never, XS, {"scheduler": "local", "workers": 0}, ValueError, "workers is 0: expected a whole number of at"),
-        (never, XS, {"scheduler": "local", "workers": True}, ValueError, "workers is True: expected"),
-        (never, XS, {"scheduler": "local", "per_gpu": 0}, ValueError, "per_gpu is 0: expected"),
+        (never, XS, {"scheduler": "local", "per_gpu": True}, ValueError, "per_gpu is True: expected"),
+        (never, XS, {"retries": -1}, ValueError, "retries is -1: expected a whole number of at least 0"),
         (never, XS, {"timeout": 0}, ValueError, "timeout is 0: expected seconds above 0"),
         (never, XS, {"timeout": math.inf}, ValueError, "timeout is inf: expected"),
-        (never, XS, {"retries": -1}, ValueError, "retries is -1: expected"),
     ],
 )  # fmt: skip
 def test_bad_input_is_named_before_any_run(tmp_path, function, configs, options, error, named):
@@ -441,25 +415,18 @@ def test_a_file_that_is_no_table_of_runs_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("result", "error", "named"),
     [
-        (3, TypeError, "returned 3: expected a dict"),
-        ([], TypeError, r"returned \[\]: expected a dict or a list of at least one dict"),
-        ([{"y": 1}, 3], TypeError, "expected a dict or a list"),
+        ([{"y": 1}, 3], TypeError, r"{'y': 1}, 3\]: expected a dict or a list of at least one dict"),
         ({"y": torch.ones(())}, TypeError, "'y': tensor.* a Tensor"),
-        ({"y": [1]}, TypeError, r"'y': \[1\], a list"),
-        ({3: 1}, TypeError, "returned 3: 1"),
-        ({"y": math.inf}, ValueError, "'y': inf: expected a finite number, or nan"),
-        ({"y": -math.inf}, ValueError, "'y': -inf"),
-        ({"x": 1}, ValueError, "'x': 1, but a config entry .* has that name"),
-        ({"other": 1}, ValueError, "'other': 1, but a config entry"),
+        ({3: 1}, TypeError, "3: 1"),
+        ({"y": -math.inf}, ValueError, "'y': -inf: expected a finite number, or nan"),
+        ({"other": 1}, ValueError, "'other': 1, but a config entry .* has that name"),
         ({"key": 1}, ValueError, "'key': 1, but a config entry or a column"),
-        ({"y": ""}, ValueError, "expected printable text"),
         ({"y": "1e3"}, ValueError, "does not turn into a number"),
-        ({"y": "True"}, ValueError, "does not turn into a number"),
         ({"y": "a\nb"}, ValueError, "expected printable text"),
     ],
 )
 def test_a_result_that_no_table_can_hold_stops_the_sweep_and_leaves_no_record(tmp_path, result, error, named):
-    with pytest.raises(error, match=rf"run {{'x': 1}} {'' if named.startswith('returned') else '.*'}{named}"):
+    with pytest.raises(error, match=rf"run {{'x': 1}} returned .*{named}"):
         sweep(lambda c: result, [{"x": 1}, {"x": 2, "other": 3}], store=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -490,31 +457,19 @@ def test_a_full_store_stops_before_any_run(tmp_path, recompute):
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_a_callable_without_a_name_can_be_swept(tmp_path):
-    def scaled(factor, config):
-        return {"y": factor * config["x"]}
-
-    assert sweep(functools.partial(scaled, 3), XS, store=tmp_path)["y"].tolist() == [3, 6, 9]
-
-
 def test_the_code_of_provenance_follows_names_and_bytes_of_the_sources(tmp_path, monkeypatch):
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "a.py").write_text("1")
     monkeypatch.setattr(provenance_module, "PACKAGE", tmp_path)
-    hashes = []
-    for name, text in [("b.py", ""), ("b.py", "2"), ("c.py", ""), ("notes.txt", "3")]:
+    codes = []
+    for name, text in [("a.py", ""), ("a.py", "2"), ("b.py", ""), ("notes.txt", "3")]:
         (tmp_path / name).write_text(text)
-        hashes.append(provenance_module._fixed_provenance.__wrapped__()["code"])
-    assert len(set(hashes)) == 3
-    assert hashes[2] == hashes[3]
-    (tmp_path / "c.py").rename(tmp_path / "d.py")
-    assert provenance_module._fixed_provenance.__wrapped__()["code"] not in hashes
+        codes.append(provenance_module._fixed_provenance.__wrapped__()["code"])
+    assert len(set(codes)) == 3
+    assert codes[2] == codes[3]
 
 
 def test_provenance_is_plain_and_names_versions_but_no_host():
     made = provenance()
     assert (made["torch"], made["pandas"]) == (torch.__version__, pd.__version__)
-    assert made["threads"] == torch.get_num_threads()
     assert made["cpu"]
     assert os.uname().nodename not in made.values()
     assert json.loads(json.dumps(made)) == made
@@ -653,11 +608,11 @@ def test_a_run_in_which_another_process_failed_meanwhile_is_not_tried_again(tmp_
     assert frame["status"].tolist() == ["finished", "failed"]
 
 
-# ---- claims ------------------------------------------------------------------------------------------------------
+# ---- locks -------------------------------------------------------------------------------------------------------
 
 
 def holder(path, connection):
-    with claim(path) as mine:
+    with lock(path) as mine:
         connection.send(mine)
         connection.recv()
 
@@ -672,7 +627,7 @@ def until(happened):
 
 @contextmanager
 def held_elsewhere(path):
-    """A process that holds a claim until the with block says "release" or kills it."""
+    """A process that has the lock on a run until the with block says "release" or kills it."""
     ours, theirs = CHILDREN.Pipe()
     process = CHILDREN.Process(target=holder, args=(path, theirs), daemon=True)
     process.start()
@@ -689,58 +644,51 @@ def held_elsewhere(path):
         process.join(60)
 
 
-def test_a_claim_is_granted_once_and_again_when_it_is_given_back(tmp_path):
+def test_a_lock_is_granted_once_and_again_when_it_is_given_back(tmp_path):
     path = tmp_path / "store" / "run.json"
-    with claim(path) as mine:
+    with suppress(KeyboardInterrupt), lock(path) as mine:
         assert mine
-        assert is_claimed(path)
-        assert f"process {os.getpid()}" in owner(path)
-        with claim(path) as other:
+        assert f"process {os.getpid()}" in locked_by(path)
+        with lock(path) as other, lock(tmp_path / "store" / "other.json") as free:
             assert not other
-        with claim(tmp_path / "store" / "other.json") as free:
             assert free
-        assert is_claimed(path)
-    assert not is_claimed(path)
+        assert locked_by(path) is not None
+        raise KeyboardInterrupt
+    assert locked_by(path) is None
     assert list(path.parent.iterdir()) == []
-    with claim(path) as mine:
+    with lock(path) as mine:
         assert mine
 
 
-def test_a_claim_is_given_back_by_an_exception(tmp_path):
-    with pytest.raises(KeyboardInterrupt), claim(tmp_path / "run.json"):
-        raise KeyboardInterrupt
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_claim_of_a_killed_process_is_void_at_once(tmp_path):
+def test_the_lock_of_a_killed_process_is_free_at_once(tmp_path):
     path = tmp_path / f"{key(XS[0])}.json"
     with held_elsewhere(path) as (process, _):
-        assert is_claimed(path)
+        assert locked_by(path) is not None
         process.kill()
         process.join(60)
     assert path.with_suffix(".lock").exists()
-    assert not is_claimed(path)
+    assert locked_by(path) is None
     assert sweep(square, XS, store=tmp_path).attrs["computed"] == 3
     assert list(tmp_path.glob("*.lock")) == []
 
 
-def test_a_claim_on_a_lock_file_that_its_owner_has_just_removed_is_no_claim(tmp_path, monkeypatch):
+def test_a_lock_on_a_file_that_its_owner_has_just_deleted_does_not_count(tmp_path, monkeypatch):
     path, flock, calls = tmp_path / "run.json", locks.fcntl.flock, []
 
-    def late(file, how):  # between our open and our lock the owner removes the file
+    def late(file, how):  # between our open and our lock the owner deletes the file
         if not calls:
             path.with_suffix(".lock").unlink()
         calls.append(how)
         return flock(file, how)
 
     monkeypatch.setattr(locks.fcntl, "flock", late)
-    with claim(path) as mine:
+    with lock(path) as mine:
         assert mine
         assert len(calls) == 2
         assert path.with_suffix(".lock").exists()
 
 
-def test_a_run_that_another_process_has_claimed_is_left_to_it_and_the_others_are_done_meanwhile(tmp_path):
+def test_a_run_that_another_process_has_locked_is_left_to_it_and_the_others_are_done_meanwhile(tmp_path):
     path = tmp_path / f"{key(XS[0])}.json"
     with held_elsewhere(path) as (_, release), ThreadPoolExecutor() as pool:
         sweeping = pool.submit(sweep, square, XS, store=tmp_path)
@@ -801,20 +749,6 @@ def test_a_failure_is_recorded_by_its_kind_and_the_sweep_goes_on(tmp_path, fail,
     assert "in run" in record["error"]
 
 
-@pytest.mark.parametrize("retry", [True, False])
-def test_failed_runs_are_tried_again_unless_told_otherwise(tmp_path, retry):
-    with pytest.warns(UserWarning, match="1 of 3 runs failed"):
-        sweep(fails_at_2, XS, store=tmp_path)
-    if retry:
-        frame = sweep(square, XS, store=tmp_path, retry_failed=True)
-    else:
-        with pytest.warns(UserWarning, match="1 of 3 runs failed, the first with ArithmeticError: two is too many"):
-            frame = sweep(never, XS, store=tmp_path, retry_failed=False)
-        assert frame.equals(load(tmp_path))
-    assert frame["status"].tolist() == ["finished", "finished" if retry else "failed", "finished"]
-    assert frame.attrs == {"computed": int(retry), "reused": 2, "failed": int(not retry), "other_code": 0}
-
-
 def test_a_gpu_error_that_spoils_the_process_ends_it_after_the_record_is_written(tmp_path):
     def spoil(config):
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
@@ -825,13 +759,12 @@ def test_a_gpu_error_that_spoils_the_process_ends_it_after_the_record_is_written
     def die():
         raise Ended
 
-    name = key(XS[0])
+    path = tmp_path / f"{key(XS[0])}.json"
+    task = attempt.Task(XS[0], path, {"x"}, recompute=False, timeout=None, failed_before=None)
     with pytest.raises(Ended):
-        attempt.attempt(spoil, XS[0], name, tmp_path, {"x"}, False, None, None, die=die)
-    record = read_record(tmp_path / f"{name}.json")
-    assert (record["status"], record["kind"]) == ("failed", "exception")
-    again = attempt.attempt(spoil, XS[0], name, tmp_path, {"x"}, False, None, None, die=die)
-    assert (again.word, again.kind) == ("failed", "exception")
+        attempt.attempt(spoil, task, die=die)
+    assert read_record(path)["kind"] == "exception"
+    assert attempt.attempt(spoil, task, die=die) == ("failed", read_record(path))  # a failure of this very sweep
 
 
 def test_a_disk_that_fills_up_in_the_middle_stops_with_a_clear_message_and_loses_no_record(tmp_path):
@@ -850,17 +783,12 @@ def test_a_disk_that_fills_up_in_the_middle_stops_with_a_clear_message_and_loses
     assert sweep(run, XS, store=tmp_path).attrs["computed"] == 2
 
 
-def as_schema_1(path):
-    raw = json.loads(path.read_text())
-    del raw["kind"]
-    path.write_text(json.dumps({**raw, "schema": 1}, indent=1))
-
-
 def test_records_of_schema_1_are_read_reused_and_retried_as_ever(tmp_path):
-    with pytest.warns(UserWarning, match="1 of 3 runs failed"):
-        before = sweep(fails_at_2, XS, store=tmp_path)
+    before = sweep_with_a_failure(fails_at_2, store=tmp_path)
     for path in tmp_path.iterdir():
-        as_schema_1(path)
+        raw = json.loads(path.read_text())
+        del raw["kind"]
+        path.write_text(json.dumps({**raw, "schema": 1}, indent=1))
     assert load(tmp_path).equals(before)
     assert [read_record(tmp_path / f"{key(c)}.json")["kind"] for c in XS] == [None, "exception", None]
     frame = sweep(square, XS, store=tmp_path)
@@ -869,27 +797,21 @@ def test_records_of_schema_1_are_read_reused_and_retried_as_ever(tmp_path):
     assert list(tmp_path.glob("*.corrupt")) == []
 
 
-def test_a_record_of_schema_1_with_a_field_of_schema_2_is_damaged(tmp_path):
-    sweep(square, XS[:1], store=tmp_path)
-    (path,) = tmp_path.iterdir()
-    path.write_text(path.read_text().replace('"schema": 2', '"schema": 1'))
-    with pytest.raises(ValueError, match="entries are not those of its schema"):
-        read_record(path)
-
-
-def test_load_reads_the_repository_s_own_store_unless_told_another(tmp_path, monkeypatch):
+def test_load_gives_all_records_of_the_repository_s_own_store_or_another_and_nothing_else(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "DATA", tmp_path)
-    monkeypatch.setattr(records, "outputs", paths.outputs)
     assert load().empty
     frame = sweep(square, XS, store=tmp_path / "runs")
+    (tmp_path / "runs" / "notes.json").write_text("{")
     assert load().equals(frame)
+    assert load(tmp_path / "runs").equals(frame)
 
 
 def test_a_sweep_in_this_process_does_not_import_dask(tmp_path):
     code = (
         "import sys, tempfile\n"
-        "from fsp import parameters, runs\n"
-        "parameters.check(scheduler='tcp://10.0.0.1:8786')\n"
+        "from fsp import runs\n"
+        "from fsp.runs.cluster import is_scheduler\n"
+        "is_scheduler('tcp://10.0.0.1:8786')\n"
         "runs.sweep(lambda c: {'y': c['x']}, [{'x': 1}], store=tempfile.mkdtemp(), timeout=60)\n"
         "print(sorted({m.split('.')[0] for m in sys.modules} & {'dask', 'distributed'}))\n"
     )
@@ -897,15 +819,12 @@ def test_a_sweep_in_this_process_does_not_import_dask(tmp_path):
     assert done.stdout == "[]\n"
 
 
-# ---- scratch --------------------------------------------------------------------------------------------------------
+# ---- scratch -----------------------------------------------------------------------------------------------------
 
 
-def test_a_run_finds_what_it_kept_before_it_failed_and_loses_it_when_finished(tmp_path):
-    seen = []
-
+def test_a_run_finds_its_scratch_after_a_failure_and_loses_it_when_finished(tmp_path):
     def counting(config):
         path = runs.scratch("count")
-        seen.append(path)
         path.parent.mkdir(exist_ok=True)
         count = int(path.read_text()) + 1 if path.exists() else 1
         path.write_text(str(count))
@@ -916,13 +835,12 @@ def test_a_run_finds_what_it_kept_before_it_failed_and_loses_it_when_finished(tm
     for _ in range(2):
         with pytest.warns(UserWarning, match="1 of 1 runs failed"):
             sweep(counting, XS[:1], store=tmp_path)
-        assert seen[-1].exists()
     assert sweep(counting, XS[:1], store=tmp_path)["count"].tolist() == [3]
-    assert len(set(seen)) == 1
     assert [path.name for path in tmp_path.iterdir()] == [f"{key(XS[0])}.json"]
+    assert runs.scratch("count") is None  # outside a sweep
 
 
-def test_two_runs_two_versions_and_a_recomputation_share_nothing_in_scratch(tmp_path, monkeypatch):
+def test_two_runs_two_versions_and_a_recomputation_share_no_scratch(tmp_path, monkeypatch):
     def keeping(config):
         path = runs.scratch("kept")
         there = path.exists()
@@ -932,55 +850,39 @@ def test_two_runs_two_versions_and_a_recomputation_share_nothing_in_scratch(tmp_
             raise RuntimeError("stop")
         return {"there": there}
 
-    configs = XS[:2]
     with pytest.warns(UserWarning, match="1 of 2 runs failed"):
-        frame = sweep(keeping, configs, store=tmp_path)
+        frame = sweep(keeping, XS[:2], store=tmp_path)
     assert frame["there"].tolist()[1] == False  # noqa: E712, a column with a missing value holds floats
 
     def looking(config):
         return {"there": runs.scratch("kept").exists()}
 
-    monkeypatch.setattr(unfinished, "provenance", lambda: {"code": "another version"})
-    assert sweep(looking, XS[:1], store=tmp_path)["there"].tolist() == [False]
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(scratching, "provenance", lambda: {"code": "another version"})
+        assert sweep(looking, XS[:1], store=tmp_path)["there"].tolist() == [False]
     assert list(tmp_path.glob("*.scratch-*"))
     assert sweep(looking, XS[:1], store=tmp_path, recompute=True)["there"].tolist() == [False]
 
 
-def test_a_run_that_cannot_go_on_from_what_it_kept_begins_anew(tmp_path):
+def test_a_run_starts_again_without_its_scratch_if_that_does_not_fit_and_only_if_there_is_some(tmp_path):
     seen = []
 
     def refusing(config):
         path = runs.scratch("kept")
         seen.append(path.exists())
+        path.parent.mkdir(exist_ok=True)  # an empty folder is no scratch: a training makes it before it has begun
         if path.exists():
             raise ValueError("this is the checkpoint of another training")
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("")
-        if len(seen) == 1:
+        if len(seen) < 3:
+            if len(seen) == 2:
+                path.write_text("")
             raise ValueError("at first")
         return {"done": True}
 
-    with pytest.warns(UserWarning, match="1 of 1 runs failed, the first with ValueError: at first"):
-        sweep(refusing, XS[:1], store=tmp_path)
-    with pytest.warns(UserWarning, match="cannot go on from what it kept, and begins anew: this is the checkpoint of"):
+    for calls in (1, 2):
+        with pytest.warns(UserWarning, match="1 of 1 runs failed, the first with ValueError: at first"):
+            sweep(refusing, XS[:1], store=tmp_path)
+        assert len(seen) == calls
+    with pytest.warns(UserWarning, match="cannot go on from its scratch, and starts again without: this is the checkp"):
         assert sweep(refusing, XS[:1], store=tmp_path)["done"].tolist() == [True]
-    assert seen == [False, True, False]
-
-
-def test_an_error_is_no_reason_to_begin_anew_where_nothing_was_kept(tmp_path):
-    calls = []
-
-    def wrong(config):
-        calls.append(config)
-        runs.scratch("kept").parent.mkdir(exist_ok=True)  # as a training does before its first checkpoint
-        raise ValueError("always")
-
-    for _ in range(2):
-        with pytest.warns(UserWarning, match="1 of 1 runs failed, the first with ValueError: always"):
-            sweep(wrong, XS[:1], store=tmp_path)
-    assert len(calls) == 2
-
-
-def test_outside_a_sweep_there_is_no_scratch():
-    assert runs.scratch("training.safetensors") is None
+    assert seen == [False, False, True, False]

@@ -47,7 +47,6 @@ def test_a_table_that_is_right_comes_back_with_the_columns_that_were_asked_for(t
     ("old", "new", "message"),
     [
         ("density", "sparsity", r"paper\.csv has no column 'density': it has method, sparsity, accuracy_percent"),
-        ("0.01,", "1,", None),
         ("0.4,", "40,", r"paper\.csv, column 'density': expected a fraction in \[0, 1\], found 40 in row 3"),
         ("86.5", "0.865", r"paper\.csv, column 'accuracy_percent': .*0.865 is the largest: these look like fractions"),
         ("86.5", "865", r"paper\.csv, column 'accuracy_percent': expected a percentage .*found 865 in row 2"),
@@ -55,15 +54,11 @@ def test_a_table_that_is_right_comes_back_with_the_columns_that_were_asked_for(t
         ("86.5", "", r"paper\.csv, column 'accuracy_percent': row 2 is empty"),
         ("-0.5", "-inf", r"paper\.csv, column 'gap': expected a finite number, found -inf"),
         (",3\nerk", ",3.5\nerk", r"paper\.csv, column 'n': expected a whole number .*found 3.5"),
-        ("erk,", ",", r"paper\.csv, column 'method': row 3 is empty"),
     ],
 )
 def test_a_wrong_table_is_refused_with_the_names_of_file_and_column(table, old, new, message):
     assert old in GOOD
     path = table(GOOD.replace(old, new, 1))
-    if message is None:
-        read_published(path, UNITS, optional=["std_percent"])
-        return
     with pytest.raises(ValueError, match=message):
         read_published(path, UNITS, optional=["std_percent"])
 

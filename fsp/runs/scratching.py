@@ -1,19 +1,16 @@
-"""What a run keeps on disk until it is finished, so that it goes on from there if it is killed."""
+"""Scratch: what a run keeps on disk until it is finished, so that it goes on from there if it is killed."""
 
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
 from fsp.runs.provenance import provenance
 
 MARK = ".scratch-"  # between a run's key and the version of the package
-_FOLDER: ContextVar[Path | None] = ContextVar("folder of the run in work", default=None)
+FOLDER: ContextVar[Path | None] = ContextVar("scratch folder of the run at work", default=None)
 
 
 def scratch(name: str) -> Path | None:
-    """Path of a file or folder that the run in work may keep until it is finished.
+    """Path of a file or folder that the run at work may keep until it is finished.
 
     To be called by a function that `fsp.runs.sweep` runs.  A run that is killed, fails or exceeds its time finds there
     what it left when it is done again by the same version of this package; if it then raises a `ValueError`, as a
@@ -33,33 +30,10 @@ def scratch(name: str) -> Path | None:
     Path or None
         In a folder of the store that belongs to the run and may not be there yet.  None outside a sweep.
     """
-    folder = _FOLDER.get()
+    folder = FOLDER.get()
     return None if folder is None else folder / name
 
 
-@contextmanager
-def scratch_of(record: Path, *, anew: bool) -> Iterator[None]:
-    """Give a run, by its record's path, its folder for a ``with`` block, empty if `anew`."""
-    if anew:
-        delete_scratch(record)
-    token = _FOLDER.set(_folder(record))
-    try:
-        yield
-    finally:
-        _FOLDER.reset(token)
-
-
-def has_scratch(record: Path) -> bool:
-    """Whether a run kept something; an empty folder is nothing to go on from."""
-    folder = _folder(record)
-    return folder.is_dir() and any(folder.iterdir())
-
-
-def delete_scratch(record: Path) -> None:
-    """Delete what a run kept, if anything."""
-    shutil.rmtree(_folder(record), ignore_errors=True)
-
-
-def _folder(record: Path) -> Path:
-    """Folder of a run; another version of this package has another one."""
+def scratch_folder(record: Path) -> Path:
+    """Scratch of a run, by its record's path; another version of this package has another folder."""
     return record.with_name(f"{record.stem}{MARK}{provenance()['code'][:8]}")
