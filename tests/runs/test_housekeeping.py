@@ -125,8 +125,8 @@ import os, signal, sys
 from pathlib import Path
 from fsp.runs.locks import lock
 from fsp.files import replacing
-store = Path(sys.argv[1])
-with lock(store / f"{'b' * 64}.json"), lock(store / ".sweep-cd.lock"), replacing(store / f"{'b' * 64}.json"):
+record = Path(sys.argv[1])
+with lock(record), lock(record.with_name(".sweep-cd.lock")), replacing(record):
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -134,7 +134,7 @@ with lock(store / f"{'b' * 64}.json"), lock(store / ".sweep-cd.lock"), replacing
 @pytest.mark.parametrize("answer", ["y", ""])
 def test_prune_deletes_what_a_killed_process_and_damage_left_behind_and_asks_first(store, capsys, monkeypatch, answer):
     records = {path: path.read_bytes() for path in store.iterdir()}
-    killed = subprocess.run([sys.executable, "-c", KILLED, store])
+    killed = subprocess.run([sys.executable, "-c", KILLED, store / f"{'b' * 64}.json"])
     assert killed.returncode == -signal.SIGKILL
     (store / f"{key(CONFIGS[0])}.json.corrupt").write_text("{")
     left = set(store.iterdir()) - records.keys()

@@ -61,26 +61,16 @@ names = st.text().filter(lambda name: name not in runs.EXCLUDED)
 dicts = st.dictionaries(names, values, max_size=4)
 
 
-@given(dicts, st.randoms())
-def test_key_ignores_the_order_of_entries(config, shuffler):
-    entries = list(config.items())
+@given(dicts, st.randoms(), st.sampled_from(sorted(runs.EXCLUDED)))
+def test_key_ignores_the_order_of_entries_and_excluded_ones_whatever_they_hold(config, shuffler, excluded):
+    entries = [*config.items(), (excluded, object())]
     shuffler.shuffle(entries)
     assert key(dict(entries)) == key(config)
 
 
-@given(st.lists(values))
-def test_key_takes_a_tuple_for_a_list(items):
-    assert key({"a": tuple(items)}) == key({"a": items})
-
-
-@given(st.integers(-(2**53), 2**53))
-def test_key_takes_a_whole_float_for_an_int_at_any_depth(number):
-    assert key({"a": float(number), "b": [{"c": float(number)}]}) == key({"a": number, "b": [{"c": number}]})
-
-
-@given(dicts, st.sampled_from(sorted(runs.EXCLUDED)))
-def test_key_ignores_excluded_entries_whatever_they_hold(config, name):
-    assert key({**config, name: object()}) == key(config)
+@given(st.integers(-(2**53), 2**53), st.lists(values))
+def test_key_takes_a_whole_float_for_an_int_and_a_tuple_for_a_list_at_any_depth(number, items):
+    assert key({"a": float(number), "b": [{"c": tuple(items)}]}) == key({"a": number, "b": [{"c": items}]})
 
 
 @given(dicts, st.integers(), st.integers())
@@ -90,17 +80,10 @@ def test_key_tells_seeds_apart(config, one, other):
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [
-        ({"a": 1}, {"a": True}),
-        ({"a": 1}, {"a": "1"}),
-        ({"a": 0.1 + 0.2}, {"a": 0.3}),
-        ({"a": [[1], 2]}, {"a": [1, [2]]}),
-        ({"a": 2**53 + 1}, {"a": float(2**53)}),
-        ({"a": {"device": 1}}, {"a": {"device": 2}}),
-    ],
+    [(1, True), (1, "1"), (0.1 + 0.2, 0.3), ([[1], 2], [1, [2]]), (2**53 + 1, 2.0**53), ({"device": 1}, {"device": 2})],
 )
-def test_key_tells_different_configs_apart(one, other):
-    assert key(one) != key(other)
+def test_key_tells_different_values_apart(one, other):
+    assert key({"a": one}) != key({"a": other})
 
 
 def test_key_is_the_hash_of_the_canonical_json_and_so_the_same_for_ever():
@@ -131,8 +114,6 @@ def test_a_table_has_the_config_the_metrics_the_status_and_the_key(tmp_path):
         ['"a\\n"', "[8,4]", '{"k":1}', 0, False, "finished", key(config)],
         ['"a\\n"', "[8,4]", '{"k":1}', 1, True, "finished", key(config)],
     ]
-    assert frame["none"].isna().all()
-    assert [frame[name].dtype.kind for name in ("none", "step", "ok")] == ["f", "i", "b"]
     assert frame.attrs == {"computed": 1, "reused": 0, "failed": 0, "other_code": 0}
 
 
@@ -143,14 +124,15 @@ def test_a_column_has_the_type_its_values_have_together(tmp_path):
     ]
     frame = sweep(lambda c: metrics[c["i"]], [{"i": 0}, {"i": 1}], store=tmp_path)
     assert [frame[name].dtype.kind for name in ("int", "some", "real", "flag", "none")] == list("iffbf")
-    assert frame["text"].tolist()[0] == "a"
     assert frame[["some", "text", "none"]].isna().values.tolist() == [[False, False, True], [True, True, True]]
 
 
 def test_a_record_tells_all_about_its_run(tmp_path):
-    config = {"x": 0.5, "widths": (1, 2), "device": torch.device("cpu"), "out_dir": tmp_path}
-    sweep(lambda c: {"y": math.nan, "z": time.sleep(0.02)}, [config], store=tmp_path / "made" / "here")
-    (path,) = (tmp_path / "made" / "here").iterdir()
+    config = {"x": 0.5, "widths": [1, 2], "device": torch.device("cpu"), "out_dir": tmp_path}
+    store = tmp_path / "made" / "here"
+    # the function cannot change the config
+    sweep(lambda c: {"y": math.nan, "z": time.sleep(c["widths"].pop() / 100)}, [config], store=store)
+    (path,) = store.iterdir()
     raw = json.loads(path.read_text())
     assert path.name == f"{key(config)}.json"
     assert raw["config"] == {"x": 0.5, "widths": [1, 2], "device": "cpu", "out_dir": str(tmp_path)}
@@ -165,13 +147,6 @@ def test_a_record_tells_all_about_its_run(tmp_path):
     assert math.isnan(read_record(path)["rows"][0]["y"])
 
 
-def test_the_function_cannot_change_the_config(tmp_path):
-    config = {"widths": [1, 2]}
-    sweep(lambda c: {"n": c["widths"].pop()}, [config], store=tmp_path)
-    assert config == {"widths": [1, 2]}
-    assert sweep(never, [config], store=tmp_path)["n"].tolist() == [2]
-
-
 def test_a_finished_run_is_not_computed_again_and_only_missing_ones_are(tmp_path):
     sweep(square, XS[1:2], store=tmp_path)
     calls = []
@@ -180,7 +155,6 @@ def test_a_finished_run_is_not_computed_again_and_only_missing_ones_are(tmp_path
     assert frame["x"].tolist() == [1, 2, 3]
     assert frame.attrs == {"computed": 2, "reused": 1, "failed": 0, "other_code": 0}
     assert frame.equals(sweep(never, XS, store=tmp_path))
-    assert frame.equals(sweep(square, XS, store=tmp_path / "undisturbed"))
 
 
 def test_recompute_does_all_again_and_leaves_old_records_until_then(tmp_path):
@@ -238,7 +212,6 @@ def test_a_failure_never_replaces_a_result(tmp_path):
 
 DAMAGES = [  # in the text of a record
     ('"schema": 2', '"schema": 3'),
-    ('"schema": 2', '"schema": 1'),  # which had no "kind"
     ('"x": 2', '"x": 4'),
     ('"wall_s"', '"wall"'),
     ('"square": 4', '"square": [4]'),
@@ -274,32 +247,21 @@ def test_records_of_other_code_are_reused_counted_and_told_of(tmp_path):
     assert frame.attrs == {"computed": 0, "reused": 3, "failed": 0, "other_code": 1}
 
 
-def test_a_committed_table_stands_in_for_records(tmp_path):
+def test_finished_rows_of_a_committed_table_stand_in_for_missing_records(tmp_path):
     table = tmp_path / "results" / "a.csv"
-    first = sweep(square, XS, store=tmp_path / "one", table=table)
-    tables.update(first, table)
+    tables.update(sweep_with_a_failure(fails_at_2, store=tmp_path / "one", table=table), table)
     # Nothing to compute: a store that cannot be written is no obstacle.
-    frame = sweep(never, XS, store=table / "no folder", table=table)
-    assert frame.equals(first)
-    assert frame.attrs == {"computed": 0, "reused": 3, "failed": 0, "other_code": 0}
-    calls = []
-    sweep(lambda c: calls.append(c) or square(c), [*XS, {"x": 9}], store=tmp_path / "two", table=table)
-    assert calls == [{"x": 9}]
-    calls.clear()
-    sweep(lambda c: calls.append(c) or square(c), XS, store=tmp_path / "two", table=table, recompute=True)
-    assert calls == XS
-
-
-def test_a_record_goes_before_a_row_of_the_table_and_a_failed_row_counts_for_nothing(tmp_path):
-    table = tmp_path / "a.csv"
-    tables.update(sweep_with_a_failure(fails_at_2, store=tmp_path / "one"), table)
+    finished = [XS[0], XS[2]]
+    frame = sweep(never, finished, store=table / "no folder", table=table)
+    assert frame["square"].tolist() == [1, 9]
+    assert frame.attrs == {"computed": 0, "reused": 2, "failed": 0, "other_code": 0}
     sweep(lambda c: {"square": 100}, XS[:1], store=tmp_path / "two")
     frame = sweep(lambda c: {"square": 200}, XS, store=tmp_path / "two", table=table)
     assert frame["square"].tolist() == [100, 200, 9]
-    assert frame.attrs["reused"] == 2
+    assert sweep(square, XS, store=tmp_path / "two", table=table, recompute=True).attrs["computed"] == 3
 
 
-@pytest.mark.parametrize("first", [[0], [1], [2], [0, 1], [2, 0], [1, 2]])
+@pytest.mark.parametrize("first", [[0], [1], [2, 0], [1, 2]])
 @pytest.mark.parametrize("source", ["records", "table"])
 def test_a_table_does_not_depend_on_which_rows_were_reused(tmp_path, first, source):
     metrics = [
@@ -308,17 +270,17 @@ def test_a_table_does_not_depend_on_which_rows_were_reused(tmp_path, first, sour
         {"step": -1, "loss": -0.0, "ok": True, "text": "1.2.3", "gap": math.nan},
     ]
     configs = [{"i": 0, "a": 1.0, "b": [1]}, {"i": 1, "a": 2, "c": "007"}, {"i": 2, "a": 3, "b": [2, 3]}]
-    run = lambda c: metrics[c["i"]]  # noqa: E731
+
+    def run(config):
+        return metrics[config["i"]]
+
     whole = sweep(run, configs, store=tmp_path / "whole")
     part = sweep(run, [configs[i] for i in first], store=tmp_path / "part")
-    if source == "table":
-        tables.update(part, tmp_path / "part.csv")
-        resumed = sweep(run, configs, store=tmp_path / "other", table=tmp_path / "part.csv")
-    else:
-        resumed = sweep(run, configs, store=tmp_path / "part")
+    table = tables.update(part, tmp_path / "part.csv")
+    store = tmp_path / ("part" if source == "records" else "other")
+    resumed = sweep(run, configs, store=store, table=table if source == "table" else None)
     assert resumed.attrs["reused"] == len(first)
     assert resumed.equals(whole)
-    assert [whole[n].dtype.kind for n in ("i", "a", "step", "loss", "ok", "gap")] == list("ififbf")
     one, other = tables.save(whole, tmp_path / "1.csv"), tables.save(resumed, tmp_path / "2.csv")
     assert one.read_bytes() == other.read_bytes()
 
@@ -354,7 +316,6 @@ def test_a_saved_table_has_plain_line_ends_and_empty_cells_for_nan(tmp_path):
     path = tables.save(frame, tmp_path / "new" / "a.csv")
     assert path.read_bytes() == b"a,b,c\n0.1,1,NA\n,2,\n"
     assert tables.read(path)["c"].tolist()[0] == "NA"
-    assert os.listdir(path.parent) == ["a.csv"]
 
 
 def test_update_table_replaces_its_own_rows_and_keeps_the_others_as_they_were(tmp_path):
@@ -365,16 +326,18 @@ def test_update_table_replaces_its_own_rows_and_keeps_the_others_as_they_were(tm
     expected += "3,,finished,C,1.50\n3,,failed,C,2\n"
     assert tables.update(frame, path).read_text() == expected
     assert tables.update(frame, path).read_text() == expected
-    with pytest.raises(ValueError, match="no column 'key'"):
+    with pytest.raises(ValueError, match="frame has no column 'key'"):
         tables.update(frame.drop(columns="key"), path)
+    tables.save(frame.drop(columns="status"), path)
+    with pytest.raises(ValueError, match=r"a\.csv has no column 'status'"):
+        sweep(never, XS, store=tmp_path / "runs", table=path)
 
 
 def test_the_progress_bar_counts_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FSP_PROGRESS", "1")
     sweep(square, XS[:1], store=tmp_path)
     assert "running=1" in capsys.readouterr().err
-    with pytest.warns(UserWarning, match="failed"):
-        sweep(fails_at_2, XS, store=tmp_path)
+    sweep_with_a_failure(fails_at_2, store=tmp_path)
     captured = capsys.readouterr()
     assert captured.out == ""
     assert re.search(r"fails_at_2: 100%.* 3/3 .*run.*finished=2, running=0, failed=1", captured.err)
@@ -404,12 +367,6 @@ def test_bad_input_is_named_before_any_run(tmp_path, function, configs, options,
     with pytest.raises(error, match=named):
         sweep(function, configs, store=tmp_path / "runs", **options)
     assert not (tmp_path / "runs").exists()
-
-
-def test_a_file_that_is_no_table_of_runs_is_refused(tmp_path):
-    (tmp_path / "a.csv").write_text("x,square\n1,1\n")
-    with pytest.raises(ValueError, match=r"a.csv has no column 'status'"):
-        sweep(never, XS, store=tmp_path / "runs", table=tmp_path / "a.csv")
 
 
 @pytest.mark.parametrize(
@@ -443,18 +400,34 @@ def test_a_store_that_cannot_be_written_stops_before_any_run(tmp_path):
         sweep(never, XS, store=tmp_path / "file" / "runs")
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_a_full_store_stops_before_any_run(tmp_path, recompute):
-    sweep(square, XS if recompute else XS[:1], store=tmp_path)
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+@contextmanager
+def full_disk(free):
+    """No file can grow beyond this many bytes."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # what a file may hold, as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (free, limits[1]))
     try:
-        with pytest.raises(OSError, match=f"no run was started.*{tmp_path}"):
-            sweep(never, XS, store=tmp_path, recompute=recompute)
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_store_stops_before_any_run(tmp_path):
+    sweep(square, XS, store=tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with full_disk(1000), pytest.raises(OSError, match=f"no run was started.*{tmp_path}"):
+        sweep(never, XS, store=tmp_path, recompute=True)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_disk_that_fills_up_in_the_middle_stops_with_a_clear_message_and_loses_no_record(tmp_path):
+    def run(config):
+        return [{"n": n, "text": "x" * 100} for n in range(1000 if config["x"] == 2 else 1)]
+
+    with full_disk(100_000), pytest.raises(OSError, match="those before it are kept: make space") as error:
+        sweep(run, XS, store=tmp_path)
+    assert str(tmp_path) in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == [f"{key(XS[0])}.json"]
+    assert sweep(run, XS, store=tmp_path).attrs["computed"] == 2
 
 
 def test_the_code_of_provenance_follows_names_and_bytes_of_the_sources(tmp_path, monkeypatch):
@@ -478,9 +451,8 @@ def test_provenance_is_plain_and_names_versions_but_no_host():
 def test_the_commit_is_that_of_the_repository_and_says_dirty(tmp_path):
     def git(*arguments):
         author = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
-        return subprocess.run(
-            ["git", "-C", tmp_path, *author, *arguments], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        words = ["git", "-C", tmp_path, *author, *arguments]
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
 
     git("init", "-q")
     assert provenance_module._git_commit(tmp_path) == ""
@@ -506,6 +478,14 @@ def test_a_record_holds_the_gpu_memory_of_its_own_run(tmp_path):
     assert provenance()["gpu"] == torch.cuda.get_device_name()
 
 
+def until(happened):
+    """Wait for an event, and fail rather than wait for ever."""
+    end = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
 # Kill and resume: the runs take some 15 ms, and say when they start and whether their record was there already.
 
 MANY = [{"seed": seed, "density": 1 / (1 + seed), "widths": (8, seed)} for seed in range(12)]
@@ -517,10 +497,7 @@ def noted(config, folder):
         log.write(f"{config['seed']} {known}\n")
     time.sleep(0.015)
     rng = random.Random(config["seed"])
-    return [
-        {"step": step, "loss": rng.gauss(0, 1e-9), "gap": math.nan if step else rng.random(), "tied": step == 0}
-        for step in range(1 + config["seed"] % 3)
-    ]
+    return [{"step": step, "gap": math.nan if step else rng.random()} for step in range(1 + config["seed"] % 3)]
 
 
 def child(folder, table):
@@ -545,13 +522,12 @@ def test_a_sweep_that_is_killed_and_restarted_repeats_nothing_and_loses_nothing(
     folder = tmp_path / "killed"
     folder.mkdir()
     moments, kills = random.Random(int(stop)), 0
-    for life in range(7):  # the last one is left alone
+    for life in range(7):
         begun = len(log_of(folder))
         process = CHILDREN.Process(target=child, args=(folder, "table"))
         process.start()
-        while life < 6 and len(log_of(folder)) == begun and process.is_alive():
-            time.sleep(0.001)
-        if life < 6 and process.is_alive():
+        if life < 6:  # the last one is left alone
+            until(lambda: len(log_of(folder)) > begun or not process.is_alive())  # noqa: B023
             time.sleep(moments.uniform(0, 0.04))
             with suppress(ProcessLookupError):  # it may have come to its end meanwhile
                 os.kill(process.pid, stop)
@@ -587,61 +563,18 @@ def test_two_processes_on_one_store_do_each_run_once_and_end_with_the_same_table
     assert sorted(path.name for path in (folder / "runs").iterdir()) == sorted(f"{key(c)}.json" for c in MANY)
 
 
-def test_a_run_that_another_process_finished_meanwhile_is_reused(tmp_path):
+def test_what_another_process_finished_or_failed_in_meanwhile_counts(tmp_path):
     def ahead(config):
-        sweep(square, [{"x": config["x"] + 1}], store=tmp_path)
+        with pytest.warns(UserWarning, match="1 of 2 runs failed"):
+            sweep(fails_at_2, XS[1:], store=tmp_path)
         return square(config)
 
-    frame = sweep(ahead, XS[:2], store=tmp_path)
-    assert frame["square"].tolist() == [1, 4]
-    assert frame.attrs == {"computed": 1, "reused": 1, "failed": 0, "other_code": 0}
-
-
-def test_a_run_in_which_another_process_failed_meanwhile_is_not_tried_again(tmp_path):
-    def ahead(config):
-        with pytest.warns(UserWarning, match="failed"):
-            sweep(fails_at_2, [{"x": 2}], store=tmp_path)
-        return square(config)
-
-    with pytest.warns(UserWarning, match="1 of 2 runs failed, the first with ArithmeticError: two is too many"):
-        frame = sweep(ahead, [{"x": 1}, {"x": 2}], store=tmp_path)
-    assert frame["status"].tolist() == ["finished", "failed"]
+    frame = sweep_with_a_failure(ahead, store=tmp_path)
+    assert frame["status"].tolist() == ["finished", "failed", "finished"]
+    assert frame.attrs == {"computed": 1, "reused": 1, "failed": 1, "other_code": 0}
 
 
 # ---- locks -------------------------------------------------------------------------------------------------------
-
-
-def holder(path, connection):
-    with lock(path) as mine:
-        connection.send(mine)
-        connection.recv()
-
-
-def until(happened):
-    """Wait for an event, and fail rather than wait for ever."""
-    end = time.monotonic() + 60
-    while not happened():
-        assert time.monotonic() < end
-        time.sleep(0.005)
-
-
-@contextmanager
-def held_elsewhere(path):
-    """A process that has the lock on a run until the with block says "release" or kills it."""
-    ours, theirs = CHILDREN.Pipe()
-    process = CHILDREN.Process(target=holder, args=(path, theirs), daemon=True)
-    process.start()
-
-    def release():
-        ours.send(None)
-        process.join(60)
-
-    try:
-        assert ours.recv()
-        yield process, release
-    finally:
-        process.kill()
-        process.join(60)
 
 
 def test_a_lock_is_granted_once_and_again_when_it_is_given_back(tmp_path):
@@ -660,12 +593,16 @@ def test_a_lock_is_granted_once_and_again_when_it_is_given_back(tmp_path):
         assert mine
 
 
+def lock_and_die(path):
+    with lock(path):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_the_lock_of_a_killed_process_is_free_at_once(tmp_path):
     path = tmp_path / f"{key(XS[0])}.json"
-    with held_elsewhere(path) as (process, _):
-        assert locked_by(path) is not None
-        process.kill()
-        process.join(60)
+    process = CHILDREN.Process(target=lock_and_die, args=(path,))
+    process.start()
+    process.join(60)
     assert path.with_suffix(".lock").exists()
     assert locked_by(path) is None
     assert sweep(square, XS, store=tmp_path).attrs["computed"] == 3
@@ -690,19 +627,19 @@ def test_a_lock_on_a_file_that_its_owner_has_just_deleted_does_not_count(tmp_pat
 
 def test_a_run_that_another_process_has_locked_is_left_to_it_and_the_others_are_done_meanwhile(tmp_path):
     path = tmp_path / f"{key(XS[0])}.json"
-    with held_elsewhere(path) as (_, release), ThreadPoolExecutor() as pool:
-        sweeping = pool.submit(sweep, square, XS, store=tmp_path)
-        until(lambda: len(list(tmp_path.glob("[0-9a-f]*.json"))) == 2)
-        assert sorted(load(tmp_path)["x"]) == [2, 3]
-        sweep(square, XS[:1], store=tmp_path / "other")
-        os.replace(tmp_path / "other" / path.name, path)  # the other process finishes
-        release()
+    with ThreadPoolExecutor() as pool:
+        with lock(path):
+            sweeping = pool.submit(sweep, square, XS, store=tmp_path)
+            until(lambda: len(list(tmp_path.glob("[0-9a-f]*.json"))) == 2)
+            assert sorted(load(tmp_path)["x"]) == [2, 3]
+            sweep(lambda c: {"square": 100}, XS[:1], store=tmp_path / "other")
+            os.replace(tmp_path / "other" / path.name, path)  # the other process finishes
         frame = sweeping.result(60)
-    assert frame["square"].tolist() == [1, 4, 9]
+    assert frame["square"].tolist() == [100, 4, 9]
     assert frame.attrs == {"computed": 2, "reused": 1, "failed": 0, "other_code": 0}
 
 
-@pytest.mark.parametrize("lack", [OSError(errno.ENOLCK, "no locks"), OSError(errno.ENOTSUP, "none"), None])
+@pytest.mark.parametrize("lack", [OSError(errno.ENOLCK, "no locks"), None])
 def test_without_file_locks_sweeps_go_on_with_a_warning_and_the_first_to_finish_decides(tmp_path, monkeypatch, lack):
     def refuse(file, how):
         raise lack
@@ -723,16 +660,20 @@ def test_without_file_locks_sweeps_go_on_with_a_warning_and_the_first_to_finish_
 # ---- failure is data ---------------------------------------------------------------------------------------------
 
 
+def throw(error):
+    raise error
+
+
 @pytest.mark.parametrize(
     ("fail", "kind", "named"),
     [
         (lambda: 1 / 0, "exception", "ZeroDivisionError"),
-        (lambda: (_ for _ in ()).throw(FloatingPointError("loss is nan")), "non-finite", "loss is nan"),
+        (lambda: throw(FloatingPointError("loss is nan")), "non-finite", "loss is nan"),
         (lambda: torch.empty(1 << 60), "out of memory", "DefaultCPUAllocator"),
         (lambda: bytearray(1 << 62), "out of memory", "MemoryError"),
-        (lambda: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError("CUDA out of memory")), "out of memory", "CUDA"),
+        (lambda: throw(torch.cuda.OutOfMemoryError("CUDA out of memory")), "out of memory", "CUDA"),
         (lambda: time.sleep(600), "timeout", "not finished after 0.3 s"),
-        (lambda: (_ for _ in ()).throw(TimeoutError("a server")), "exception", "a server"),
+        (lambda: throw(TimeoutError("a server")), "exception", "a server"),
     ],
 )
 def test_a_failure_is_recorded_by_its_kind_and_the_sweep_goes_on(tmp_path, fail, kind, named):
@@ -744,7 +685,6 @@ def test_a_failure_is_recorded_by_its_kind_and_the_sweep_goes_on(tmp_path, fail,
     assert frame["status"].tolist() == ["finished", "failed", "finished"]
     record = read_record(tmp_path / f"{key({'x': 2})}.json")
     assert (record["status"], record["kind"], record["rows"]) == ("failed", kind, [])
-    assert record["config"] == {"x": 2}
     assert named in record["error"]
     assert "in run" in record["error"]
 
@@ -767,22 +707,6 @@ def test_a_gpu_error_that_spoils_the_process_ends_it_after_the_record_is_written
     assert attempt.attempt(spoil, task, die=die) == ("failed", read_record(path))  # a failure of this very sweep
 
 
-def test_a_disk_that_fills_up_in_the_middle_stops_with_a_clear_message_and_loses_no_record(tmp_path):
-    def run(config):
-        return [{"n": n, "text": "x" * 100} for n in range(1000 if config["x"] == 2 else 1)]
-
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # what a file may hold, as on a full disk
-    try:
-        with pytest.raises(OSError, match=r"record cannot be written .*those before it are kept: make space") as error:
-            sweep(run, XS, store=tmp_path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert str(tmp_path) in str(error.value)
-    assert [path.name for path in tmp_path.iterdir()] == [f"{key(XS[0])}.json"]
-    assert sweep(run, XS, store=tmp_path).attrs["computed"] == 2
-
-
 def test_records_of_schema_1_are_read_reused_and_retried_as_ever(tmp_path):
     before = sweep_with_a_failure(fails_at_2, store=tmp_path)
     for path in tmp_path.iterdir():
@@ -791,10 +715,7 @@ def test_records_of_schema_1_are_read_reused_and_retried_as_ever(tmp_path):
         path.write_text(json.dumps({**raw, "schema": 1}, indent=1))
     assert load(tmp_path).equals(before)
     assert [read_record(tmp_path / f"{key(c)}.json")["kind"] for c in XS] == [None, "exception", None]
-    frame = sweep(square, XS, store=tmp_path)
-    assert frame.attrs == {"computed": 1, "reused": 2, "failed": 0, "other_code": 0}
-    assert frame.equals(sweep(square, XS, store=tmp_path / "undisturbed"))
-    assert list(tmp_path.glob("*.corrupt")) == []
+    assert sweep(square, XS, store=tmp_path).attrs == {"computed": 1, "reused": 2, "failed": 0, "other_code": 0}
 
 
 def test_load_gives_all_records_of_the_repository_s_own_store_or_another_and_nothing_else(tmp_path, monkeypatch):
@@ -822,12 +743,20 @@ def test_a_sweep_in_this_process_does_not_import_dask(tmp_path):
 # ---- scratch -----------------------------------------------------------------------------------------------------
 
 
+def keep(text=""):
+    path = runs.scratch("kept")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+
+
+def kept():
+    return {"kept": runs.scratch("kept").exists()}
+
+
 def test_a_run_finds_its_scratch_after_a_failure_and_loses_it_when_finished(tmp_path):
     def counting(config):
-        path = runs.scratch("count")
-        path.parent.mkdir(exist_ok=True)
-        count = int(path.read_text()) + 1 if path.exists() else 1
-        path.write_text(str(count))
+        count = int(runs.scratch("kept").read_text()) + 1 if kept()["kept"] else 1
+        keep(str(count))
         if count < 3:
             raise RuntimeError("again")
         return {"count": count}
@@ -842,40 +771,34 @@ def test_a_run_finds_its_scratch_after_a_failure_and_loses_it_when_finished(tmp_
 
 def test_two_runs_two_versions_and_a_recomputation_share_no_scratch(tmp_path, monkeypatch):
     def keeping(config):
-        path = runs.scratch("kept")
-        there = path.exists()
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("")
         if config["x"] == 1:
+            keep()
             raise RuntimeError("stop")
-        return {"there": there}
-
-    with pytest.warns(UserWarning, match="1 of 2 runs failed"):
-        frame = sweep(keeping, XS[:2], store=tmp_path)
-    assert frame["there"].tolist()[1] == False  # noqa: E712, a column with a missing value holds floats
+        return kept()
 
     def looking(config):
-        return {"there": runs.scratch("kept").exists()}
+        return kept()
 
+    with pytest.warns(UserWarning, match="1 of 3 runs failed"):
+        assert sweep(keeping, XS, store=tmp_path)["kept"].tolist()[1:] == [False, False]
     with monkeypatch.context() as patch:
         patch.setattr(scratching, "provenance", lambda: {"code": "another version"})
-        assert sweep(looking, XS[:1], store=tmp_path)["there"].tolist() == [False]
+        assert sweep(looking, XS[:1], store=tmp_path)["kept"].tolist() == [False]
     assert list(tmp_path.glob("*.scratch-*"))
-    assert sweep(looking, XS[:1], store=tmp_path, recompute=True)["there"].tolist() == [False]
+    assert sweep(looking, XS[:1], store=tmp_path, recompute=True)["kept"].tolist() == [False]
 
 
 def test_a_run_starts_again_without_its_scratch_if_that_does_not_fit_and_only_if_there_is_some(tmp_path):
     seen = []
 
     def refusing(config):
-        path = runs.scratch("kept")
-        seen.append(path.exists())
-        path.parent.mkdir(exist_ok=True)  # an empty folder is no scratch: a training makes it before it has begun
-        if path.exists():
+        seen.append(kept()["kept"])
+        runs.scratch("kept").parent.mkdir(exist_ok=True)  # as a training does before its first checkpoint
+        if seen[-1]:
             raise ValueError("this is the checkpoint of another training")
-        if len(seen) < 3:
-            if len(seen) == 2:
-                path.write_text("")
+        if len(seen) == 2:
+            keep()
+        if len(seen) <= 2:
             raise ValueError("at first")
         return {"done": True}
 

@@ -72,7 +72,7 @@ def test_an_unknown_unit_is_named(table):
 
 
 def test_the_published_correlations_come_out_as_printed():
-    # full-spectrum.md 14.2: Pearson across methods at densities .01 .05 .1 .2 .4, VGG-16 without GraSP
+    # Pearson across methods at densities .01 .05 .1 .2 .4, VGG-16 without GraSP
     printed = {
         ("torchvision resnet34", "imdb_normalised"): [0.84, 0.89, 0.93, 0.93, 0.99],
         ("torchvision vgg16_bn", "imdb_normalised"): [0.85, 0.93, 0.96, 0.94, 0.93],
@@ -127,8 +127,8 @@ def test_the_published_layer_densities_are_those_of_erk_up_to_the_draw():
         assert abs(published - d) <= 4 * np.sqrt(d * (1 - d) / weights) + 1e-9, name
 
 
-def test_the_reference_lines_are_those_of_the_specification():
-    # full-spectrum.md 14.3: best and last epoch of the dense networks, LTH and LTH-rewind at density .01
+def test_the_reference_lines_are_those_of_the_paper():
+    # best and last epoch of the dense networks, LTH and LTH-rewind at density .01
     printed = {"resnet18": (95.59, 95.47, 89.43, 91.22), "resnet34": (95.71, 95.71, 91.43, 92.80)}
     printed["vgg-d"] = (94.21, 93.81, 88.90, 91.36)
     units = {"dataset": "text", "read": "text", "source": "text", "steps": "count"} | ACCURACY
