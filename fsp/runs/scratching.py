@@ -12,10 +12,10 @@ FOLDER: ContextVar[Path | None] = ContextVar("scratch folder of the run at work"
 def scratch(name: str) -> Path | None:
     """Path of a file or folder that the run at work may keep until it is finished.
 
-    To be called by a function that `fsp.runs.sweep` runs.  A run that is killed, fails or exceeds its time finds there
+    For use in a function that `fsp.runs.sweep` calls.  A run that is killed, fails or exceeds its time finds there
     what it left when it is done again by the same version of this package; if it then raises a `ValueError`, as a
-    checkpoint that does not fit does, it begins anew.  Once it is finished, or with ``recompute=True``, all is deleted.
-    What resumes by itself takes it as it is::
+    checkpoint that does not fit does, it starts again without.  All is deleted once the run is finished, and before it
+    with ``recompute=True``.  Functions that resume by themselves take the path as it is::
 
         fit(net, data, config, checkpoint=runs.scratch("training.safetensors"))
         search(net, "snip", 0.05, population=200, directory=runs.scratch("search"))
@@ -23,12 +23,12 @@ def scratch(name: str) -> Path | None:
     Parameters
     ----------
     name : str
-        Another one for each thing that the run keeps.
+        A different one for each thing that the run keeps.
 
     Returns
     -------
     Path or None
-        In a folder of the store that belongs to the run and may not be there yet.  None outside a sweep.
+        Path in the run's own folder in the store, which may not exist yet.  None outside a sweep.
     """
     folder = FOLDER.get()
     return None if folder is None else folder / name

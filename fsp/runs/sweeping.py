@@ -68,7 +68,7 @@ def sweep(
     per_gpu : int
         "local": processes that share a GPU.
     retries : int
-        How often a run is done again whose worker died before it counts as failed. With an address or a client
+        How often a run whose worker died is done again before it counts as failed. With an address or a client
         the cluster decides (``distributed.scheduler.allowed-failures``, 3 by default).
 
     Returns

@@ -62,7 +62,7 @@ def update(frame: pd.DataFrame, path: str | Path) -> Path:
         return save(frame, path)
     old = read_cells(path)
     others = old[~old["key"].isin(frame["key"])]
-    # A column that only replaced rows had would stay behind empty, and tell of the file's history.
+    # Without this line a column that only the replaced rows had would stay, with empty cells.
     others = others[[name for name in others if name in frame or (others[name] != "").any()]]
     new = read_cells(io.StringIO(frame.to_csv(index=False)))
     return save(pd.concat([new, others], ignore_index=True), path)
@@ -77,15 +77,15 @@ UNITS: dict[str, tuple[str, Callable[[pd.Series], pd.Series]]] = {
 
 
 def read_published(path: str | Path, columns: Mapping[str, str], *, optional: Collection[str] = ()) -> pd.DataFrame:
-    """Read a table of published numbers, and refuse it if it is not the one that a notebook was written for.
+    """Read a table of published numbers, and check that its columns hold what a notebook expects.
 
     Parameters
     ----------
     path : path
         CSV file.
     columns : dict of column name to unit
-        Every column that is wanted, and what is in it: "text", or a key of `UNITS`, "fraction", "percent", "number"
-        or "count".
+        The columns to read, and what is in each: "text", or a key of `UNITS`: "fraction", "percent", "number" or
+        "count".
     optional : collection of str
         Columns that may have empty cells.
 

@@ -338,8 +338,9 @@ if __name__ == "__main__":  # a worker imports this file, and needs nothing of i
     folder = Path(sys.argv[1])
 
     def noted(config):
+        path = folder / "runs" / (runs.key(config) + ".json")
+        done = path.exists() and runs.read_record(path)["status"] == "finished"  # three kills of one run are a failure
         with (folder / "log").open("a") as log:
-            done = (folder / "runs" / (runs.key(config) + ".json")).exists()
             log.write(f"{config['seed']} {runs.scratch('training.safetensors').exists()} {done}\\n")
         return trained(config)
 
