@@ -8,7 +8,5 @@ interrupted and an uninterrupted sweep give the same bytes, in this process or o
 """
 
 from fsp.runs.records import EXCLUDED, key, load, read_record
+from fsp.runs.scratching import scratch
 from fsp.runs.sweeping import sweep
-from fsp.runs.unfinished import scratch
-
-__all__ = ["EXCLUDED", "key", "load", "read_record", "scratch", "sweep"]

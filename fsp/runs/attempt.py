@@ -1,7 +1,9 @@
-"""One attempt at one run: claim it, do it, write its record, whatever happens."""
+"""One attempt at one run: lock it, do it, write its record, whatever happens."""
 
 import copy
 import gc
+import math
+import shutil
 import sys
 import time
 import traceback
@@ -13,51 +15,45 @@ from typing import NamedTuple
 
 import torch
 
-from fsp.runs.cluster import WorkerDied
 from fsp.runs.deadline import GRACE, OutOfTime, deadline
-from fsp.runs.locks import claim
+from fsp.runs.locks import lock
 from fsp.runs.provenance import provenance
 from fsp.runs.records import SCHEMA, check_rows, stored, whole_record, write_record
-from fsp.runs.unfinished import delete_scratch, has_scratch, scratch_of
+from fsp.runs.scratching import FOLDER, scratch_folder
 
-try:
-    import resource
-except ImportError:  # Windows has no such module: records there hold a null peak_memory_bytes
-    resource = None
+
+class Task(NamedTuple):
+    """A run to be done: all that an attempt needs to know beside the function."""
+
+    config: dict
+    path: Path  # of its record
+    entries: set[str]  # names of all entries of the sweep's configs
+    recompute: bool
+    timeout: float | None
+    # When the failed record was started that was there before the sweep. A later one is from this sweep, or from
+    # another at the same time, and counts.
+    failed_before: str | None
 
 
 class Outcome(NamedTuple):
     """How a run ended: "computed", "reused", "failed", or "busy" if another process is doing it."""
 
     word: str
-    kind: str | None = None
-    error: str | None = None
+    record: dict | None = None
 
 
-def attempt(
-    function: Callable,
-    config: dict,
-    name: str,
-    store: Path,
-    entries: set[str],
-    recompute: bool,
-    timeout: float | None,
-    failed_before: str | None,
-    die: Callable[[], None] | None = None,
-) -> Outcome:
-    """Do one run, unless it is done or another process is at it.
+class WorkerDied(Exception):
+    """Every worker that took this run died."""
+
+
+def attempt(function: Callable, task: Task, *, die: Callable[[], None] | None = None) -> Outcome:
+    """Do one run, unless it is done or another process is doing it.
 
     Parameters
     ----------
-    function, config, store, recompute, timeout
+    function : callable
         As in `fsp.runs.sweep`.
-    name : str
-        Key of the config.
-    entries : set of str
-        Names of all entries of the sweep's configs.
-    failed_before : str or None
-        When the failed record that the sweep may replace was started; a later one is from this sweep or another
-        at the same time, and counts.
+    task : Task
     die : callable, optional
         Ends this process. Called where nothing else helps, after the record is written.
 
@@ -65,40 +61,37 @@ def attempt(
     -------
     Outcome
     """
-    path = store / f"{name}.json"
-    with claim(path) as mine:
+    with lock(task.path) as mine:
         if not mine:
             return Outcome("busy")
         # Look again: another process may have finished this run, or failed in it, since the sweep began.
-        found = whole_record(path)
-        if found and found["status"] == "finished" and not recompute:
-            check_rows(found["rows"], config, entries)
-            return Outcome("reused")
-        if found and found["status"] == "failed" and found["started"] != failed_before:
-            return failure(found)
-        return _compute(function, config, path, entries, recompute, timeout, die)
+        found = whole_record(task.path)
+        if found and found["status"] == "finished" and not task.recompute:
+            return on_record(found, task.config, task.entries)
+        if found and found["status"] == "failed" and found["started"] != task.failed_before:
+            return on_record(found, task.config, task.entries)
+        return _compute(function, task, die)
 
 
-def _compute(
-    function: Callable,
-    config: dict,
-    path: Path,
-    entries: set[str],
-    recompute: bool,
-    timeout: float | None,
-    die: Callable[[], None] | None,
-) -> Outcome:
+def on_record(record: dict, config: dict, entries: set[str]) -> Outcome:
+    """The outcome of a run that has a record; raises if the table of this sweep cannot hold it."""
+    if record["status"] == "failed":
+        return Outcome("failed", record)
+    check_rows(record["rows"], config, entries)
+    return Outcome("reused", record)
+
+
+def _compute(function: Callable, task: Task, die: Callable[[], None] | None) -> Outcome:
     """Do one run and write its record."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    for device in devices:
-        torch.cuda.reset_peak_memory_stats(device)
+    for gpu in _gpus_in_use():
+        torch.cuda.reset_peak_memory_stats(gpu)
     started, clock = datetime.now(UTC), time.perf_counter()
 
-    def record(rows: list[dict], kind: str | None = None, error: str | None = None) -> dict:
-        return {
+    def write(rows: list[dict], kind: str | None = None, error: str | None = None) -> dict:
+        record = {
             "schema": SCHEMA,
-            "key": path.stem,
-            "config": {name: stored(value, name) for name, value in config.items()},
+            "key": task.path.stem,
+            "config": {name: stored(value, name) for name, value in task.config.items()},
             "status": "failed" if kind else "finished",
             "rows": rows,
             "kind": kind,
@@ -107,56 +100,60 @@ def _compute(
             "started": started.isoformat(),
             "wall_s": time.perf_counter() - clock,
             "peak_memory_bytes": _peak_memory_bytes(),
-            "peak_cuda_bytes": _peak_cuda_bytes(),
+            "peak_cuda_bytes": max(map(torch.cuda.max_memory_allocated, _gpus_in_use()), default=0) or None,
         }
+        return write_record(task.path, record, replace=task.recompute)
+
+    too_late = f"not finished after {task.timeout or math.inf:g} s"
 
     def give_up() -> None:
-        text = f"not finished after {timeout:g} s, and stuck for {GRACE:g} s more: its process was ended"
-        write_record(path, record([], "timeout", text), replace=recompute)
+        write([], "timeout", f"{too_late}, and stuck for {GRACE:g} s more: its process was ended")
         die()
 
-    result = kind = None
-    poisoned = False
+    kind = None
     try:
-        with deadline(timeout, last_resort=give_up if die else None):
-            result = _called(function, config, path, recompute)
-    except (Exception, OutOfTime) as error:
-        kind, text = _kind(error), traceback.format_exc()
-        text += f"not finished after {timeout:g} s" if kind == "timeout" else ""
-        text = str(error) if kind == "worker died" else text
-        poisoned = isinstance(error, torch.AcceleratorError) and kind == "exception"
+        with deadline(task.timeout, last_resort=give_up if die else None):
+            result = _call(function, task)
+    except (Exception, OutOfTime) as raised:
+        kind, error = _kind(raised), traceback.format_exc()
+        if kind == "timeout":
+            error += too_late
+        if kind == "worker died":
+            error = str(raised)
+        # after such an error, an illegal memory access for one, all work of this process on the GPU fails
+        spoiled = kind == "exception" and isinstance(raised, torch.AcceleratorError)
     if kind is None:
-        rows = check_rows(result, config, entries)
-        write_record(path, record(rows), replace=recompute)
-        delete_scratch(path)
-        return Outcome("computed")
-    kept = write_record(path, record([], kind, text), replace=recompute)
-    if poisoned and die:  # a GPU error such as an illegal access fails all that this process does after it
+        record = write(check_rows(result, task.config, task.entries))
+        shutil.rmtree(scratch_folder(task.path), ignore_errors=True)
+        return Outcome("computed", record)
+    record = write([], kind, error)
+    if spoiled and die:
         die()
     if kind == "out of memory":
         gc.collect()
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
-    return Outcome("reused") if kept["status"] == "finished" else failure(kept)
+        torch.cuda.empty_cache()
+    return Outcome("reused" if record["status"] == "finished" else "failed", record)
 
 
-def _called(function: Callable, config: dict, path: Path, recompute: bool) -> object:
-    """What the function returns; where it cannot go on from what it kept, from nothing."""
-    going_on = has_scratch(path) and not recompute
+def _call(function: Callable, task: Task) -> object:
+    """What the function returns; if it cannot go on from its scratch, it starts again without."""
+    folder = scratch_folder(task.path)
+    if task.recompute:
+        shutil.rmtree(folder, ignore_errors=True)
+    resumes = folder.is_dir() and any(folder.iterdir())
+    token = FOLDER.set(folder)
     try:
-        with scratch_of(path, anew=recompute):
-            return function(copy.deepcopy(config))
-    except ValueError as error:  # so is a checkpoint of other weights or masks refused, as after scoring on a GPU again
-        if not going_on:
-            raise
-        warnings.warn(f"{path.stem[:12]} cannot go on from what it kept, and begins anew: {error}", stacklevel=2)
-    with scratch_of(path, anew=True):
-        return function(copy.deepcopy(config))
-
-
-def failure(record: dict) -> Outcome:
-    """The outcome that a failed record tells of."""
-    return Outcome("failed", record["kind"], record["error"].strip().splitlines()[-1])
+        try:
+            return function(copy.deepcopy(task.config))
+        except ValueError as error:  # such as a checkpoint of other masks, which scoring on a GPU may give next time
+            if not resumes:
+                raise
+            text = f"{task.path.stem[:12]} cannot go on from its scratch, and starts again without: {error}"
+            warnings.warn(text, stacklevel=2)
+        shutil.rmtree(folder, ignore_errors=True)
+        return function(copy.deepcopy(task.config))
+    finally:
+        FOLDER.reset(token)
 
 
 def _kind(error: BaseException) -> str:
@@ -173,16 +170,16 @@ def _kind(error: BaseException) -> str:
     return "exception"
 
 
+def _gpus_in_use() -> range:
+    """Numbers of the GPUs, none if this process does not use CUDA."""
+    return range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
+
+
 def _peak_memory_bytes() -> int | None:
     """Most memory this process ever held."""
-    if resource is None:
+    try:
+        import resource
+    except ImportError:  # Windows has no such module
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak  # kibibytes everywhere else
-
-
-def _peak_cuda_bytes() -> int | None:
-    """Most memory the run held on one GPU, or None if it used none."""
-    if not torch.cuda.is_initialized():
-        return None
-    return max(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count())) or None

@@ -1,7 +1,7 @@
 """Runs on a Dask cluster: workers on this machine, or wherever a scheduler is.
 
-Distribution, retries and the handling of dead workers are Dask's. What travels is the function, one config a task
-and back a word on how it ended; results stay in the records that the workers write.
+Distribution, retries and the handling of dead workers are Dask's. The function and the tasks go to the workers; each
+worker writes the records of its runs itself, and sends a copy back.
 """
 
 import copyreg
@@ -9,7 +9,9 @@ import functools
 import importlib
 import itertools
 import logging
+import math
 import os
+import pickle
 import re
 import sys
 import time
@@ -17,9 +19,15 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
+from pathlib import Path
+from socket import gethostname
 from typing import TYPE_CHECKING
 
+import cloudpickle
 import torch
+
+from fsp.runs.attempt import Outcome, Task, WorkerDied, attempt
+from fsp.runs.locks import lock
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -27,14 +35,11 @@ if TYPE_CHECKING:
 ADDRESS = re.compile(r"(tcp|tls|ucx|ws|wss)://\S+")
 SCHEDULERS = 'None (in this process), "local" or the address of a Dask scheduler, such as "tcp://10.0.0.1:8786"'
 CONNECT_S = 5
-ANSWER_S = 5  # for an answer that is known to be there
+WAIT_S = 0.005  # between looks for new answers
+ANSWER_S = 5  # for an answer that was there a moment ago
 AGAIN = "records are kept, sweep again to go on"
 HEAVY = ("distributed", "pandas", "scipy", "sklearn.model_selection", "torch", "torchvision")  # seconds to import
 THREADS = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
-
-
-class WorkerDied(Exception):
-    """Every worker that took this run died."""
 
 
 def is_scheduler(value: object) -> bool:
@@ -95,8 +100,9 @@ def connect(
     for number, gpu in enumerate(places):
         # A forked worker has the variables of the server that forks it, which may have been started long ago.
         environment = {**os.environ, **THREADS, "FSP_PROGRESS": "0"}
-        environment |= {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
-        # Without a limit of its own a process may take what memory there is; Dask would pause or kill it before.
+        if gpu is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = gpu
+        # With a memory limit Dask would pause or kill a process before the memory of the machine is used up.
         options = {"nthreads": 1, "memory_limit": 0, "host": "127.0.0.1", "env": environment}
         spec[number] = {"cls": Nanny, "options": options | {"silence_logs": logging.CRITICAL}}
     # Workers forked from a process that has torch already start in a tenth of a second instead of some. With GPUs they
@@ -113,13 +119,12 @@ def connect(
         "distributed.scheduler.work-stealing": False,
         "distributed.deploy.lost-worker-timeout": "36500 days",  # its nanny may need long to start it again
     }
+    options = {"host": "127.0.0.1", "port": 0, "dashboard": False, "dashboard_address": "127.0.0.1:0"}
+    server = {"cls": Scheduler, "options": options}
     with dask.config.set(settings), _same_environment():  # Dask sets variables in this process, for good
         # after Dask's own list, which the first call sets
         get_mp_context().set_forkserver_preload([name for name in HEAVY if name in sys.modules])
-        options = {"host": "127.0.0.1", "port": 0, "dashboard": False, "dashboard_address": "127.0.0.1:0"}
-        cluster = SpecCluster(
-            workers=spec, scheduler={"cls": Scheduler, "options": options}, silence_logs=logging.CRITICAL
-        )
+        cluster = SpecCluster(workers=spec, scheduler=server, silence_logs=logging.CRITICAL)
         with cluster, Client(cluster, set_as_default=False) as client:
             yield client
 
@@ -136,51 +141,58 @@ def _same_environment() -> Iterator[None]:
             del os.environ[name]
 
 
+@contextmanager
+def sign_in(store: Path) -> Iterator[Path]:
+    """A file in the store, for a ``with`` block, by which workers know that they see the store of this sweep."""
+    sign = store / f".sweep-{uuid.uuid4().hex}.lock"
+    try:
+        with lock(sign):  # so that nobody takes it for the file of a killed sweep
+            sign.touch()  # where there are no locks
+            yield sign
+    finally:
+        sign.unlink(missing_ok=True)
+
+
 def distribute(
-    client: "Client",
-    task: Callable,
-    function: Callable,
-    calls: dict[str, tuple],
-    *,
-    retries: int,
-    show: Callable[[int], None],
-) -> Iterator[tuple[str, object]]:
-    """Do ``task(function, *call)`` on the workers for every call, in any order.
+    client: "Client", sign: Path, function: Callable, retries: int, tasks: dict[str, Task], show: Callable[[int], None]
+) -> Iterator[tuple[str, Outcome]]:
+    """Do runs on the workers, in any order.
 
     Parameters
     ----------
     client : distributed.Client
-    task : callable
-        Importable on the workers. It also gets the keyword ``die``: a callable that ends the worker's process, to be
-        started anew, or None where nobody would.
+    sign : path
+        What `sign_in` made in the store.
     function : callable
         Anything that cloudpickle takes: lambdas and what a notebook defines, too.
-    calls : dict
-        Name to further arguments.
     retries : int
-        How often Dask tries again what failed outside `task`.
+        How often Dask tries again what failed outside the run.
+    tasks : dict
+        Keys of the runs to what is to be done.
     show : callable
-        Told about every second how many calls are in work.
+        Told about every second how many runs are at work.
 
     Yields
     ------
     name : str
-    outcome : object
-        What `task` returned or the exception it raised; `WorkerDied` if too many workers did.
+        Key of a run.
+    outcome : Outcome
 
     Raises
     ------
+    Exception
+        What `attempt` raised on a worker, such as an OSError where the record cannot be written.
+    FileNotFoundError
+        If a worker does not see the store.
     TypeError
         If `function` cannot be pickled.
     ConnectionError
         If the connection to the scheduler is lost.
     RuntimeError
-        If the workers cannot load `function` or `task`.
+        If the workers cannot load `function`.
     """
-    import cloudpickle
     from distributed import KilledWorker, Nanny, Status, as_completed
 
-    gone = (Status.closed, Status.failed)
     # cloudpickle takes the word `classes` in a function that uses torch for the module torch.classes, which it does not
     # know as a module.
     for module in (torch.classes, torch.ops):
@@ -190,46 +202,39 @@ def distribute(
     except Exception as error:
         raise TypeError(f"function {function!r} cannot be sent to workers: {error}") from error
     tag = uuid.uuid4().hex[:8]
+    names = {f"run-{name[:16]}-{tag}": name for name in tasks}
     futures = client.map(
-        functools.partial(_on_worker, task, pickled),
-        list(calls.values()),
-        key=[f"run-{name[:16]}-{tag}" for name in calls],
-        pure=False,
-        retries=retries,
+        functools.partial(_on_worker, sign, pickled), list(tasks.values()), key=list(names), pure=False, retries=retries
     )
-    names = {future.key: name for future, name in zip(futures, calls, strict=True)}
     address = client.scheduler.address
     left = as_completed(futures, loop=client.loop)
     del futures  # a future that is held is computed again when the worker with its answer dies
-    shown, pause = -1.0, 0.001
+    shown = -math.inf
     try:
         while names:
             if client.status != "running":
                 raise ConnectionError(f"the Dask scheduler at {address} is gone: {AGAIN}")
-            nannies = list(getattr(client.cluster, "workers", {}).values())
-            if nannies and all(isinstance(nanny, Nanny) and nanny.status in gone for nanny in nannies):
-                raise RuntimeError(f"no local worker can be started any more: {AGAIN}")
             if time.monotonic() - shown > 1:
                 shown = time.monotonic()
+                nannies = list(getattr(client.cluster, "workers", {}).values())
+                gone = [isinstance(n, Nanny) and n.status in (Status.closed, Status.failed) for n in nannies]
+                if gone and all(gone):
+                    raise RuntimeError(f"no local worker can be started any more: {AGAIN}")
                 with suppress(OSError):  # if the scheduler is gone, the next look at the client's status tells
                     show(min(len(names), sum(client.nthreads().values())))
             done = left.next_batch(block=False)
             if not done:
-                time.sleep(pause)
-            pause = 0.001 if done else min(2 * pause, 0.05)
+                time.sleep(WAIT_S)
             for future in done:
-                if future.status in ("pending", "lost"):  # its worker died with the answer: it is asked for again
-                    left.add(future)
-                    continue
                 try:
                     outcome = future.result(timeout=ANSWER_S)
-                except TimeoutError:  # its worker died with the answer a moment ago
+                except TimeoutError:  # its worker died with the answer: it is asked for again
                     left.add(future)
                     continue
                 except KilledWorker as error:
                     died = f"worker died {error.allowed_failures + 1} times on this run, the last at "
                     died += f"{error.last_worker.address}: killed for its memory, crashed in compiled code, or lost"
-                    outcome = WorkerDied(died)
+                    outcome = attempt(functools.partial(_die, died), tasks[names[future.key]])
                 except (CancelledError, OSError) as error:
                     raise ConnectionError(f"the Dask scheduler at {address} is gone: {AGAIN}") from error
                 except Exception as error:
@@ -237,6 +242,8 @@ def distribute(
                         f"a worker cannot start run {names[future.key]}: {type(error).__name__}: {error}; workers need "
                         "this package and the modules that the function uses"
                     ) from error
+                if isinstance(outcome, BaseException):
+                    raise outcome
                 future.release()
                 yield names.pop(future.key), outcome
     finally:
@@ -244,13 +251,29 @@ def distribute(
             client.cancel(list(left.futures), force=True)
 
 
-def _on_worker(task: Callable, pickled: bytes, call: tuple) -> object:
-    """One call on a worker, with one thread; an exception comes back as a value, for Dask to leave it alone."""
+def _die(error: str, config: dict) -> None:
+    """A run that ends as its workers did."""
+    raise WorkerDied(error)
+
+
+_unpickled = functools.lru_cache(maxsize=4)(pickle.loads)  # a sweep's function is loaded once a process
+
+
+def _on_worker(sign: Path, pickled: bytes, task: Task) -> Outcome | BaseException:
+    """One run on a worker, with one thread; an exception comes back as a value, for Dask to leave it alone."""
+    from distributed import get_worker
+
     _one_thread_each()
     torch.set_num_threads(1)  # of the calling thread
     function = _unpickled(pickled)
     try:
-        return task(function, *call, die=_way_out())
+        if not sign.exists():
+            raise FileNotFoundError(
+                f"worker {gethostname()} does not see the store {sign.parent} of this sweep: expected a folder that "
+                "this machine and all workers share under one path"
+            )
+        # a process that ends is started again only by a nanny
+        return attempt(function, task, die=functools.partial(os._exit, 1) if get_worker().nanny else None)
     except (Exception, SystemExit) as error:
         return error
 
@@ -262,21 +285,6 @@ def _one_thread_each() -> None:
 
     os.environ |= {**THREADS, "FSP_PROGRESS": "0"}
     threadpool_limits(1)
-
-
-@functools.lru_cache(maxsize=4)
-def _unpickled(pickled: bytes) -> Callable:
-    """The function of a sweep, loaded once a process."""
-    import cloudpickle
-
-    return cloudpickle.loads(pickled)
-
-
-def _way_out() -> Callable[[], None] | None:
-    """What ends this process, if that is a worker which a nanny starts again."""
-    from distributed import get_worker
-
-    return functools.partial(os._exit, 1) if get_worker().nanny else None
 
 
 def _gpus() -> list[str]:

@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 GRACE = 30.0  # seconds between the limit and the last resort
 
@@ -14,8 +14,7 @@ class OutOfTime(BaseException):
     """Raised in the code whose time is over; no `Exception`, so that the code's own handlers let it pass."""
 
 
-@contextmanager
-def deadline(seconds: float | None, *, last_resort: Callable[[], None] | None = None) -> Iterator[None]:
+def deadline(seconds: float | None, *, last_resort: Callable[[], None] | None = None) -> AbstractContextManager[None]:
     """Raise `OutOfTime` inside a ``with`` block that takes longer than this.
 
     Parameters
@@ -40,13 +39,10 @@ def deadline(seconds: float | None, *, last_resort: Callable[[], None] | None = 
     fsp.runs.deadline.OutOfTime
     """
     if seconds is None:
-        yield
-    elif hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread():
-        with _by_signal(seconds):
-            yield
-    else:
-        with _by_thread(seconds, last_resort):
-            yield
+        return nullcontext()
+    if hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread():
+        return _by_signal(seconds)
+    return _by_thread(seconds, last_resort)
 
 
 @contextmanager
@@ -60,19 +56,16 @@ def _by_signal(seconds: float) -> Iterator[None]:
     start = time.monotonic()
     left, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
 
-    def restore() -> None:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, handler)
-        if left:
-            signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - start), 1e-3), interval)
-
     try:
         try:
             yield
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
     finally:  # reached even if it rings in the line above
-        restore()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        if left:
+            signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - start), 1e-3), interval)
 
 
 @contextmanager

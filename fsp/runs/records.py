@@ -230,9 +230,7 @@ def _check_metric(name: object, value: object, config: dict, entries: set[str]) 
         raise ValueError(f"{where}: expected printable text that a CSV file does not turn into a number")
     if isinstance(value, float) and math.isinf(value):
         raise ValueError(f"{where}: expected a finite number, or nan where it is undefined")
-    if isinstance(value, float):
-        return None if math.isnan(value) else float(value)
-    return value
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _known(value: object) -> object:

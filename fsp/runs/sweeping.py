@@ -1,35 +1,27 @@
-"""The sweep: which runs are missing, who does them, and the table of all."""
+"""The sweep: which runs are missing, where they are done, and the table of all."""
 
 import functools
+import math
 import os
 import tempfile
 import time
-import uuid
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
-from math import isfinite
+from contextlib import ExitStack, closing
 from numbers import Real
 from pathlib import Path
-from socket import gethostname
-from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from fsp.progress import bar
 from fsp.runs import cluster
-from fsp.runs.attempt import Outcome, attempt, failure
-from fsp.runs.locks import claim, has_locks
+from fsp.runs.attempt import Outcome, Task, attempt, on_record
 from fsp.runs.provenance import provenance
-from fsp.runs.records import check_rows, frame, key, whole_record
+from fsp.runs.records import frame, key, whole_record
 from fsp.runs.tables import OWN_COLUMNS, rows_by_key
 
-if TYPE_CHECKING:
-    from distributed import Client
-
 BUSY_S = 0.2  # between looks at runs that another process is doing
-VISIBLE_S = 90.0  # in which a record written on another machine must show here
 
 
 def sweep(
@@ -41,7 +33,7 @@ def sweep(
     recompute: bool = False,
     retry_failed: bool = True,
     timeout: float | None = None,
-    scheduler: "str | Client | None" = None,
+    scheduler: "str | cluster.Client | None" = None,
     workers: int | None = None,
     per_gpu: int = 1,
     retries: int = 2,
@@ -76,7 +68,7 @@ def sweep(
     per_gpu : int
         "local": processes that share a GPU.
     retries : int
-        How often a run is done again whose worker died before it counts as failed. With an address or a client
+        How often a run whose worker died is done again before it counts as failed. With an address or a client
         the cluster decides (``distributed.scheduler.allowed-failures``, 3 by default).
 
     Returns
@@ -118,7 +110,7 @@ def sweep(
     ("worker died"). Its record keeps kind and traceback. `timeout` cannot end a call into compiled code (see
     `fsp.runs.deadline.deadline`); a local worker that is stuck in one for another 30 s is started anew.
 
-    Sweeps may run at the same time on one store: each run is done by one of them (see `fsp.runs.locks.claim`).
+    Sweeps may run at the same time on one store: each run is done by one of them (see `fsp.runs.locks.lock`).
 
     On workers a run has one thread of torch and of the numerical libraries, unless `function` asks for more. Results
     are the same bits as in this process if that has one thread too (``torch.set_num_threads(1)``).
@@ -132,162 +124,99 @@ def sweep(
     >>> frame[["x", "square"]].values.tolist()
     [[2, 4], [3, 9]]
     """
-    keys = _check_sweep(function, configs)
+    by_key = _check_sweep(function, configs)
     _check_options(scheduler, workers, per_gpu, timeout, retries)
     entries = {name for config in configs for name in config}
     store = Path(store).absolute()
     rows_in_table = {} if recompute or table is None else rows_by_key(Path(table), entries)
-    before = {name: record for name in keys if (record := whole_record(store / f"{name}.json"))}
-    failed_before = {name: record["started"] for name, record in before.items() if record["status"] == "failed"}
-    known = {} if recompute else {n: r for n, r in before.items() if n not in failed_before or not retry_failed}
-    for name in rows_in_table.keys() & keys - known.keys():
-        known[name] = {"status": "finished", "rows": rows_in_table[name]}
-    for config, name in zip(configs, keys, strict=True):
-        if name in known and known[name]["rows"]:
-            check_rows(known[name]["rows"], config, entries)
-    calls = {
-        name: (config, name, store, entries, recompute, timeout, failed_before.get(name))
-        for config, name in zip(configs, keys, strict=True)
-        if name not in known
-    }
-    outcomes = {n: Outcome("reused") if r["rows"] else failure(r) for n, r in known.items()}
-    if calls:
+    outcomes, tasks = {}, {}
+    for name, config in by_key.items():
+        path = store / f"{name}.json"
+        record = whole_record(path)
+        failed_before = record["started"] if record and record["status"] == "failed" else None
+        if record and not recompute and not (failed_before and retry_failed):
+            outcomes[name] = on_record(record, config, entries)
+        elif name in rows_in_table:
+            outcomes[name] = on_record({"status": "finished", "rows": rows_in_table[name]}, config, entries)
+        else:
+            tasks[name] = Task(config, path, entries, recompute, timeout, failed_before)
+    if tasks:
         _check_writable(store)
         with ExitStack() as stack:
             if scheduler is None:
-                engine = _in_process
+                engine = functools.partial(_in_process, function)
             else:
-                engine = _on_cluster(stack, store, scheduler, workers, per_gpu, retries)
-            show = stack.enter_context(_progress(function, outcomes, len(configs)))
-            _finish(functools.partial(engine, function, show), calls, outcomes, show)
+                connection = cluster.connect(scheduler, workers=workers, per_gpu=per_gpu, retries=retries)
+                client = stack.enter_context(connection)
+                sign = stack.enter_context(cluster.sign_in(store))
+                engine = functools.partial(cluster.distribute, client, sign, function, retries)
+            _finish(engine, tasks, outcomes, getattr(function, "__name__", type(function).__name__))
 
-    runs = known | _read(store, {n: outcomes[n] for n in calls}, 0.0 if scheduler is None else VISIBLE_S)
-    errors = [outcome for name in keys if (outcome := outcomes[name]).word == "failed"]
+    ended = [outcomes[name] for name in by_key]
+    counts = Counter(outcome.word for outcome in ended)
+    errors = [outcome.record for outcome in ended if outcome.word == "failed"]
     if errors:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(error.kind for error in errors).items())
+        first = errors[0]["error"].strip().splitlines()[-1]
+        kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(error["kind"] for error in errors).items())
         warnings.warn(
-            f"{len(errors)} of {len(configs)} runs failed, the first with {errors[0].error} ({kinds}); tracebacks: "
+            f"{len(errors)} of {len(configs)} runs failed, the first with {first} ({kinds}); tracebacks: "
             f"python -m fsp.runs list --status failed --store {store}",
             stacklevel=2,
         )
-    reused = [runs[name] for name in keys if outcomes[name].word == "reused" and "provenance" in runs[name]]
-    other_code = sum(run["provenance"].get("code") != provenance()["code"] for run in reused)
+    reused = [outcome.record for outcome in ended if outcome.word == "reused" and "provenance" in outcome.record]
+    other_code = sum(record["provenance"].get("code") != provenance()["code"] for record in reused)
     if other_code:
-        warnings.warn(
-            f"{other_code} reused runs were made by another version of fsp; recompute=True redoes them",
-            stacklevel=2,
-        )
-    made = frame(configs, keys, [runs[name] for name in keys])
-    counts = Counter(outcomes[name].word for name in keys)
+        text = f"{other_code} reused runs were made by another version of fsp; recompute=True redoes them"
+        warnings.warn(text, stacklevel=2)
+    made = frame(configs, list(by_key), [outcome.record for outcome in ended])
     made.attrs = {word: counts[word] for word in ("computed", "reused", "failed")} | {"other_code": other_code}
     return made
 
 
-@contextmanager
-def _progress(function: Callable, outcomes: dict[str, Outcome], total: int) -> Iterator[Callable]:
-    """Bar over the runs; what it yields brings it up to date, and may be told the number of runs in work."""
-    label = getattr(function, "__name__", type(function).__name__)
+def _finish(engine: Callable, tasks: dict[str, Task], outcomes: dict[str, Outcome], label: str) -> None:
+    """Bring every run to its outcome; those that another process is doing are asked for again."""
     # The runs known at the start are no work: they count for neither rate nor time left.
-    with bar(total=total, initial=len(outcomes), desc=label, unit="run", smoothing=0) as progress:
-        running = 0
+    known = len(outcomes)
+    with bar(total=known + len(tasks), initial=known, desc=label, unit="run", smoothing=0) as progress:
 
-        def show(now: int | None = None) -> None:
-            nonlocal running
-            running = min(running if now is None else now, total - len(outcomes))
+        def show(running: int) -> None:
             words = Counter(outcome.word for outcome in outcomes.values())
             counts = {"finished": words["computed"] + words["reused"], "running": running, "failed": words["failed"]}
-            progress.set_postfix(counts, refresh=False)
-            if len(outcomes) > progress.n:
-                progress.update(len(outcomes) - progress.n)
-            else:
-                progress.refresh()
+            progress.set_postfix(counts, refresh=len(outcomes) == progress.n)
+            progress.update(len(outcomes) - progress.n)
 
-        show()
-        yield show
-
-
-def _finish(engine: Callable, calls: dict[str, tuple], outcomes: dict[str, Outcome], show: Callable) -> None:
-    """Bring every call to its outcome; those that another process is doing are asked for again."""
-    pause = BUSY_S
-    while calls:
-        busy = {}
-        with closing(engine(calls)) as ended:
-            for name, outcome in ended:
-                if isinstance(outcome, cluster.WorkerDied):
-                    outcome = attempt(functools.partial(_throw, outcome), *calls[name])
-                if isinstance(outcome, BaseException):
-                    raise outcome
-                if outcome.word == "busy":
-                    busy[name] = calls[name]
-                else:
-                    outcomes[name] = outcome
-                    show()
-        pause = BUSY_S if len(busy) < len(calls) else min(1.5 * pause, 10.0)
-        calls = busy
-        if busy:
-            time.sleep(pause)
+        pause = BUSY_S
+        while tasks:
+            busy = {}
+            with closing(engine(tasks, show)) as ended:
+                for name, outcome in ended:
+                    if outcome.word == "busy":
+                        busy[name] = tasks[name]
+                    else:
+                        outcomes[name] = outcome
+            pause = BUSY_S if len(busy) < len(tasks) else min(1.5 * pause, 10.0)
+            tasks = busy
+            if busy:
+                time.sleep(pause)
+        show(0)
 
 
-def _in_process(function: Callable, show: Callable, calls: dict[str, tuple]) -> Iterator[tuple[str, Outcome]]:
+def _in_process(function: Callable, tasks: dict[str, Task], show: Callable) -> Iterator[tuple[str, Outcome]]:
     """Runs one after another in this process."""
-    for name, call in calls.items():
+    for name, task in tasks.items():
         show(1)
-        yield name, attempt(function, *call)
+        yield name, attempt(function, task)
 
 
-def _on_cluster(
-    stack: ExitStack, store: Path, scheduler: "str | Client", workers: int | None, per_gpu: int, retries: int
-) -> Callable:
-    """Runs on a cluster, which `stack` closes, with a file in the store by which workers know that it is this one."""
-    client = stack.enter_context(cluster.connect(scheduler, workers=workers, per_gpu=per_gpu, retries=retries))
-    sign = store / f".sweep-{uuid.uuid4().hex}.lock"
-    sign.touch()
-    stack.callback(sign.unlink, missing_ok=True)
-    stack.enter_context(claim(sign))
-    task = functools.partial(_task_in_store, sign)
-    return lambda function, show, calls: cluster.distribute(client, task, function, calls, retries=retries, show=show)
-
-
-def _task_in_store(sign: Path, function: Callable, *call, die: Callable | None) -> Outcome:
-    """An attempt, if this machine sees the store of the sweep."""
-    if not sign.exists():
-        raise FileNotFoundError(
-            f"worker {gethostname()} does not see the store {sign.parent} of this sweep: expected a folder that this "
-            "machine and all workers share under one path"
-        )
-    return attempt(function, *call, die=die)
-
-
-def _throw(error: Exception, config: dict) -> None:
-    """A run that ends as its workers did."""
-    raise error
-
-
-def _read(store: Path, outcomes: dict[str, Outcome], wait: float) -> dict[str, dict]:
-    """What the table needs of the runs; a record from another machine may take `wait` seconds to show here."""
-    found, end = {}, time.monotonic() + wait
-    for name, outcome in outcomes.items():
-        found[name] = {"status": "failed", "rows": []}
-        while outcome.word != "failed":
-            record = whole_record(store / f"{name}.json")
-            if record is not None:
-                found[name] = record
-                break
-            if time.monotonic() > end:
-                raise FileNotFoundError(f"record {name}.json was written to {store}, and is not there: sweep again")
-            time.sleep(0.5)
-    return found
-
-
-def _check_sweep(function: Callable, configs: list[dict]) -> list[str]:
-    """Keys of the configs; raises on anything that a sweep could stumble over later."""
+def _check_sweep(function: Callable, configs: list[dict]) -> dict[str, dict]:
+    """The configs by their keys; raises on anything that a sweep could stumble over later."""
     if not callable(function):
         raise TypeError(f"function is {function!r}: expected a callable that takes a config")
     if not isinstance(configs, list | tuple):
         raise TypeError(f"configs is a {type(configs).__name__}: expected a list of dicts")
     if not configs:
         raise ValueError("configs is empty: expected at least one config")
-    seen: dict[str, int] = {}
+    by_key: dict[str, dict] = {}
     for index, config in enumerate(configs):
         try:
             name = key(config)
@@ -295,30 +224,25 @@ def _check_sweep(function: Callable, configs: list[dict]) -> list[str]:
             raise type(error)(f"configs[{index}]: {error}") from error
         if own := [entry for entry in OWN_COLUMNS if entry in config]:
             raise ValueError(f"configs[{index}] has an entry {own[0]!r}, a column of the table: rename it")
-        if name in seen:
-            raise ValueError(f"configs[{index}] is the same run as configs[{seen[name]}]: {config!r}")
-        seen[name] = index
-    return list(seen)
+        if name in by_key:
+            earlier = list(by_key).index(name)
+            raise ValueError(f"configs[{index}] is the same run as configs[{earlier}]: {config!r}")
+        by_key[name] = config
+    return by_key
 
 
 def _check_options(scheduler: object, workers: object, per_gpu: object, timeout: object, retries: object) -> None:
     """Raises on an option that is out of its range or belongs to another scheduler."""
-
-    def count(value: object, least: int) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
     if not cluster.is_scheduler(scheduler):
         raise ValueError(f"scheduler is {scheduler!r}: expected {cluster.SCHEDULERS}, or a distributed.Client")
-    if workers is not None and not count(workers, 1):
-        raise ValueError(f"workers is {workers!r}: expected a whole number of at least 1, or None for all there is")
-    if not count(per_gpu, 1):
-        raise ValueError(f"per_gpu is {per_gpu!r}: expected a whole number of at least 1")
     if (workers, per_gpu) != (None, 1) and scheduler != "local":
         raise ValueError('workers and per_gpu belong to scheduler="local": other clusters have the workers they have')
-    if not count(retries, 0):
-        raise ValueError(f"retries is {retries!r}: expected a whole number of at least 0")
+    counts = {"workers": (1 if workers is None else workers, 1), "per_gpu": (per_gpu, 1), "retries": (retries, 0)}
+    for name, (value, least) in counts.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name} is {value!r}: expected a whole number of at least {least}")
     number = isinstance(timeout, Real) and not isinstance(timeout, bool)
-    if timeout is not None and not (number and isfinite(timeout) and timeout > 0):
+    if timeout is not None and not (number and 0 < timeout < math.inf):
         raise ValueError(f"timeout is {timeout!r}: expected seconds above 0, or None for no limit")
 
 
@@ -330,9 +254,6 @@ def _check_writable(store: Path) -> None:
             file.write(bytes(65536))
             file.flush()
             os.fsync(file.fileno())
-            locks = has_locks(file)
     except OSError as error:
         message = f"no run was started, for records cannot be written here ({error.strerror}); choose a store"
         raise OSError(error.errno, f"{message} that is writable and has space", str(store)) from error
-    if not locks:
-        warnings.warn(f"{store} has no file locks: sweeps at the same time may do a run twice", stacklevel=3)

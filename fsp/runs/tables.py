@@ -62,7 +62,7 @@ def update(frame: pd.DataFrame, path: str | Path) -> Path:
         return save(frame, path)
     old = read_cells(path)
     others = old[~old["key"].isin(frame["key"])]
-    # A column that only replaced rows had would stay behind empty, and tell of the file's history.
+    # Without this line a column that only the replaced rows had would stay, with empty cells.
     others = others[[name for name in others if name in frame or (others[name] != "").any()]]
     new = read_cells(io.StringIO(frame.to_csv(index=False)))
     return save(pd.concat([new, others], ignore_index=True), path)
@@ -77,15 +77,15 @@ UNITS: dict[str, tuple[str, Callable[[pd.Series], pd.Series]]] = {
 
 
 def read_published(path: str | Path, columns: Mapping[str, str], *, optional: Collection[str] = ()) -> pd.DataFrame:
-    """Read a table of published numbers, and refuse it if it is not the one that a notebook was written for.
+    """Read a table of published numbers, and check that its columns hold what a notebook expects.
 
     Parameters
     ----------
     path : path
         CSV file.
     columns : dict of column name to unit
-        Every column that is wanted, and what is in it: "text", or a key of `UNITS`, "fraction", "percent", "number"
-        or "count".
+        The columns to read, and what is in each: "text", or a key of `UNITS`: "fraction", "percent", "number" or
+        "count".
     optional : collection of str
         Columns that may have empty cells.
 
@@ -111,33 +111,27 @@ def read_published(path: str | Path, columns: Mapping[str, str], *, optional: Co
     """
     path = Path(path)
     table = read(path)
-    if wrong := [unit for unit in columns.values() if unit not in ("text", *UNITS)]:
-        raise ValueError(f"unit {wrong[0]!r} is unknown: use text, {', '.join(UNITS)}")
     for name, unit in columns.items():
         if name not in table:
             raise ValueError(f"{path.name} has no column {name!r}: it has {', '.join(table)}")
-        _check_column(path.name, table[name], unit, name in optional)
+        where, values = f"{path.name}, column {name!r}", table[name].dropna()
+        if len(values) < len(table) and name not in optional:
+            row = table[name].isna().idxmax() + 2
+            raise ValueError(f"{where}: row {row} is empty, expected a value in every row")
+        if unit == "text":
+            continue
+        if unit not in UNITS:
+            raise ValueError(f"unit {unit!r} is unknown: use text, {', '.join(UNITS)}")
+        expected, fits = UNITS[unit]
+        if not pd.api.types.is_numeric_dtype(values) or pd.api.types.is_bool_dtype(values):
+            raise ValueError(f"{where}: expected {expected}, found text such as {str(values.iloc[0])!r}")
+        wrong = values[~fits(values)]
+        if len(wrong):
+            raise ValueError(f"{where}: expected {expected}, found {wrong.iloc[0]:g} in row {wrong.index[0] + 2}")
+        if unit == "percent" and values.max() <= 1:
+            largest = f"{values.max():g} is the largest: these look like fractions"
+            raise ValueError(f"{where}: expected {expected}, but {largest}")
     return table[list(columns)]
-
-
-def _check_column(file: str, values: pd.Series, unit: str, optional: bool) -> None:
-    """Raise unless a column of a published table holds what it should."""
-    where = f"{file}, column {values.name!r}"
-    if values.isna().any() and not optional:
-        raise ValueError(f"{where}: row {values.index[values.isna()][0] + 2} is empty, expected a value in every row")
-    values = values.dropna()
-    if unit == "text":
-        return
-    expected, fits = UNITS[unit]
-    if not pd.api.types.is_numeric_dtype(values) or pd.api.types.is_bool_dtype(values):
-        raise ValueError(f"{where}: expected {expected}, found text such as {str(values.iloc[0])!r}")
-    if not fits(values).all():
-        row = values.index[~fits(values)][0]
-        raise ValueError(f"{where}: expected {expected}, found {values[row]:g} in row {row + 2}")
-    if unit == "percent" and len(values) and values.max() <= 1:
-        raise ValueError(
-            f"{where}: expected {expected}, but {values.max():g} is the largest: these look like fractions"
-        )
 
 
 def read(path: str | Path) -> pd.DataFrame:

@@ -22,9 +22,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fsp import paths, runs
-from fsp.runs import attempt, key, load, locks, read_record, records, sweep, tables, unfinished
+from fsp.runs import attempt, key, load, locks, read_record, scratching, sweep, tables
 from fsp.runs import provenance as provenance_module
-from fsp.runs.locks import claim, is_claimed, owner
+from fsp.runs.locks import lock, locked_by
 from fsp.runs.provenance import provenance
 
 # Children of a server that has imported torch already start in a few milliseconds.
@@ -61,26 +61,16 @@ names = st.text().filter(lambda name: name not in runs.EXCLUDED)
 dicts = st.dictionaries(names, values, max_size=4)
 
 
-@given(dicts, st.randoms())
-def test_key_ignores_the_order_of_entries(config, shuffler):
-    entries = list(config.items())
+@given(dicts, st.randoms(), st.sampled_from(sorted(runs.EXCLUDED)))
+def test_key_ignores_the_order_of_entries_and_excluded_ones_whatever_they_hold(config, shuffler, excluded):
+    entries = [*config.items(), (excluded, object())]
     shuffler.shuffle(entries)
     assert key(dict(entries)) == key(config)
 
 
-@given(st.lists(values))
-def test_key_takes_a_tuple_for_a_list(items):
-    assert key({"a": tuple(items)}) == key({"a": items})
-
-
-@given(st.integers(-(2**53), 2**53))
-def test_key_takes_a_whole_float_for_an_int_at_any_depth(number):
-    assert key({"a": float(number), "b": [{"c": float(number)}]}) == key({"a": number, "b": [{"c": number}]})
-
-
-@given(dicts, st.sampled_from(sorted(runs.EXCLUDED)))
-def test_key_ignores_excluded_entries_whatever_they_hold(config, name):
-    assert key({**config, name: object()}) == key(config)
+@given(st.integers(-(2**53), 2**53), st.lists(values))
+def test_key_takes_a_whole_float_for_an_int_and_a_tuple_for_a_list_at_any_depth(number, items):
+    assert key({"a": float(number), "b": [{"c": tuple(items)}]}) == key({"a": number, "b": [{"c": items}]})
 
 
 @given(dicts, st.integers(), st.integers())
@@ -90,20 +80,10 @@ def test_key_tells_seeds_apart(config, one, other):
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [
-        ({"a": 1}, {"a": True}),
-        ({"a": 0}, {"a": None}),
-        ({"a": 1}, {"a": "1"}),
-        ({"a": 1}, {"b": 1}),
-        ({"a": 0.1 + 0.2}, {"a": 0.3}),
-        ({"a": [1, 2]}, {"a": [2, 1]}),
-        ({"a": [[1], 2]}, {"a": [1, [2]]}),
-        ({"a": 2**53 + 1}, {"a": float(2**53)}),
-        ({"a": {"device": 1}}, {"a": {"device": 2}}),
-    ],
+    [(1, True), (1, "1"), (0.1 + 0.2, 0.3), ([[1], 2], [1, [2]]), (2**53 + 1, 2.0**53), ({"device": 1}, {"device": 2})],
 )
-def test_key_tells_different_configs_apart(one, other):
-    assert key(one) != key(other)
+def test_key_tells_different_values_apart(one, other):
+    assert key({"a": one}) != key({"a": other})
 
 
 def test_key_is_the_hash_of_the_canonical_json_and_so_the_same_for_ever():
@@ -115,13 +95,10 @@ def test_key_is_the_hash_of_the_canonical_json_and_so_the_same_for_ever():
 @pytest.mark.parametrize(
     ("config", "error", "named"),
     [
-        ({"lr": math.nan}, ValueError, "'lr' is nan"),
         ({"lr": [0.1, math.inf]}, ValueError, r"'lr\[1\]' is inf"),
         ({"net": {"depth": {3}}}, TypeError, "'net.depth' is .3. of type set"),
         ({"net": {3: "depth"}}, TypeError, "'net' holds a name 3"),
-        ({"mask": torch.ones(1)}, TypeError, "'mask' .* Tensor"),
         ({3: "x"}, TypeError, "entry 3: expected a name of type str"),
-        ([("x", 1)], TypeError, "expected a dict"),
     ],
 )
 def test_key_refuses_what_json_cannot_hold_and_names_it(config, error, named):
@@ -130,15 +107,13 @@ def test_key_refuses_what_json_cannot_hold_and_names_it(config, error, named):
 
 
 def test_a_table_has_the_config_the_metrics_the_status_and_the_key(tmp_path):
-    config = {"name": "a", "widths": (8, 4), "options": {"k": 1}, "device": torch.device("cpu"), "none": None}
+    config = {"name": "a\n", "widths": (8, 4), "options": {"k": 1}, "device": torch.device("cpu"), "none": None}
     frame = sweep(lambda c: [{"step": i, "ok": i > 0} for i in range(2)], [config], store=tmp_path)
     assert list(frame) == ["name", "widths", "options", "none", "step", "ok", "status", "key"]
     assert frame.drop(columns="none").values.tolist() == [
-        ["a", "[8,4]", '{"k":1}', 0, False, "finished", key(config)],
-        ["a", "[8,4]", '{"k":1}', 1, True, "finished", key(config)],
+        ['"a\\n"', "[8,4]", '{"k":1}', 0, False, "finished", key(config)],
+        ['"a\\n"', "[8,4]", '{"k":1}', 1, True, "finished", key(config)],
     ]
-    assert frame["none"].isna().all()
-    assert [frame[name].dtype.kind for name in ("none", "step", "ok")] == ["f", "i", "b"]
     assert frame.attrs == {"computed": 1, "reused": 0, "failed": 0, "other_code": 0}
 
 
@@ -149,14 +124,15 @@ def test_a_column_has_the_type_its_values_have_together(tmp_path):
     ]
     frame = sweep(lambda c: metrics[c["i"]], [{"i": 0}, {"i": 1}], store=tmp_path)
     assert [frame[name].dtype.kind for name in ("int", "some", "real", "flag", "none")] == list("iffbf")
-    assert frame["text"].tolist()[0] == "a"
     assert frame[["some", "text", "none"]].isna().values.tolist() == [[False, False, True], [True, True, True]]
 
 
 def test_a_record_tells_all_about_its_run(tmp_path):
-    config = {"x": 0.5, "widths": (1, 2), "device": torch.device("cpu"), "out_dir": tmp_path}
-    sweep(lambda c: {"y": math.nan, "z": time.sleep(0.02)}, [config], store=tmp_path / "made" / "here")
-    (path,) = (tmp_path / "made" / "here").iterdir()
+    config = {"x": 0.5, "widths": [1, 2], "device": torch.device("cpu"), "out_dir": tmp_path}
+    store = tmp_path / "made" / "here"
+    # the function cannot change the config
+    sweep(lambda c: {"y": math.nan, "z": time.sleep(c["widths"].pop() / 100)}, [config], store=store)
+    (path,) = store.iterdir()
     raw = json.loads(path.read_text())
     assert path.name == f"{key(config)}.json"
     assert raw["config"] == {"x": 0.5, "widths": [1, 2], "device": "cpu", "out_dir": str(tmp_path)}
@@ -171,13 +147,6 @@ def test_a_record_tells_all_about_its_run(tmp_path):
     assert math.isnan(read_record(path)["rows"][0]["y"])
 
 
-def test_the_function_cannot_change_the_config(tmp_path):
-    config = {"widths": [1, 2]}
-    sweep(lambda c: {"n": c["widths"].pop()}, [config], store=tmp_path)
-    assert config == {"widths": [1, 2]}
-    assert sweep(never, [config], store=tmp_path)["n"].tolist() == [2]
-
-
 def test_a_finished_run_is_not_computed_again_and_only_missing_ones_are(tmp_path):
     sweep(square, XS[1:2], store=tmp_path)
     calls = []
@@ -186,7 +155,6 @@ def test_a_finished_run_is_not_computed_again_and_only_missing_ones_are(tmp_path
     assert frame["x"].tolist() == [1, 2, 3]
     assert frame.attrs == {"computed": 2, "reused": 1, "failed": 0, "other_code": 0}
     assert frame.equals(sweep(never, XS, store=tmp_path))
-    assert frame.equals(sweep(square, XS, store=tmp_path / "undisturbed"))
 
 
 def test_recompute_does_all_again_and_leaves_old_records_until_then(tmp_path):
@@ -207,25 +175,29 @@ def test_recompute_does_all_again_and_leaves_old_records_until_then(tmp_path):
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
 def test_an_interrupt_passes_through_and_loses_nothing(tmp_path, stop):
-    def stopped(config):
-        if config["x"] == 3:
+    def stopped(limit, config):  # a partial has no name to show with the progress
+        if config["x"] == limit:
             raise stop
         return square(config)
 
     with pytest.raises(stop):
-        sweep(stopped, XS, store=tmp_path)
+        sweep(functools.partial(stopped, 3), XS, store=tmp_path)
     assert load(tmp_path)["x"].tolist() == [1, 2]
 
 
-def test_a_failed_run_is_recorded_and_tried_again(tmp_path):
+def sweep_with_a_failure(function, **options):
     with pytest.warns(UserWarning, match="1 of 3 runs failed, the first with ArithmeticError: two is too many"):
-        frame = sweep(fails_at_2, XS, store=tmp_path)
+        return sweep(function, XS, **options)
+
+
+def test_a_failed_run_is_tried_again_unless_told_otherwise(tmp_path):
+    frame = sweep_with_a_failure(fails_at_2, store=tmp_path)
     assert frame["status"].tolist() == ["finished", "failed", "finished"]
     assert frame["square"].isna().tolist() == [False, True, False]
     assert frame.attrs == {"computed": 2, "reused": 0, "failed": 1, "other_code": 0}
-    record = read_record(tmp_path / f"{key({'x': 2})}.json")
-    assert (record["status"], record["rows"]) == ("failed", [])
-    assert "in fails_at_2" in record["error"]
+    left = sweep_with_a_failure(never, store=tmp_path, retry_failed=False)
+    assert left.equals(load(tmp_path))
+    assert left.attrs == {"computed": 0, "reused": 2, "failed": 1, "other_code": 0}
     again = sweep(square, XS, store=tmp_path)
     assert again.attrs == {"computed": 1, "reused": 2, "failed": 0, "other_code": 0}
     assert again.equals(sweep(square, XS, store=tmp_path / "undisturbed"))
@@ -233,42 +205,36 @@ def test_a_failed_run_is_recorded_and_tried_again(tmp_path):
 
 def test_a_failure_never_replaces_a_result(tmp_path):
     sweep(square, XS, store=tmp_path)
-    with pytest.warns(UserWarning, match="1 of 3 runs failed"):
-        frame = sweep(fails_at_2, XS, store=tmp_path, recompute=True)
+    frame = sweep_with_a_failure(fails_at_2, store=tmp_path, recompute=True)
     assert frame["status"].tolist() == ["finished", "failed", "finished"]
     assert sweep(never, XS, store=tmp_path)["square"].tolist() == [1, 4, 9]
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda path: path.write_bytes(path.read_bytes()[:-20]),
-        lambda path: path.write_bytes(b""),
-        lambda path: path.write_bytes(b"\xff\x00" * 40),
-        lambda path: path.write_text("[]"),
-        lambda path: path.write_text(path.read_text().replace('"schema": 2', '"schema": 3')),
-        lambda path: path.write_text(path.read_text().replace('"x": 2', '"x": 4')),
-        lambda path: path.write_text(path.read_text().replace('"wall_s"', '"wall"')),
-        lambda path: path.write_text(path.read_text().replace('"square": 4', '"square": [4]')),
-        lambda path: path.write_text(path.read_text().replace('"finished"', '"done"')),
-        lambda path: path.write_text(path.read_text().replace('"kind": null', '"kind": "timeout"')),
-    ],
-    ids=["truncated", "empty", "binary", "list", "schema", "config", "field", "metric", "status", "kind"],
-)
-def test_a_damaged_record_is_set_aside_and_computed_again(tmp_path, damage):
+DAMAGES = [  # in the text of a record
+    ('"schema": 2', '"schema": 3'),
+    ('"x": 2', '"x": 4'),
+    ('"wall_s"', '"wall"'),
+    ('"square": 4', '"square": [4]'),
+    ('"finished"', '"done"'),
+    ('"kind": null', '"kind": "timeout"'),
+    ('"rows": [', '"rows": '),
+]
+
+
+@pytest.mark.parametrize(("old", "new"), DAMAGES)
+def test_a_damaged_record_is_set_aside_and_computed_again(tmp_path, old, new):
     whole = sweep(square, XS, store=tmp_path)
     path = tmp_path / f"{key({'x': 2})}.json"
-    before = path.read_bytes()
-    damage(path)
-    damaged = path.read_bytes()
-    assert damaged != before
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
     with pytest.raises(ValueError, match="not a whole run record"):
         load(tmp_path)
     with pytest.warns(UserWarning, match="set aside"):
         frame = sweep(square, XS, store=tmp_path)
     assert frame.attrs["computed"] == 1
     assert frame.equals(whole)
-    assert path.with_name(path.name + ".corrupt").read_bytes() == damaged
+    assert path.with_name(path.name + ".corrupt").read_text() == text.replace(old, new)
     assert len(load(tmp_path)) == 3
 
 
@@ -281,33 +247,21 @@ def test_records_of_other_code_are_reused_counted_and_told_of(tmp_path):
     assert frame.attrs == {"computed": 0, "reused": 3, "failed": 0, "other_code": 1}
 
 
-def test_a_committed_table_stands_in_for_records(tmp_path):
+def test_finished_rows_of_a_committed_table_stand_in_for_missing_records(tmp_path):
     table = tmp_path / "results" / "a.csv"
-    first = sweep(square, XS, store=tmp_path / "one", table=table)
-    tables.update(first, table)
+    tables.update(sweep_with_a_failure(fails_at_2, store=tmp_path / "one", table=table), table)
     # Nothing to compute: a store that cannot be written is no obstacle.
-    frame = sweep(never, XS, store=table / "no folder", table=table)
-    assert frame.equals(first)
-    assert frame.attrs == {"computed": 0, "reused": 3, "failed": 0, "other_code": 0}
-    calls = []
-    sweep(lambda c: calls.append(c) or square(c), [*XS, {"x": 9}], store=tmp_path / "two", table=table)
-    assert calls == [{"x": 9}]
-    calls.clear()
-    sweep(lambda c: calls.append(c) or square(c), XS, store=tmp_path / "two", table=table, recompute=True)
-    assert calls == XS
-
-
-def test_a_record_goes_before_a_row_of_the_table_and_a_failed_row_counts_for_nothing(tmp_path):
-    table = tmp_path / "a.csv"
-    with pytest.warns(UserWarning, match="1 of 3"):
-        tables.update(sweep(fails_at_2, XS, store=tmp_path / "one"), table)
+    finished = [XS[0], XS[2]]
+    frame = sweep(never, finished, store=table / "no folder", table=table)
+    assert frame["square"].tolist() == [1, 9]
+    assert frame.attrs == {"computed": 0, "reused": 2, "failed": 0, "other_code": 0}
     sweep(lambda c: {"square": 100}, XS[:1], store=tmp_path / "two")
     frame = sweep(lambda c: {"square": 200}, XS, store=tmp_path / "two", table=table)
     assert frame["square"].tolist() == [100, 200, 9]
-    assert frame.attrs["reused"] == 2
+    assert sweep(square, XS, store=tmp_path / "two", table=table, recompute=True).attrs["computed"] == 3
 
 
-@pytest.mark.parametrize("first", [[0], [1], [2], [0, 1], [2, 0], [1, 2]])
+@pytest.mark.parametrize("first", [[0], [1], [2, 0], [1, 2]])
 @pytest.mark.parametrize("source", ["records", "table"])
 def test_a_table_does_not_depend_on_which_rows_were_reused(tmp_path, first, source):
     metrics = [
@@ -316,17 +270,17 @@ def test_a_table_does_not_depend_on_which_rows_were_reused(tmp_path, first, sour
         {"step": -1, "loss": -0.0, "ok": True, "text": "1.2.3", "gap": math.nan},
     ]
     configs = [{"i": 0, "a": 1.0, "b": [1]}, {"i": 1, "a": 2, "c": "007"}, {"i": 2, "a": 3, "b": [2, 3]}]
-    run = lambda c: metrics[c["i"]]  # noqa: E731
+
+    def run(config):
+        return metrics[config["i"]]
+
     whole = sweep(run, configs, store=tmp_path / "whole")
     part = sweep(run, [configs[i] for i in first], store=tmp_path / "part")
-    if source == "table":
-        tables.update(part, tmp_path / "part.csv")
-        resumed = sweep(run, configs, store=tmp_path / "other", table=tmp_path / "part.csv")
-    else:
-        resumed = sweep(run, configs, store=tmp_path / "part")
+    table = tables.update(part, tmp_path / "part.csv")
+    store = tmp_path / ("part" if source == "records" else "other")
+    resumed = sweep(run, configs, store=store, table=table if source == "table" else None)
     assert resumed.attrs["reused"] == len(first)
     assert resumed.equals(whole)
-    assert [whole[n].dtype.kind for n in ("i", "a", "step", "loss", "ok", "gap")] == list("ififbf")
     one, other = tables.save(whole, tmp_path / "1.csv"), tables.save(resumed, tmp_path / "2.csv")
     assert one.read_bytes() == other.read_bytes()
 
@@ -362,7 +316,6 @@ def test_a_saved_table_has_plain_line_ends_and_empty_cells_for_nan(tmp_path):
     path = tables.save(frame, tmp_path / "new" / "a.csv")
     assert path.read_bytes() == b"a,b,c\n0.1,1,NA\n,2,\n"
     assert tables.read(path)["c"].tolist()[0] == "NA"
-    assert os.listdir(path.parent) == ["a.csv"]
 
 
 def test_update_table_replaces_its_own_rows_and_keeps_the_others_as_they_were(tmp_path):
@@ -373,32 +326,21 @@ def test_update_table_replaces_its_own_rows_and_keeps_the_others_as_they_were(tm
     expected += "3,,finished,C,1.50\n3,,failed,C,2\n"
     assert tables.update(frame, path).read_text() == expected
     assert tables.update(frame, path).read_text() == expected
-    with pytest.raises(ValueError, match="no column 'key'"):
+    with pytest.raises(ValueError, match="frame has no column 'key'"):
         tables.update(frame.drop(columns="key"), path)
-
-
-def test_unprintable_text_in_a_config_is_kept_apart_in_the_table(tmp_path):
-    configs = [{"label": "a\rb"}, {"label": "a\nb"}, {"label": "ab"}]
-    frame = sweep(lambda c: {"n": len(c["label"])}, configs, store=tmp_path)
-    assert frame["label"].tolist() == [r'"a\rb"', r'"a\nb"', "ab"]
+    tables.save(frame.drop(columns="status"), path)
+    with pytest.raises(ValueError, match=r"a\.csv has no column 'status'"):
+        sweep(never, XS, store=tmp_path / "runs", table=path)
 
 
 def test_the_progress_bar_counts_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FSP_PROGRESS", "1")
     sweep(square, XS[:1], store=tmp_path)
     assert "running=1" in capsys.readouterr().err
-    with pytest.warns(UserWarning, match="failed"):
-        sweep(fails_at_2, XS, store=tmp_path)
+    sweep_with_a_failure(fails_at_2, store=tmp_path)
     captured = capsys.readouterr()
     assert captured.out == ""
     assert re.search(r"fails_at_2: 100%.* 3/3 .*run.*finished=2, running=0, failed=1", captured.err)
-
-
-def test_load_gives_all_records_and_nothing_else(tmp_path):
-    frame = sweep(square, XS, store=tmp_path)
-    (tmp_path / ".half-written.json").write_text("{")
-    (tmp_path / "notes.json").write_text("{")
-    assert load(tmp_path).equals(frame)
 
 
 @pytest.mark.parametrize(
@@ -408,22 +350,17 @@ def test_load_gives_all_records_and_nothing_else(tmp_path):
         (never, [], {}, ValueError, "configs is empty"),
         (never, {"x": 1}, {}, TypeError, "configs is a dict: expected a list"),
         (never, [{"x": 1}, 3], {}, TypeError, r"configs\[1\]: config is 3"),
-        (never, [{"x": 1}, {"x": {2}}], {}, TypeError, r"configs\[1\]: config entry 'x' is .2. of type set"),
         (never, [{"x": 1}, {"x": math.nan}], {}, ValueError, r"configs\[1\]: config entry 'x' is nan"),
         (never, [{"x": 1}, {"y": 1}, {"x": 1.0, "device": "cuda"}], {}, ValueError, r"\[2\] is the same .*0\].*: 1.0,"),
         (never, [{"x": 1, "status": 1}], {}, ValueError, r"configs\[0\] has an entry 'status'"),
-        (never, [{"key": 1}], {}, ValueError, r"configs\[0\] has an entry 'key'"),
-        (never, XS, {"scheduler": "here"}, ValueError, 'scheduler is .here.: expected None .*"local" or the address'),
-        (never, XS, {"scheduler": "10.0.0.1:8786"}, ValueError, "scheduler is '10.0.0.1:8786': expected None"),
+        (never, XS, {"scheduler": "10.0.0.1:8786"}, ValueError, "scheduler is '10.0.0.1:8786': expected None .*or the"),
         (never, XS, {"scheduler": 4}, ValueError, "scheduler is 4: expected None"),
-        (never, XS, {"workers": 2}, ValueError, 'workers and per_gpu belong to scheduler="local"'),
-        (never, XS, {"scheduler": "tcp://a:1", "per_gpu": 2}, ValueError, "workers and per_gpu belong"),
+        (never, XS, {"scheduler": "tcp://a:1", "per_gpu": 2}, ValueError, "workers and per_gpu belong to scheduler="),
         (never, XS, {"scheduler": "local", "workers": 0}, ValueError, "workers is 0: expected a whole number of at"),
-        (never, XS, {"scheduler": "local", "workers": True}, ValueError, "workers is True: expected"),
-        (never, XS, {"scheduler": "local", "per_gpu": 0}, ValueError, "per_gpu is 0: expected"),
+        (never, XS, {"scheduler": "local", "per_gpu": True}, ValueError, "per_gpu is True: expected"),
+        (never, XS, {"retries": -1}, ValueError, "retries is -1: expected a whole number of at least 0"),
         (never, XS, {"timeout": 0}, ValueError, "timeout is 0: expected seconds above 0"),
         (never, XS, {"timeout": math.inf}, ValueError, "timeout is inf: expected"),
-        (never, XS, {"retries": -1}, ValueError, "retries is -1: expected"),
     ],
 )  # fmt: skip
 def test_bad_input_is_named_before_any_run(tmp_path, function, configs, options, error, named):
@@ -432,34 +369,21 @@ def test_bad_input_is_named_before_any_run(tmp_path, function, configs, options,
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_file_that_is_no_table_of_runs_is_refused(tmp_path):
-    (tmp_path / "a.csv").write_text("x,square\n1,1\n")
-    with pytest.raises(ValueError, match=r"a.csv has no column 'status'"):
-        sweep(never, XS, store=tmp_path / "runs", table=tmp_path / "a.csv")
-
-
 @pytest.mark.parametrize(
     ("result", "error", "named"),
     [
-        (3, TypeError, "returned 3: expected a dict"),
-        ([], TypeError, r"returned \[\]: expected a dict or a list of at least one dict"),
-        ([{"y": 1}, 3], TypeError, "expected a dict or a list"),
+        ([{"y": 1}, 3], TypeError, r"{'y': 1}, 3\]: expected a dict or a list of at least one dict"),
         ({"y": torch.ones(())}, TypeError, "'y': tensor.* a Tensor"),
-        ({"y": [1]}, TypeError, r"'y': \[1\], a list"),
-        ({3: 1}, TypeError, "returned 3: 1"),
-        ({"y": math.inf}, ValueError, "'y': inf: expected a finite number, or nan"),
-        ({"y": -math.inf}, ValueError, "'y': -inf"),
-        ({"x": 1}, ValueError, "'x': 1, but a config entry .* has that name"),
-        ({"other": 1}, ValueError, "'other': 1, but a config entry"),
+        ({3: 1}, TypeError, "3: 1"),
+        ({"y": -math.inf}, ValueError, "'y': -inf: expected a finite number, or nan"),
+        ({"other": 1}, ValueError, "'other': 1, but a config entry .* has that name"),
         ({"key": 1}, ValueError, "'key': 1, but a config entry or a column"),
-        ({"y": ""}, ValueError, "expected printable text"),
         ({"y": "1e3"}, ValueError, "does not turn into a number"),
-        ({"y": "True"}, ValueError, "does not turn into a number"),
         ({"y": "a\nb"}, ValueError, "expected printable text"),
     ],
 )
 def test_a_result_that_no_table_can_hold_stops_the_sweep_and_leaves_no_record(tmp_path, result, error, named):
-    with pytest.raises(error, match=rf"run {{'x': 1}} {'' if named.startswith('returned') else '.*'}{named}"):
+    with pytest.raises(error, match=rf"run {{'x': 1}} returned .*{named}"):
         sweep(lambda c: result, [{"x": 1}, {"x": 2, "other": 3}], store=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -476,45 +400,49 @@ def test_a_store_that_cannot_be_written_stops_before_any_run(tmp_path):
         sweep(never, XS, store=tmp_path / "file" / "runs")
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_a_full_store_stops_before_any_run(tmp_path, recompute):
-    sweep(square, XS if recompute else XS[:1], store=tmp_path)
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+@contextmanager
+def full_disk(free):
+    """No file can grow beyond this many bytes."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # what a file may hold, as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (free, limits[1]))
     try:
-        with pytest.raises(OSError, match=f"no run was started.*{tmp_path}"):
-            sweep(never, XS, store=tmp_path, recompute=recompute)
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_store_stops_before_any_run(tmp_path):
+    sweep(square, XS, store=tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with full_disk(1000), pytest.raises(OSError, match=f"no run was started.*{tmp_path}"):
+        sweep(never, XS, store=tmp_path, recompute=True)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_a_callable_without_a_name_can_be_swept(tmp_path):
-    def scaled(factor, config):
-        return {"y": factor * config["x"]}
+def test_a_disk_that_fills_up_in_the_middle_stops_with_a_clear_message_and_loses_no_record(tmp_path):
+    def run(config):
+        return [{"n": n, "text": "x" * 100} for n in range(1000 if config["x"] == 2 else 1)]
 
-    assert sweep(functools.partial(scaled, 3), XS, store=tmp_path)["y"].tolist() == [3, 6, 9]
+    with full_disk(100_000), pytest.raises(OSError, match="those before it are kept: make space") as error:
+        sweep(run, XS, store=tmp_path)
+    assert str(tmp_path) in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == [f"{key(XS[0])}.json"]
+    assert sweep(run, XS, store=tmp_path).attrs["computed"] == 2
 
 
 def test_the_code_of_provenance_follows_names_and_bytes_of_the_sources(tmp_path, monkeypatch):
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "a.py").write_text("1")
     monkeypatch.setattr(provenance_module, "PACKAGE", tmp_path)
-    hashes = []
-    for name, text in [("b.py", ""), ("b.py", "2"), ("c.py", ""), ("notes.txt", "3")]:
+    codes = []
+    for name, text in [("a.py", ""), ("a.py", "2"), ("b.py", ""), ("notes.txt", "3")]:
         (tmp_path / name).write_text(text)
-        hashes.append(provenance_module._fixed_provenance.__wrapped__()["code"])
-    assert len(set(hashes)) == 3
-    assert hashes[2] == hashes[3]
-    (tmp_path / "c.py").rename(tmp_path / "d.py")
-    assert provenance_module._fixed_provenance.__wrapped__()["code"] not in hashes
+        codes.append(provenance_module._fixed_provenance.__wrapped__()["code"])
+    assert len(set(codes)) == 3
+    assert codes[2] == codes[3]
 
 
 def test_provenance_is_plain_and_names_versions_but_no_host():
     made = provenance()
     assert (made["torch"], made["pandas"]) == (torch.__version__, pd.__version__)
-    assert made["threads"] == torch.get_num_threads()
     assert made["cpu"]
     assert os.uname().nodename not in made.values()
     assert json.loads(json.dumps(made)) == made
@@ -523,9 +451,8 @@ def test_provenance_is_plain_and_names_versions_but_no_host():
 def test_the_commit_is_that_of_the_repository_and_says_dirty(tmp_path):
     def git(*arguments):
         author = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
-        return subprocess.run(
-            ["git", "-C", tmp_path, *author, *arguments], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        words = ["git", "-C", tmp_path, *author, *arguments]
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
 
     git("init", "-q")
     assert provenance_module._git_commit(tmp_path) == ""
@@ -551,6 +478,14 @@ def test_a_record_holds_the_gpu_memory_of_its_own_run(tmp_path):
     assert provenance()["gpu"] == torch.cuda.get_device_name()
 
 
+def until(happened):
+    """Wait for an event, and fail rather than wait for ever."""
+    end = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
 # Kill and resume: the runs take some 15 ms, and say when they start and whether their record was there already.
 
 MANY = [{"seed": seed, "density": 1 / (1 + seed), "widths": (8, seed)} for seed in range(12)]
@@ -562,10 +497,7 @@ def noted(config, folder):
         log.write(f"{config['seed']} {known}\n")
     time.sleep(0.015)
     rng = random.Random(config["seed"])
-    return [
-        {"step": step, "loss": rng.gauss(0, 1e-9), "gap": math.nan if step else rng.random(), "tied": step == 0}
-        for step in range(1 + config["seed"] % 3)
-    ]
+    return [{"step": step, "gap": math.nan if step else rng.random()} for step in range(1 + config["seed"] % 3)]
 
 
 def child(folder, table):
@@ -590,13 +522,12 @@ def test_a_sweep_that_is_killed_and_restarted_repeats_nothing_and_loses_nothing(
     folder = tmp_path / "killed"
     folder.mkdir()
     moments, kills = random.Random(int(stop)), 0
-    for life in range(7):  # the last one is left alone
+    for life in range(7):
         begun = len(log_of(folder))
         process = CHILDREN.Process(target=child, args=(folder, "table"))
         process.start()
-        while life < 6 and len(log_of(folder)) == begun and process.is_alive():
-            time.sleep(0.001)
-        if life < 6 and process.is_alive():
+        if life < 6:  # the last one is left alone
+            until(lambda: len(log_of(folder)) > begun or not process.is_alive())  # noqa: B023
             time.sleep(moments.uniform(0, 0.04))
             with suppress(ProcessLookupError):  # it may have come to its end meanwhile
                 os.kill(process.pid, stop)
@@ -632,129 +563,83 @@ def test_two_processes_on_one_store_do_each_run_once_and_end_with_the_same_table
     assert sorted(path.name for path in (folder / "runs").iterdir()) == sorted(f"{key(c)}.json" for c in MANY)
 
 
-def test_a_run_that_another_process_finished_meanwhile_is_reused(tmp_path):
+def test_what_another_process_finished_or_failed_in_meanwhile_counts(tmp_path):
     def ahead(config):
-        sweep(square, [{"x": config["x"] + 1}], store=tmp_path)
+        with pytest.warns(UserWarning, match="1 of 2 runs failed"):
+            sweep(fails_at_2, XS[1:], store=tmp_path)
         return square(config)
 
-    frame = sweep(ahead, XS[:2], store=tmp_path)
-    assert frame["square"].tolist() == [1, 4]
-    assert frame.attrs == {"computed": 1, "reused": 1, "failed": 0, "other_code": 0}
+    frame = sweep_with_a_failure(ahead, store=tmp_path)
+    assert frame["status"].tolist() == ["finished", "failed", "finished"]
+    assert frame.attrs == {"computed": 1, "reused": 1, "failed": 1, "other_code": 0}
 
 
-def test_a_run_in_which_another_process_failed_meanwhile_is_not_tried_again(tmp_path):
-    def ahead(config):
-        with pytest.warns(UserWarning, match="failed"):
-            sweep(fails_at_2, [{"x": 2}], store=tmp_path)
-        return square(config)
-
-    with pytest.warns(UserWarning, match="1 of 2 runs failed, the first with ArithmeticError: two is too many"):
-        frame = sweep(ahead, [{"x": 1}, {"x": 2}], store=tmp_path)
-    assert frame["status"].tolist() == ["finished", "failed"]
+# ---- locks -------------------------------------------------------------------------------------------------------
 
 
-# ---- claims ------------------------------------------------------------------------------------------------------
-
-
-def holder(path, connection):
-    with claim(path) as mine:
-        connection.send(mine)
-        connection.recv()
-
-
-def until(happened):
-    """Wait for an event, and fail rather than wait for ever."""
-    end = time.monotonic() + 60
-    while not happened():
-        assert time.monotonic() < end
-        time.sleep(0.005)
-
-
-@contextmanager
-def held_elsewhere(path):
-    """A process that holds a claim until the with block says "release" or kills it."""
-    ours, theirs = CHILDREN.Pipe()
-    process = CHILDREN.Process(target=holder, args=(path, theirs), daemon=True)
-    process.start()
-
-    def release():
-        ours.send(None)
-        process.join(60)
-
-    try:
-        assert ours.recv()
-        yield process, release
-    finally:
-        process.kill()
-        process.join(60)
-
-
-def test_a_claim_is_granted_once_and_again_when_it_is_given_back(tmp_path):
+def test_a_lock_is_granted_once_and_again_when_it_is_given_back(tmp_path):
     path = tmp_path / "store" / "run.json"
-    with claim(path) as mine:
+    with suppress(KeyboardInterrupt), lock(path) as mine:
         assert mine
-        assert is_claimed(path)
-        assert f"process {os.getpid()}" in owner(path)
-        with claim(path) as other:
+        assert f"process {os.getpid()}" in locked_by(path)
+        with lock(path) as other, lock(tmp_path / "store" / "other.json") as free:
             assert not other
-        with claim(tmp_path / "store" / "other.json") as free:
             assert free
-        assert is_claimed(path)
-    assert not is_claimed(path)
+        assert locked_by(path) is not None
+        raise KeyboardInterrupt
+    assert locked_by(path) is None
     assert list(path.parent.iterdir()) == []
-    with claim(path) as mine:
+    with lock(path) as mine:
         assert mine
 
 
-def test_a_claim_is_given_back_by_an_exception(tmp_path):
-    with pytest.raises(KeyboardInterrupt), claim(tmp_path / "run.json"):
-        raise KeyboardInterrupt
-    assert list(tmp_path.iterdir()) == []
+def lock_and_die(path):
+    with lock(path):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_the_claim_of_a_killed_process_is_void_at_once(tmp_path):
+def test_the_lock_of_a_killed_process_is_free_at_once(tmp_path):
     path = tmp_path / f"{key(XS[0])}.json"
-    with held_elsewhere(path) as (process, _):
-        assert is_claimed(path)
-        process.kill()
-        process.join(60)
+    process = CHILDREN.Process(target=lock_and_die, args=(path,))
+    process.start()
+    process.join(60)
     assert path.with_suffix(".lock").exists()
-    assert not is_claimed(path)
+    assert locked_by(path) is None
     assert sweep(square, XS, store=tmp_path).attrs["computed"] == 3
     assert list(tmp_path.glob("*.lock")) == []
 
 
-def test_a_claim_on_a_lock_file_that_its_owner_has_just_removed_is_no_claim(tmp_path, monkeypatch):
+def test_a_lock_on_a_file_that_its_owner_has_just_deleted_does_not_count(tmp_path, monkeypatch):
     path, flock, calls = tmp_path / "run.json", locks.fcntl.flock, []
 
-    def late(file, how):  # between our open and our lock the owner removes the file
+    def late(file, how):  # between our open and our lock the owner deletes the file
         if not calls:
             path.with_suffix(".lock").unlink()
         calls.append(how)
         return flock(file, how)
 
     monkeypatch.setattr(locks.fcntl, "flock", late)
-    with claim(path) as mine:
+    with lock(path) as mine:
         assert mine
         assert len(calls) == 2
         assert path.with_suffix(".lock").exists()
 
 
-def test_a_run_that_another_process_has_claimed_is_left_to_it_and_the_others_are_done_meanwhile(tmp_path):
+def test_a_run_that_another_process_has_locked_is_left_to_it_and_the_others_are_done_meanwhile(tmp_path):
     path = tmp_path / f"{key(XS[0])}.json"
-    with held_elsewhere(path) as (_, release), ThreadPoolExecutor() as pool:
-        sweeping = pool.submit(sweep, square, XS, store=tmp_path)
-        until(lambda: len(list(tmp_path.glob("[0-9a-f]*.json"))) == 2)
-        assert sorted(load(tmp_path)["x"]) == [2, 3]
-        sweep(square, XS[:1], store=tmp_path / "other")
-        os.replace(tmp_path / "other" / path.name, path)  # the other process finishes
-        release()
+    with ThreadPoolExecutor() as pool:
+        with lock(path):
+            sweeping = pool.submit(sweep, square, XS, store=tmp_path)
+            until(lambda: len(list(tmp_path.glob("[0-9a-f]*.json"))) == 2)
+            assert sorted(load(tmp_path)["x"]) == [2, 3]
+            sweep(lambda c: {"square": 100}, XS[:1], store=tmp_path / "other")
+            os.replace(tmp_path / "other" / path.name, path)  # the other process finishes
         frame = sweeping.result(60)
-    assert frame["square"].tolist() == [1, 4, 9]
+    assert frame["square"].tolist() == [100, 4, 9]
     assert frame.attrs == {"computed": 2, "reused": 1, "failed": 0, "other_code": 0}
 
 
-@pytest.mark.parametrize("lack", [OSError(errno.ENOLCK, "no locks"), OSError(errno.ENOTSUP, "none"), None])
+@pytest.mark.parametrize("lack", [OSError(errno.ENOLCK, "no locks"), None])
 def test_without_file_locks_sweeps_go_on_with_a_warning_and_the_first_to_finish_decides(tmp_path, monkeypatch, lack):
     def refuse(file, how):
         raise lack
@@ -775,16 +660,20 @@ def test_without_file_locks_sweeps_go_on_with_a_warning_and_the_first_to_finish_
 # ---- failure is data ---------------------------------------------------------------------------------------------
 
 
+def throw(error):
+    raise error
+
+
 @pytest.mark.parametrize(
     ("fail", "kind", "named"),
     [
         (lambda: 1 / 0, "exception", "ZeroDivisionError"),
-        (lambda: (_ for _ in ()).throw(FloatingPointError("loss is nan")), "non-finite", "loss is nan"),
+        (lambda: throw(FloatingPointError("loss is nan")), "non-finite", "loss is nan"),
         (lambda: torch.empty(1 << 60), "out of memory", "DefaultCPUAllocator"),
         (lambda: bytearray(1 << 62), "out of memory", "MemoryError"),
-        (lambda: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError("CUDA out of memory")), "out of memory", "CUDA"),
+        (lambda: throw(torch.cuda.OutOfMemoryError("CUDA out of memory")), "out of memory", "CUDA"),
         (lambda: time.sleep(600), "timeout", "not finished after 0.3 s"),
-        (lambda: (_ for _ in ()).throw(TimeoutError("a server")), "exception", "a server"),
+        (lambda: throw(TimeoutError("a server")), "exception", "a server"),
     ],
 )
 def test_a_failure_is_recorded_by_its_kind_and_the_sweep_goes_on(tmp_path, fail, kind, named):
@@ -796,23 +685,8 @@ def test_a_failure_is_recorded_by_its_kind_and_the_sweep_goes_on(tmp_path, fail,
     assert frame["status"].tolist() == ["finished", "failed", "finished"]
     record = read_record(tmp_path / f"{key({'x': 2})}.json")
     assert (record["status"], record["kind"], record["rows"]) == ("failed", kind, [])
-    assert record["config"] == {"x": 2}
     assert named in record["error"]
     assert "in run" in record["error"]
-
-
-@pytest.mark.parametrize("retry", [True, False])
-def test_failed_runs_are_tried_again_unless_told_otherwise(tmp_path, retry):
-    with pytest.warns(UserWarning, match="1 of 3 runs failed"):
-        sweep(fails_at_2, XS, store=tmp_path)
-    if retry:
-        frame = sweep(square, XS, store=tmp_path, retry_failed=True)
-    else:
-        with pytest.warns(UserWarning, match="1 of 3 runs failed, the first with ArithmeticError: two is too many"):
-            frame = sweep(never, XS, store=tmp_path, retry_failed=False)
-        assert frame.equals(load(tmp_path))
-    assert frame["status"].tolist() == ["finished", "finished" if retry else "failed", "finished"]
-    assert frame.attrs == {"computed": int(retry), "reused": 2, "failed": int(not retry), "other_code": 0}
 
 
 def test_a_gpu_error_that_spoils_the_process_ends_it_after_the_record_is_written(tmp_path):
@@ -825,71 +699,40 @@ def test_a_gpu_error_that_spoils_the_process_ends_it_after_the_record_is_written
     def die():
         raise Ended
 
-    name = key(XS[0])
+    path = tmp_path / f"{key(XS[0])}.json"
+    task = attempt.Task(XS[0], path, {"x"}, recompute=False, timeout=None, failed_before=None)
     with pytest.raises(Ended):
-        attempt.attempt(spoil, XS[0], name, tmp_path, {"x"}, False, None, None, die=die)
-    record = read_record(tmp_path / f"{name}.json")
-    assert (record["status"], record["kind"]) == ("failed", "exception")
-    again = attempt.attempt(spoil, XS[0], name, tmp_path, {"x"}, False, None, None, die=die)
-    assert (again.word, again.kind) == ("failed", "exception")
-
-
-def test_a_disk_that_fills_up_in_the_middle_stops_with_a_clear_message_and_loses_no_record(tmp_path):
-    def run(config):
-        return [{"n": n, "text": "x" * 100} for n in range(1000 if config["x"] == 2 else 1)]
-
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # what a file may hold, as on a full disk
-    try:
-        with pytest.raises(OSError, match=r"record cannot be written .*those before it are kept: make space") as error:
-            sweep(run, XS, store=tmp_path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert str(tmp_path) in str(error.value)
-    assert [path.name for path in tmp_path.iterdir()] == [f"{key(XS[0])}.json"]
-    assert sweep(run, XS, store=tmp_path).attrs["computed"] == 2
-
-
-def as_schema_1(path):
-    raw = json.loads(path.read_text())
-    del raw["kind"]
-    path.write_text(json.dumps({**raw, "schema": 1}, indent=1))
+        attempt.attempt(spoil, task, die=die)
+    assert read_record(path)["kind"] == "exception"
+    assert attempt.attempt(spoil, task, die=die) == ("failed", read_record(path))  # a failure of this very sweep
 
 
 def test_records_of_schema_1_are_read_reused_and_retried_as_ever(tmp_path):
-    with pytest.warns(UserWarning, match="1 of 3 runs failed"):
-        before = sweep(fails_at_2, XS, store=tmp_path)
+    before = sweep_with_a_failure(fails_at_2, store=tmp_path)
     for path in tmp_path.iterdir():
-        as_schema_1(path)
+        raw = json.loads(path.read_text())
+        del raw["kind"]
+        path.write_text(json.dumps({**raw, "schema": 1}, indent=1))
     assert load(tmp_path).equals(before)
     assert [read_record(tmp_path / f"{key(c)}.json")["kind"] for c in XS] == [None, "exception", None]
-    frame = sweep(square, XS, store=tmp_path)
-    assert frame.attrs == {"computed": 1, "reused": 2, "failed": 0, "other_code": 0}
-    assert frame.equals(sweep(square, XS, store=tmp_path / "undisturbed"))
-    assert list(tmp_path.glob("*.corrupt")) == []
+    assert sweep(square, XS, store=tmp_path).attrs == {"computed": 1, "reused": 2, "failed": 0, "other_code": 0}
 
 
-def test_a_record_of_schema_1_with_a_field_of_schema_2_is_damaged(tmp_path):
-    sweep(square, XS[:1], store=tmp_path)
-    (path,) = tmp_path.iterdir()
-    path.write_text(path.read_text().replace('"schema": 2', '"schema": 1'))
-    with pytest.raises(ValueError, match="entries are not those of its schema"):
-        read_record(path)
-
-
-def test_load_reads_the_repository_s_own_store_unless_told_another(tmp_path, monkeypatch):
+def test_load_gives_all_records_of_the_repository_s_own_store_or_another_and_nothing_else(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "DATA", tmp_path)
-    monkeypatch.setattr(records, "outputs", paths.outputs)
     assert load().empty
     frame = sweep(square, XS, store=tmp_path / "runs")
+    (tmp_path / "runs" / "notes.json").write_text("{")
     assert load().equals(frame)
+    assert load(tmp_path / "runs").equals(frame)
 
 
 def test_a_sweep_in_this_process_does_not_import_dask(tmp_path):
     code = (
         "import sys, tempfile\n"
-        "from fsp import parameters, runs\n"
-        "parameters.check(scheduler='tcp://10.0.0.1:8786')\n"
+        "from fsp import runs\n"
+        "from fsp.runs.cluster import is_scheduler\n"
+        "is_scheduler('tcp://10.0.0.1:8786')\n"
         "runs.sweep(lambda c: {'y': c['x']}, [{'x': 1}], store=tempfile.mkdtemp(), timeout=60)\n"
         "print(sorted({m.split('.')[0] for m in sys.modules} & {'dask', 'distributed'}))\n"
     )
@@ -897,18 +740,23 @@ def test_a_sweep_in_this_process_does_not_import_dask(tmp_path):
     assert done.stdout == "[]\n"
 
 
-# ---- scratch --------------------------------------------------------------------------------------------------------
+# ---- scratch -----------------------------------------------------------------------------------------------------
 
 
-def test_a_run_finds_what_it_kept_before_it_failed_and_loses_it_when_finished(tmp_path):
-    seen = []
+def keep(text=""):
+    path = runs.scratch("kept")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
 
+
+def kept():
+    return {"kept": runs.scratch("kept").exists()}
+
+
+def test_a_run_finds_its_scratch_after_a_failure_and_loses_it_when_finished(tmp_path):
     def counting(config):
-        path = runs.scratch("count")
-        seen.append(path)
-        path.parent.mkdir(exist_ok=True)
-        count = int(path.read_text()) + 1 if path.exists() else 1
-        path.write_text(str(count))
+        count = int(runs.scratch("kept").read_text()) + 1 if kept()["kept"] else 1
+        keep(str(count))
         if count < 3:
             raise RuntimeError("again")
         return {"count": count}
@@ -916,71 +764,48 @@ def test_a_run_finds_what_it_kept_before_it_failed_and_loses_it_when_finished(tm
     for _ in range(2):
         with pytest.warns(UserWarning, match="1 of 1 runs failed"):
             sweep(counting, XS[:1], store=tmp_path)
-        assert seen[-1].exists()
     assert sweep(counting, XS[:1], store=tmp_path)["count"].tolist() == [3]
-    assert len(set(seen)) == 1
     assert [path.name for path in tmp_path.iterdir()] == [f"{key(XS[0])}.json"]
+    assert runs.scratch("count") is None  # outside a sweep
 
 
-def test_two_runs_two_versions_and_a_recomputation_share_nothing_in_scratch(tmp_path, monkeypatch):
+def test_two_runs_two_versions_and_a_recomputation_share_no_scratch(tmp_path, monkeypatch):
     def keeping(config):
-        path = runs.scratch("kept")
-        there = path.exists()
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("")
         if config["x"] == 1:
+            keep()
             raise RuntimeError("stop")
-        return {"there": there}
-
-    configs = XS[:2]
-    with pytest.warns(UserWarning, match="1 of 2 runs failed"):
-        frame = sweep(keeping, configs, store=tmp_path)
-    assert frame["there"].tolist()[1] == False  # noqa: E712, a column with a missing value holds floats
+        return kept()
 
     def looking(config):
-        return {"there": runs.scratch("kept").exists()}
+        return kept()
 
-    monkeypatch.setattr(unfinished, "provenance", lambda: {"code": "another version"})
-    assert sweep(looking, XS[:1], store=tmp_path)["there"].tolist() == [False]
-    monkeypatch.undo()
+    with pytest.warns(UserWarning, match="1 of 3 runs failed"):
+        assert sweep(keeping, XS, store=tmp_path)["kept"].tolist()[1:] == [False, False]
+    with monkeypatch.context() as patch:
+        patch.setattr(scratching, "provenance", lambda: {"code": "another version"})
+        assert sweep(looking, XS[:1], store=tmp_path)["kept"].tolist() == [False]
     assert list(tmp_path.glob("*.scratch-*"))
-    assert sweep(looking, XS[:1], store=tmp_path, recompute=True)["there"].tolist() == [False]
+    assert sweep(looking, XS[:1], store=tmp_path, recompute=True)["kept"].tolist() == [False]
 
 
-def test_a_run_that_cannot_go_on_from_what_it_kept_begins_anew(tmp_path):
+def test_a_run_starts_again_without_its_scratch_if_that_does_not_fit_and_only_if_there_is_some(tmp_path):
     seen = []
 
     def refusing(config):
-        path = runs.scratch("kept")
-        seen.append(path.exists())
-        if path.exists():
+        seen.append(kept()["kept"])
+        runs.scratch("kept").parent.mkdir(exist_ok=True)  # as a training does before its first checkpoint
+        if seen[-1]:
             raise ValueError("this is the checkpoint of another training")
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("")
-        if len(seen) == 1:
+        if len(seen) == 2:
+            keep()
+        if len(seen) <= 2:
             raise ValueError("at first")
         return {"done": True}
 
-    with pytest.warns(UserWarning, match="1 of 1 runs failed, the first with ValueError: at first"):
-        sweep(refusing, XS[:1], store=tmp_path)
-    with pytest.warns(UserWarning, match="cannot go on from what it kept, and begins anew: this is the checkpoint of"):
+    for calls in (1, 2):
+        with pytest.warns(UserWarning, match="1 of 1 runs failed, the first with ValueError: at first"):
+            sweep(refusing, XS[:1], store=tmp_path)
+        assert len(seen) == calls
+    with pytest.warns(UserWarning, match="cannot go on from its scratch, and starts again without: this is the checkp"):
         assert sweep(refusing, XS[:1], store=tmp_path)["done"].tolist() == [True]
-    assert seen == [False, True, False]
-
-
-def test_an_error_is_no_reason_to_begin_anew_where_nothing_was_kept(tmp_path):
-    calls = []
-
-    def wrong(config):
-        calls.append(config)
-        runs.scratch("kept").parent.mkdir(exist_ok=True)  # as a training does before its first checkpoint
-        raise ValueError("always")
-
-    for _ in range(2):
-        with pytest.warns(UserWarning, match="1 of 1 runs failed, the first with ValueError: always"):
-            sweep(wrong, XS[:1], store=tmp_path)
-    assert len(calls) == 2
-
-
-def test_outside_a_sweep_there_is_no_scratch():
-    assert runs.scratch("training.safetensors") is None
+    assert seen == [False, False, True, False]

@@ -47,7 +47,6 @@ def test_a_table_that_is_right_comes_back_with_the_columns_that_were_asked_for(t
     ("old", "new", "message"),
     [
         ("density", "sparsity", r"paper\.csv has no column 'density': it has method, sparsity, accuracy_percent"),
-        ("0.01,", "1,", None),
         ("0.4,", "40,", r"paper\.csv, column 'density': expected a fraction in \[0, 1\], found 40 in row 3"),
         ("86.5", "0.865", r"paper\.csv, column 'accuracy_percent': .*0.865 is the largest: these look like fractions"),
         ("86.5", "865", r"paper\.csv, column 'accuracy_percent': expected a percentage .*found 865 in row 2"),
@@ -55,15 +54,11 @@ def test_a_table_that_is_right_comes_back_with_the_columns_that_were_asked_for(t
         ("86.5", "", r"paper\.csv, column 'accuracy_percent': row 2 is empty"),
         ("-0.5", "-inf", r"paper\.csv, column 'gap': expected a finite number, found -inf"),
         (",3\nerk", ",3.5\nerk", r"paper\.csv, column 'n': expected a whole number .*found 3.5"),
-        ("erk,", ",", r"paper\.csv, column 'method': row 3 is empty"),
     ],
 )
 def test_a_wrong_table_is_refused_with_the_names_of_file_and_column(table, old, new, message):
     assert old in GOOD
     path = table(GOOD.replace(old, new, 1))
-    if message is None:
-        read_published(path, UNITS, optional=["std_percent"])
-        return
     with pytest.raises(ValueError, match=message):
         read_published(path, UNITS, optional=["std_percent"])
 
@@ -77,7 +72,7 @@ def test_an_unknown_unit_is_named(table):
 
 
 def test_the_published_correlations_come_out_as_printed():
-    # full-spectrum.md 14.2: Pearson across methods at densities .01 .05 .1 .2 .4, VGG-16 without GraSP
+    # Pearson across methods at densities .01 .05 .1 .2 .4, VGG-16 without GraSP
     printed = {
         ("torchvision resnet34", "imdb_normalised"): [0.84, 0.89, 0.93, 0.93, 0.99],
         ("torchvision vgg16_bn", "imdb_normalised"): [0.85, 0.93, 0.96, 0.94, 0.93],
@@ -132,8 +127,8 @@ def test_the_published_layer_densities_are_those_of_erk_up_to_the_draw():
         assert abs(published - d) <= 4 * np.sqrt(d * (1 - d) / weights) + 1e-9, name
 
 
-def test_the_reference_lines_are_those_of_the_specification():
-    # full-spectrum.md 14.3: best and last epoch of the dense networks, LTH and LTH-rewind at density .01
+def test_the_reference_lines_are_those_of_the_paper():
+    # best and last epoch of the dense networks, LTH and LTH-rewind at density .01
     printed = {"resnet18": (95.59, 95.47, 89.43, 91.22), "resnet34": (95.71, 95.71, 91.43, 92.80)}
     printed["vgg-d"] = (94.21, 93.81, 88.90, 91.36)
     units = {"dataset": "text", "read": "text", "source": "text", "steps": "count"} | ACCURACY
