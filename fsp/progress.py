@@ -34,7 +34,7 @@ def bar(iterable: Iterable | None = None, **options) -> tqdm:
     elif sys.stderr.isatty():
         kind, look = tqdm, {"dynamic_ncols": True}
     else:
-        kind, look = _Lines, {"gui": True, "mininterval": LINE_S}
+        kind, look = _Lines, {"gui": True, "mininterval": LINE_S, "ncols": 0}  # numbers alone
     with tqdm.get_lock():  # of two threads that open a bar at the same time, one sees the bar of the other
         disable = os.environ.get("FSP_PROGRESS") == "0" or len(tqdm._instances) > 0
         opened = kind(iterable, file=sys.stderr, disable=disable, **look, **options)

@@ -1,15 +1,16 @@
 """Notebooks in processes of their own, several at once if asked; papermill executes them."""
 
+import math
 import multiprocessing
 import os
 import re
 import signal
 import sys
+import threading
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
 
 KERNEL = "python3"
 ERROR_LINES = 15
+LOOK_S = 0.1  # how often a notebook's process is looked at
 
 
 class Job(NamedTuple):
@@ -29,15 +31,7 @@ class Job(NamedTuple):
     parameters: dict
 
 
-class _Running(NamedTuple):
-    """A job in its process, since when on the monotonic clock."""
-
-    job: Job
-    process: BaseProcess
-    begin: float
-
-
-def run(jobs: Iterable[Job], *, workers: int = 1, timeout: float | None = None) -> Iterator[tuple[Job, float, str]]:
+def run(jobs: Iterable[Job], *, workers: int = 1, timeout: float = math.inf) -> Iterator[tuple[Job, float, str]]:
     """Run notebooks with papermill, each in a process of its own.
 
     Every cell is announced.  What kernels print is shown as it comes where one notebook runs at a time; of several,
@@ -49,7 +43,7 @@ def run(jobs: Iterable[Job], *, workers: int = 1, timeout: float | None = None) 
         Started in this order.
     workers : int, at least 1
         Notebooks at once.
-    timeout : float, optional
+    timeout : float
         Seconds for each notebook.
 
     Yields
@@ -61,33 +55,14 @@ def run(jobs: Iterable[Job], *, workers: int = 1, timeout: float | None = None) 
     error : str
         "", or the end of the error message.
     """
-    context = multiprocessing.get_context("spawn")
-    waiting, running = deque(jobs), {}
+    stopping = threading.Event()
+    pool = ThreadPoolExecutor(workers)  # a thread watches over a process
     try:
-        while waiting or running:
-            while waiting and len(running) < workers:
-                job = waiting.popleft()
-                job.target.parent.mkdir(parents=True, exist_ok=True)
-                receiver, sender = context.Pipe(duplex=False)
-                process = context.Process(target=_papermill, args=(job, workers == 1, sender))
-                process.start()
-                sender.close()  # the notebook's process holds the other copy: its end, however it comes, is seen here
-                running[receiver] = _Running(job, process, time.monotonic())
-            left = None
-            if timeout is not None:
-                left = max(0.0, min(each.begin for each in running.values()) + timeout - time.monotonic())
-            ended = {receiver: _error(receiver, running[receiver].process) for receiver in wait(running, left)}
-            now = time.monotonic()
-            for receiver, each in running.items():
-                if receiver not in ended and timeout is not None and now - each.begin >= timeout:
-                    _stop([each.process])
-                    ended[receiver] = f"stopped after {timeout:g} seconds (--timeout)"
-            for receiver, error in ended.items():
-                receiver.close()
-                each = running.pop(receiver)
-                yield each.job, now - each.begin, error
+        for ended in as_completed([pool.submit(_run, job, workers == 1, timeout, stopping) for job in jobs]):
+            yield ended.result()
     finally:
-        _stop([each.process for each in running.values()])
+        stopping.set()
+        pool.shutdown(cancel_futures=True)
 
 
 def check_kernel() -> None:
@@ -105,25 +80,29 @@ def read(path: Path) -> nbformat.NotebookNode:
     return nbformat.read(path, as_version=4)
 
 
-def _error(receiver: Connection, process: BaseProcess) -> str:
-    """What a process that has ended, or is about to, says of its notebook."""
+def _run(job: Job, shown: bool, timeout: float, stopping: threading.Event) -> tuple[Job, float, str]:
+    """Start a notebook's process and watch over it until it ends, takes too long or everything stops."""
+    job.target.parent.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_papermill, args=(job, shown, sender))
+    begin = time.monotonic()
+    process.start()
+    sender.close()  # the process holds the other copy: its end, however it comes, is seen here
+    while not receiver.poll(LOOK_S):
+        if stopping.is_set() or time.monotonic() - begin > timeout:
+            process.terminate()
+            process.join(10)
+            process.kill()  # its kernel notices within a second and ends too
+            process.join()
+            return job, time.monotonic() - begin, f"stopped after {timeout:g} seconds (--timeout)"
     try:
         error = receiver.recv()
+        process.join()
     except EOFError:
         process.join()
-        return f"its process ended with exit code {process.exitcode}"
-    process.join()
-    return error
-
-
-def _stop(processes: list[BaseProcess]) -> None:
-    """End processes, all at the same time."""
-    for process in processes:
-        process.terminate()
-    for process in processes:
-        process.join(10)
-        process.kill()  # its kernel notices within a second and ends too
-        process.join()
+        error = f"its process ended with exit code {process.exitcode}"
+    return job, time.monotonic() - begin, error
 
 
 def _papermill(job: Job, shown: bool, results: Connection) -> None:
