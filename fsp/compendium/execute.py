@@ -24,11 +24,21 @@ LOOK_S = 0.1  # how often a notebook's process is looked at
 
 
 class Job(NamedTuple):
-    """A notebook, where to write the executed one (kept up to date after every cell), and its parameters."""
+    """A notebook to run.
+
+    Attributes
+    ----------
+    source, target : Path
+        The notebook, and where to write the executed one, which is kept up to date after every cell.
+    parameters : dict
+    environment : dict of str to str
+        Environment variables of its kernel, beside those of this process.
+    """
 
     source: Path
     target: Path
     parameters: dict
+    environment: dict
 
 
 def run(jobs: Iterable[Job], *, workers: int = 1, timeout: float = math.inf) -> Iterator[tuple[Job, float, str]]:
@@ -40,7 +50,8 @@ def run(jobs: Iterable[Job], *, workers: int = 1, timeout: float = math.inf) -> 
     Parameters
     ----------
     jobs : iterable of Job
-        Started in this order.
+        Started in this order, but for notebooks that measure time: with the tag ``timing`` on a cell, such as the
+        parameters, a notebook runs after all others and alone.
     workers : int, at least 1
         Notebooks at once.
     timeout : float
@@ -55,14 +66,19 @@ def run(jobs: Iterable[Job], *, workers: int = 1, timeout: float = math.inf) -> 
     error : str
         "", or the end of the error message.
     """
-    stopping = threading.Event()
-    pool = ThreadPoolExecutor(workers)  # a thread watches over a process
-    try:
-        for ended in as_completed([pool.submit(_run, job, workers == 1, timeout, stopping) for job in jobs]):
-            yield ended.result()
-    finally:
-        stopping.set()
-        pool.shutdown(cancel_futures=True)
+    side_by_side, alone = [], []
+    for job in jobs:
+        timing = any("timing" in cell.metadata.get("tags", []) for cell in read(job.source).cells)
+        (alone if timing else side_by_side).append(job)
+    for batch, at_once in ((side_by_side, workers), (alone, 1)):
+        stopping = threading.Event()
+        pool = ThreadPoolExecutor(at_once)  # a thread watches over a process
+        try:
+            ended = as_completed([pool.submit(_run_one, job, at_once == 1, timeout, stopping) for job in batch])
+            yield from (future.result() for future in ended)
+        finally:
+            stopping.set()
+            pool.shutdown(cancel_futures=True)
 
 
 def check_kernel() -> None:
@@ -80,7 +96,7 @@ def read(path: Path) -> nbformat.NotebookNode:
     return nbformat.read(path, as_version=4)
 
 
-def _run(job: Job, shown: bool, timeout: float, stopping: threading.Event) -> tuple[Job, float, str]:
+def _run_one(job: Job, shown: bool, timeout: float, stopping: threading.Event) -> tuple[Job, float, str]:
     """Start a notebook's process and watch over it until it ends, takes too long or everything stops."""
     job.target.parent.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
@@ -110,6 +126,7 @@ def _papermill(job: Job, shown: bool, results: Connection) -> None:
     # Ctrl-C reaches the whole process group; the parent answers it by terminating this process, once.
     signal.signal(signal.SIGINT, lambda *_: None)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    os.environ.update(job.environment)
     os.environ.pop("MPLBACKEND", None)  # with another backend than Jupyter's no figure would be in the notebook
     total = len(read(job.source).cells) + 1  # papermill adds a cell with the parameters
 
@@ -126,6 +143,8 @@ def _papermill(job: Job, shown: bool, results: Connection) -> None:
             stdout_file=sys.stdout if shown else None,
             stderr_file=sys.stderr if shown else None,
             on_cell_execute=announce,
+            coalesce_streams=True,  # one output for what a cell prints, however it was cut into messages
+            record_timing=False,
             extra_arguments=["--log-level=CRITICAL"],  # of the kernel's own machinery; cells report all the same
         )
         results.send("")
