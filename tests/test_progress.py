@@ -25,7 +25,7 @@ def test_a_file_gets_numbers_in_plain_lines_at_most_one_in_ten_seconds_whatever_
                 bar.update()
                 bar.refresh()
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split()[:3] for line in lines] == [["runs:", "0%", "0/40"], ["runs:", "0%", "0/40"]]
+    assert [line.split()[:3] for line in lines] == [["runs:", "0%", "0/40"], ["runs:", "100%", "40/40"]]
 
 
 def test_a_terminal_gets_the_bar_of_tqdm(capsys, monkeypatch):

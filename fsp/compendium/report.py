@@ -20,17 +20,12 @@ TEXTS = ["claim", "paper", "section", "published", "holds", "note"]  # columns o
 
 
 class Outcome(NamedTuple):
-    """How one notebook ended: `error` is empty if it finished, `earlier` says that it did so before this call."""
+    """How one notebook ended: ``finished``, ``finished earlier`` (before this call) or ``failed``, with its error."""
 
     stem: str
     seconds: float
-    error: str
-    earlier: bool = False
-
-    @property
-    def status(self) -> str:
-        """``finished``, ``finished earlier`` or ``failed``."""
-        return "failed" if self.error else "finished earlier" if self.earlier else "finished"
+    status: str
+    error: str = ""
 
 
 def broken_promise(place: paths.Outputs, stem: str) -> str:
@@ -271,7 +266,7 @@ def write(out: Path, outcomes: list[Outcome], *, profile: str, given: dict, reco
     else:
         differences = {"not compared": ["the committed results belong to the quick profile as the notebooks have it"]}
     records = [json.loads(path.read_text(encoding="utf-8")) for path in (out / "runs").glob("*.json")]
-    gpus = {record.get("provenance", {}).get("gpu") for record in records} - {None, ""}
+    gpus = {(record.get("provenance") or {}).get("gpu") for record in records} - {None, ""}
     environment = provenance() | {"gpu": ", ".join(sorted(gpus)) or "none used"}
 
     parts = [f"# Reproduction, profile {profile}"]

@@ -199,7 +199,7 @@ def reproduce(
         finished = mark.exists() and mark.read_text(encoding="utf-8") == marks[stem] and executed.exists()
         if resume and finished and not report.broken_promise(place, stem):
             seconds = execute.read(executed).metadata.papermill.duration
-            outcomes[stem] = report.Outcome(stem, seconds, "", earlier=True)
+            outcomes[stem] = report.Outcome(stem, seconds, "finished earlier")
             continue
         # What an earlier attempt claimed must not pass for what this one found.
         for stale in (mark, place.results / f"{stem}.claims.csv"):
@@ -207,8 +207,9 @@ def reproduce(
         waiting.append(execute.Job(source, executed, parameters, {}))
     for job, seconds, error in execute.run(waiting, workers=workers, timeout=timeout):
         stem = job.source.stem
-        outcomes[stem] = report.Outcome(stem, seconds, error or report.broken_promise(place, stem))
-        if not outcomes[stem].error:
+        error = error or report.broken_promise(place, stem)
+        outcomes[stem] = report.Outcome(stem, seconds, "failed" if error else "finished", error)
+        if not error:
             with replacing(out / "finished" / f"{stem}.json") as temporary:
                 temporary.write_text(marks[stem], encoding="utf-8")
         print(f"{stem}  {outcomes[stem].status} after {seconds:.0f} s", flush=True)
