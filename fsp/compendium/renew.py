@@ -13,7 +13,6 @@ import nbformat
 
 from fsp import paths
 from fsp.compendium import execute
-from fsp.files import replacing
 from fsp.paths import ROOT
 
 METADATA = {
@@ -69,7 +68,8 @@ def refresh(selected: list[Path], *, workers: int, recompute: bool) -> int:
     int
         0, or 1 if a notebook failed; then the pages with the claims stay as they are.
     """
-    from fsp.compendium import report  # here, because it loads torch; see `fsp.compendium.reproduce`
+    from fsp.compendium import report  # here, because they load torch; see `fsp.compendium.reproduce`
+    from fsp.files import replacing
 
     failed = []
     with _copied_root() as root:

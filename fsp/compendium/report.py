@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from nbconvert.filters import markdown2html
 from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
 from fsp import paths
@@ -16,6 +17,7 @@ from fsp.runs import tables
 from fsp.runs.provenance import provenance
 
 RTOL = 1e-6  # numbers closer than this, relative to the committed one, count as the same
+STYLE = "body { font: 16px sans-serif; margin: 2em } td, th { padding: 0 1em 0.3em 0; text-align: left }"
 TEXTS = ["claim", "paper", "section", "published", "holds", "note"]  # columns of a claims table
 
 
@@ -235,7 +237,7 @@ def compare_committed(results: Path, stem: str) -> list[str]:
 
 
 def write(out: Path, outcomes: list[Outcome], *, profile: str, given: dict, records_before: int) -> str:
-    """Write ``report.md`` into an output folder.
+    """Write ``report.md`` and ``report.html`` into an output folder.
 
     Parameters
     ----------
@@ -287,8 +289,10 @@ def write(out: Path, outcomes: list[Outcome], *, profile: str, given: dict, reco
         parts += [f"**{stem}**", "\n".join(f"- {sentence}" for sentence in sentences)]
     parts += ["## Environment", _markdown(["", ""], [list(item) for item in environment.items()])]
     text = "\n\n".join(parts) + "\n"
-    with replacing(out / "report.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    head = f"<!doctype html><meta charset='utf-8'><title>Reproduction</title><style>{STYLE}</style>"
+    for name, content in (("report.md", text), ("report.html", f"{head}\n{markdown2html(text)}\n")):
+        with replacing(out / name) as temporary:
+            temporary.write_text(content, encoding="utf-8")
     return text
 
 

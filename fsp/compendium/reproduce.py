@@ -18,16 +18,13 @@ from pathlib import Path
 
 import papermill
 import yaml
-from nbconvert.filters import markdown2html
 from papermill.iorw import NoDatesSafeLoader
 
 from fsp.compendium import execute, renew
-from fsp.files import replacing
 from fsp.paths import NOTEBOOKS, PROFILES, ROOT, outputs
 
 # Imports inside functions are of modules that load torch, which the process of a notebook has no use for.
 VERSIONS = ("code", "python", "torch", "torchvision", "numpy", "scipy", "pandas")
-STYLE = "body { font: 16px sans-serif; margin: 2em } td, th { padding: 0 1em 0.3em 0; text-align: left }"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -191,6 +188,7 @@ def reproduce(
 
     place = outputs(out)
     records = len(list(place.runs.glob("*.json")))
+    (out / "finished").mkdir(parents=True, exist_ok=True)
     outcomes, waiting, marks = {}, [], {}
     for source, parameters in jobs.items():
         stem = source.stem
@@ -210,14 +208,10 @@ def reproduce(
         error = error or report.broken_promise(place, stem)
         outcomes[stem] = report.Outcome(stem, seconds, "failed" if error else "finished", error)
         if not error:
-            with replacing(out / "finished" / f"{stem}.json") as temporary:
-                temporary.write_text(marks[stem], encoding="utf-8")
+            (out / "finished" / f"{stem}.json").write_text(marks[stem], encoding="utf-8")
         print(f"{stem}  {outcomes[stem].status} after {seconds:.0f} s", flush=True)
     ordered = [outcomes[source.stem] for source in jobs]
     text = report.write(out, ordered, profile=profile, given=given, records_before=records)
-    head = f"<!doctype html><meta charset='utf-8'><title>Reproduction</title><style>{STYLE}</style>"
-    with replacing(out / "report.html") as temporary:
-        temporary.write_text(f"{head}\n{markdown2html(text)}\n", encoding="utf-8")
     print(f"\n{text}\nnotebooks  {out / 'notebooks'}\nfigures    {out / 'figures'}\nreport     {out / 'report.md'}")
     return 1 if any(outcome.error for outcome in ordered) else 0
 

@@ -169,6 +169,12 @@ def test_notebooks_are_chosen_by_number_or_stem_and_run_in_order(root):
 # --- running and reporting
 
 
+def test_the_processes_of_notebooks_do_not_load_torch_beside_their_kernels():
+    """They import the module that the command started, and spend neither its seconds nor its memory."""
+    code = "import fsp.compendium.reproduce, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 def test_a_run_reports_claims_differences_and_the_notebook_that_failed(root, tmp_path, capfd):
     write_notebook(root / "notebooks", "00_bad", FAILS)
     committed_results = root / "data" / "results"
