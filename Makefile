@@ -7,7 +7,7 @@ ARGS ?=
 
 .PHONY: reproduce test lint units notebooks faults lab lock refresh clean
 
-reproduce: $(VENV)/installed          ## run every notebook from nothing and print the report
+reproduce: $(VENV)/installed          ## run every notebook from nothing, one a core, and print the report
 	$(BIN)/python -m fsp.compendium.reproduce --profile $(PROFILE) $(ARGS)
 
 test: lint units notebooks            ## everything that must hold before a commit
@@ -17,7 +17,7 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 
 units: $(VENV)/installed              ## unit tests, doctests, and each notebook's smoke profile through papermill
-	FSP_PROGRESS=0 $(BIN)/python -m pytest -q --durations=10 -m "not slow"
+	FSP_PROGRESS=0 $(BIN)/python -m pytest -q -n auto --dist loadscope --durations=10 -m "not slow"
 
 notebooks: $(VENV)/installed          ## the committed notebooks still give the outputs they were committed with
 	$(BIN)/python -m fsp.compendium.reproduce --check

@@ -1,15 +1,16 @@
 """Notebooks in processes of their own, several at once if asked; papermill executes them."""
 
+import math
 import multiprocessing
 import os
 import re
 import signal
 import sys
+import threading
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,25 +20,28 @@ from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
 
 KERNEL = "python3"
 ERROR_LINES = 15
+LOOK_S = 0.1  # how often a notebook's process is looked at
 
 
 class Job(NamedTuple):
-    """A notebook, where to write the executed one (kept up to date after every cell), and its parameters."""
+    """A notebook to run.
+
+    Attributes
+    ----------
+    source, target : Path
+        The notebook, and where to write the executed one, which is kept up to date after every cell.
+    parameters : dict
+    environment : dict of str to str
+        Environment variables of its kernel, beside those of this process.
+    """
 
     source: Path
     target: Path
     parameters: dict
+    environment: dict
 
 
-class _Running(NamedTuple):
-    """A job in its process, since when on the monotonic clock."""
-
-    job: Job
-    process: BaseProcess
-    begin: float
-
-
-def run(jobs: Iterable[Job], *, workers: int = 1, timeout: float | None = None) -> Iterator[tuple[Job, float, str]]:
+def run(jobs: Iterable[Job], *, workers: int = 1, timeout: float = math.inf) -> Iterator[tuple[Job, float, str]]:
     """Run notebooks with papermill, each in a process of its own.
 
     Every cell is announced.  What kernels print is shown as it comes where one notebook runs at a time; of several,
@@ -46,10 +50,11 @@ def run(jobs: Iterable[Job], *, workers: int = 1, timeout: float | None = None) 
     Parameters
     ----------
     jobs : iterable of Job
-        Started in this order.
+        Started in this order, but for notebooks that measure time: with the tag ``timing`` on a cell, such as the
+        parameters, a notebook runs after all others and alone.
     workers : int, at least 1
         Notebooks at once.
-    timeout : float, optional
+    timeout : float
         Seconds for each notebook.
 
     Yields
@@ -61,33 +66,19 @@ def run(jobs: Iterable[Job], *, workers: int = 1, timeout: float | None = None) 
     error : str
         "", or the end of the error message.
     """
-    context = multiprocessing.get_context("spawn")
-    waiting, running = deque(jobs), {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < workers:
-                job = waiting.popleft()
-                job.target.parent.mkdir(parents=True, exist_ok=True)
-                receiver, sender = context.Pipe(duplex=False)
-                process = context.Process(target=_papermill, args=(job, workers == 1, sender))
-                process.start()
-                sender.close()  # the notebook's process holds the other copy: its end, however it comes, is seen here
-                running[receiver] = _Running(job, process, time.monotonic())
-            left = None
-            if timeout is not None:
-                left = max(0.0, min(each.begin for each in running.values()) + timeout - time.monotonic())
-            ended = {receiver: _error(receiver, running[receiver].process) for receiver in wait(running, left)}
-            now = time.monotonic()
-            for receiver, each in running.items():
-                if receiver not in ended and timeout is not None and now - each.begin >= timeout:
-                    _stop([each.process])
-                    ended[receiver] = f"stopped after {timeout:g} seconds (--timeout)"
-            for receiver, error in ended.items():
-                receiver.close()
-                each = running.pop(receiver)
-                yield each.job, now - each.begin, error
-    finally:
-        _stop([each.process for each in running.values()])
+    side_by_side, alone = [], []
+    for job in jobs:
+        timing = any("timing" in cell.metadata.get("tags", []) for cell in read(job.source).cells)
+        (alone if timing else side_by_side).append(job)
+    for batch, at_once in ((side_by_side, workers), (alone, 1)):
+        stopping = threading.Event()
+        pool = ThreadPoolExecutor(at_once)  # a thread watches over a process
+        try:
+            ended = as_completed([pool.submit(_run_one, job, at_once == 1, timeout, stopping) for job in batch])
+            yield from (future.result() for future in ended)
+        finally:
+            stopping.set()
+            pool.shutdown(cancel_futures=True)
 
 
 def check_kernel() -> None:
@@ -105,25 +96,29 @@ def read(path: Path) -> nbformat.NotebookNode:
     return nbformat.read(path, as_version=4)
 
 
-def _error(receiver: Connection, process: BaseProcess) -> str:
-    """What a process that has ended, or is about to, says of its notebook."""
+def _run_one(job: Job, shown: bool, timeout: float, stopping: threading.Event) -> tuple[Job, float, str]:
+    """Start a notebook's process and watch over it until it ends, takes too long or everything stops."""
+    job.target.parent.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_papermill, args=(job, shown, sender))
+    begin = time.monotonic()
+    process.start()
+    sender.close()  # the process holds the other copy: its end, however it comes, is seen here
+    while not receiver.poll(LOOK_S):
+        if stopping.is_set() or time.monotonic() - begin > timeout:
+            process.terminate()
+            process.join(10)
+            process.kill()  # its kernel notices within a second and ends too
+            process.join()
+            return job, time.monotonic() - begin, f"stopped after {timeout:g} seconds (--timeout)"
     try:
         error = receiver.recv()
+        process.join()
     except EOFError:
         process.join()
-        return f"its process ended with exit code {process.exitcode}"
-    process.join()
-    return error
-
-
-def _stop(processes: list[BaseProcess]) -> None:
-    """End processes, all at the same time."""
-    for process in processes:
-        process.terminate()
-    for process in processes:
-        process.join(10)
-        process.kill()  # its kernel notices within a second and ends too
-        process.join()
+        error = f"its process ended with exit code {process.exitcode}"
+    return job, time.monotonic() - begin, error
 
 
 def _papermill(job: Job, shown: bool, results: Connection) -> None:
@@ -131,6 +126,7 @@ def _papermill(job: Job, shown: bool, results: Connection) -> None:
     # Ctrl-C reaches the whole process group; the parent answers it by terminating this process, once.
     signal.signal(signal.SIGINT, lambda *_: None)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    os.environ.update(job.environment)
     os.environ.pop("MPLBACKEND", None)  # with another backend than Jupyter's no figure would be in the notebook
     total = len(read(job.source).cells) + 1  # papermill adds a cell with the parameters
 
@@ -147,6 +143,8 @@ def _papermill(job: Job, shown: bool, results: Connection) -> None:
             stdout_file=sys.stdout if shown else None,
             stderr_file=sys.stderr if shown else None,
             on_cell_execute=announce,
+            coalesce_streams=True,  # one output for what a cell prints, however it was cut into messages
+            record_timing=False,
             extra_arguments=["--log-level=CRITICAL"],  # of the kernel's own machinery; cells report all the same
         )
         results.send("")

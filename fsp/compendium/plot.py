@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -88,27 +89,8 @@ QUANTITIES = {
 
 def use_style() -> None:
     """Set the figure style of the compendium for this process."""
-    sns.set_theme(
-        context="paper",
-        style="ticks",
-        rc={
-            "font.size": 8,
-            "axes.labelsize": 8,
-            "axes.titlesize": 8,
-            "legend.fontsize": 7,
-            "legend.title_fontsize": 7,
-            "legend.frameon": False,
-            "xtick.labelsize": 7,
-            "ytick.labelsize": 7,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "lines.linewidth": 1.2,
-            "lines.markersize": 4,
-            "figure.dpi": 120,
-            "savefig.dpi": 300,
-            "pdf.fonttype": 42,
-        },
-    )
+    sns.set_theme(context="paper", style="ticks")
+    plt.style.use(Path(__file__).with_name("fsp.mplstyle"))
 
 
 def looks(methods: list[str]) -> dict:

@@ -7,42 +7,42 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from nbconvert.filters import markdown2html
 from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
 from fsp import paths
 from fsp.compendium.stats import CLAIM_COLUMNS
+from fsp.files import replacing
 from fsp.runs import tables
 from fsp.runs.provenance import provenance
 
-RTOL = 1e-6  # numbers closer than this, relative to the larger one, count as the same
+RTOL = 1e-6  # numbers closer than this, relative to the committed one, count as the same
+STYLE = "body { font: 16px sans-serif; margin: 2em } td, th { padding: 0 1em 0.3em 0; text-align: left }"
+TEXTS = ["claim", "paper", "section", "published", "holds", "note"]  # columns of a claims table
 
 
 class Outcome(NamedTuple):
-    """How one notebook ended: `error` is empty if it finished, `earlier` says that it did so before this call."""
+    """How one notebook ended: ``finished``, ``finished earlier`` (before this call) or ``failed``, with its error."""
 
     stem: str
     seconds: float
-    error: str
-    earlier: bool = False
-
-    @property
-    def status(self) -> str:
-        """``finished``, ``finished earlier`` or ``failed``."""
-        return "failed" if self.error else "finished earlier" if self.earlier else "finished"
+    status: str
+    error: str = ""
 
 
-def broken_promise(out: Path, stem: str) -> str:
+def broken_promise(place: paths.Outputs, stem: str) -> str:
     """What a finished notebook owes: the name of a file it did not write, or what is wrong with a table; else ""."""
-    promised = [f"results/{stem}.csv", f"results/{stem}.claims.csv", f"figures/{stem}*.png", f"figures/{stem}*.pdf"]
-    if missing := [pattern for pattern in promised if not any(out.glob(pattern))]:
+    table = place.results / f"{stem}.csv"
+    drawn = [place.figures / f"{stem}*{suffix}" for suffix in (".png", ".pdf")]
+    promised = [table, place.results / f"{stem}.claims.csv", *drawn]
+    missing = [path.name for path in promised if not any(path.parent.glob(path.name))]
+    if missing:
         return f"it finished without writing {', '.join(missing)}"
     try:
-        read_claims(out / "results", [stem])
-        if "key" not in tables.read(out / "results" / f"{stem}.csv"):
-            return f"its table results/{stem}.csv has no column 'key'"
+        read_claims(place.results, [stem])
+        return "" if "key" in tables.read(table) else f"its table {table.name} has no column 'key'"
     except ValueError as error:
         return f"a table it wrote cannot be read: {error}"
-    return ""
 
 
 def read_claims(results: Path, stems: list[str]) -> pd.DataFrame:
@@ -65,44 +65,41 @@ def read_claims(results: Path, stems: list[str]) -> pd.DataFrame:
     ValueError
         If a file lacks one of the columns.
     """
-    frames = [pd.DataFrame(columns=["notebook", *CLAIM_COLUMNS])]
+    columns = ["notebook", *CLAIM_COLUMNS]
+    frames = []
     for stem in stems:
         path = results / f"{stem}.claims.csv"
         if not path.exists():
             continue
-        frame = tables.read(path)
-        if missing := [name for name in CLAIM_COLUMNS if name not in frame]:
+        frame = tables.read(path).assign(notebook=stem)
+        missing = [name for name in columns if name not in frame]
+        if missing:
             raise ValueError(f"{path} has no column {missing[0]!r}: expected {', '.join(CLAIM_COLUMNS)}")
-        frames.append(frame[list(CLAIM_COLUMNS)].assign(notebook=stem))
-    claims = pd.concat(frames[1:] or frames, ignore_index=True)[["notebook", *CLAIM_COLUMNS]]
-    texts = ["claim", "paper", "section", "published", "holds", "note"]
-    return claims.assign(**{name: [_text(value) for value in claims[name]] for name in texts})
+        frames.append(frame[columns].astype(dict.fromkeys(TEXTS, object)))
+    claims = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=columns)
+    return claims.assign(**claims[TEXTS].fillna("").astype(str))
 
 
-def claims_table(claims: pd.DataFrame, *, notes: bool = True, link: str = "") -> str:
+def claims_table(claims: pd.DataFrame, *, link: str) -> str:
     """Markdown table of claims, one a line.
 
     Parameters
     ----------
     claims : pandas.DataFrame
         From `read_claims`.
-    notes : bool
-        Whether to give the notes a column.
     link : str
-        Folder of the notebooks as seen from the page; "" for names without links.
+        Folder of the notebooks as seen from the page.
 
     Returns
     -------
     str
     """
-    head = ["Claim", "Paper", "Measured here [interval]", "n", "Published", "Holds", "Notebook"]
     lines = []
     for row in claims.to_dict("records"):
-        source = " ".join(filter(None, [row["paper"], row["section"]]))
-        name = f"[{row['notebook'][:2]}]({link}/{row['notebook']}.ipynb)" if link else row["notebook"]
-        line = [row["claim"], source, measured(row), row["n"], row["published"], row["holds"], name]
-        lines.append(line + [row["note"]] * notes)
-    return _markdown(head + ["Note"] * notes, lines)
+        source = f"{row['paper']} {row['section']}".strip()
+        link_to = _link(row["notebook"], link)
+        lines.append([row["claim"], source, measured(row), row["n"], row["published"], row["holds"], link_to])
+    return _markdown(["Claim", "Paper", "Measured here [interval]", "n", "Published", "Holds", "Notebook"], lines)
 
 
 def verdicts_table(claims: pd.DataFrame, headings: dict[str, str], *, link: str) -> str:
@@ -120,12 +117,11 @@ def verdicts_table(claims: pd.DataFrame, headings: dict[str, str], *, link: str)
     -------
     str
     """
-    verdicts = ("yes", "no", "not decided")
-    counts = claims.groupby("notebook").holds.value_counts()
-    lines = [
-        [f"[{stem[:2]}]({link}/{stem}.ipynb)", heading, *(counts.get((stem, verdict), 0) for verdict in verdicts)]
-        for stem, heading in headings.items()
-    ]
+    lines = []
+    for stem, heading in headings.items():
+        verdicts = list(claims.holds[claims.notebook == stem])
+        counts = [verdicts.count(verdict) for verdict in ("yes", "no", "not decided")]
+        lines.append([_link(stem, link), heading, *counts])
     return _markdown(["", "What its notebook finds", "claims hold", "do not", "not decided"], lines)
 
 
@@ -188,17 +184,16 @@ def compare_rows(ours: pd.DataFrame, committed: pd.DataFrame) -> RowComparison:
             differing[name] = "only in the " + ("committed table" if name not in ours else "new table")
             continue
         a, b = ours.loc[common, name], committed.loc[common, name]
+        largest = ""
         if all(is_numeric_dtype(column) and not is_bool_dtype(column) for column in (a, b)):
-            gap = (a - b).abs()
-            unequal = (gap > RTOL * np.maximum(a.abs(), b.abs())) | (a.isna() != b.isna())
-            largest = f", by at most {gap[unequal].max():.3g}" if gap[unequal].notna().any() else ", one is missing"
+            unequal = ~np.isclose(a, b, rtol=RTOL, atol=0, equal_nan=True)
+            gap = (a - b).abs()[unequal].max()
+            largest = ", one is missing" if math.isnan(gap) else f", by at most {gap:.3g}"
         else:
-            unequal, largest = (a.astype(str) != b.astype(str)) & ~(a.isna() & b.isna()), ""
+            unequal = (a.astype(str) != b.astype(str)) & ~(a.isna() & b.isna())
         if unequal.any():
             differing[name] = f"{unequal.sum()} differ{largest}"
-    return RowComparison(
-        len(common), len(committed.index.difference(ours.index)), len(ours.index.difference(committed.index)), differing
-    )
+    return RowComparison(len(common), len(committed) - len(common), len(ours) - len(common), differing)
 
 
 def compare_claims(ours: pd.DataFrame, committed: pd.DataFrame) -> list[str]:
@@ -214,13 +209,15 @@ def compare_claims(ours: pd.DataFrame, committed: pd.DataFrame) -> list[str]:
     list of str
         Empty if nothing of this is the case. A committed value without an interval is compared to `RTOL`.
     """
-    ours, committed = ({(r["notebook"], r["claim"]): r for r in f.to_dict("records")} for f in (ours, committed))
+    ours, committed = (
+        {(row["notebook"], row["claim"]): row for row in frame.to_dict("records")} for frame in (ours, committed)
+    )
     found = [f"not committed: {claim}" for stem, claim in ours if (stem, claim) not in committed]
     for name, old in committed.items():
-        new = ours.get(name)
-        if new is None:
+        if name not in ours:
             found.append(f"missing: {name[1]}")
             continue
+        new = ours[name]
         if new["holds"] != old["holds"]:
             found.append(f"verdict {new['holds']!r}, committed {old['holds']!r}: {name[1]}")
         if not _within(new["measured"], old):
@@ -228,20 +225,19 @@ def compare_claims(ours: pd.DataFrame, committed: pd.DataFrame) -> list[str]:
     return found
 
 
-def compare_committed(out: Path, stem: str) -> list[str]:
-    """What differs between a notebook's tables in an output folder and the committed ones, in sentences."""
-    new, committed = out / "results", paths.outputs().results
+def compare_committed(results: Path, stem: str) -> list[str]:
+    """What differs between a notebook's tables in a folder and the committed ones, in sentences."""
+    committed = paths.outputs().results
     if not (committed / f"{stem}.csv").exists() or not (committed / f"{stem}.claims.csv").exists():
         return ["nothing is committed to compare with"]
-    ours, theirs = (tables.read(folder / f"{stem}.csv") for folder in (new, committed))
-    claims = read_claims(committed, [stem])
-    found = compare_claims(read_claims(new, [stem]), claims)
-    same = f"{len(claims)} claims compared: same verdicts, values within their committed intervals"
-    return [str(compare_rows(ours, theirs)), *(found or [same])]
+    rows, committed_rows = (tables.read(folder / f"{stem}.csv") for folder in (results, committed))
+    claims, committed_claims = (read_claims(folder, [stem]) for folder in (results, committed))
+    same = f"{len(committed_claims)} claims compared: same verdicts, values within their committed intervals"
+    return [str(compare_rows(rows, committed_rows)), *(compare_claims(claims, committed_claims) or [same])]
 
 
 def write(out: Path, outcomes: list[Outcome], *, profile: str, given: dict, records_before: int) -> str:
-    """Write ``report.md`` into an output folder.
+    """Write ``report.md`` and ``report.html`` into an output folder.
 
     Parameters
     ----------
@@ -258,7 +254,7 @@ def write(out: Path, outcomes: list[Outcome], *, profile: str, given: dict, reco
     Returns
     -------
     str
-        The short version, for a terminal.
+        The report, in Markdown.
 
     Raises
     ------
@@ -268,59 +264,48 @@ def write(out: Path, outcomes: list[Outcome], *, profile: str, given: dict, reco
     finished = [outcome.stem for outcome in outcomes if not outcome.error]
     claims = read_claims(out / "results", finished)
     if profile == "quick" and not given:
-        differences = {stem: compare_committed(out, stem) for stem in finished}
+        differences = {stem: compare_committed(out / "results", stem) for stem in finished}
     else:
         differences = {"not compared": ["the committed results belong to the quick profile as the notebooks have it"]}
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in (out / "runs").glob("*.json")]
+    gpus = {(record.get("provenance") or {}).get("gpu") for record in records} - {None, ""}
+    environment = provenance() | {"gpu": ", ".join(sorted(gpus)) or "none used"}
 
-    lines = [f"# Reproduction, profile {profile}", ""]
-    lines += [f"Parameters from the command line: `{json.dumps(given, default=str)}`", ""] if given else []
-    lines += [f"Run records found at the start, and reused where they fit: {records_before}.", ""]
+    parts = [f"# Reproduction, profile {profile}"]
+    if given:
+        parts.append(f"Parameters from the command line: `{json.dumps(given, default=str)}`")
+    parts.append(f"Run records found at the start, and reused where they fit: {records_before}.")
     rows = [[o.stem, o.status, f"{o.seconds:.0f}", f"[{o.stem}](notebooks/{o.stem}.ipynb)"] for o in outcomes]
-    lines += ["## Notebooks", "", _markdown(["Notebook", "Status", "Seconds", "Executed"], rows), ""]
+    parts += ["## Notebooks", _markdown(["Notebook", "Status", "Seconds", "Executed"], rows)]
     for outcome in outcomes:
         if outcome.error:
             executed = out / "notebooks" / f"{outcome.stem}.ipynb"
             partial = f"As far as it came: `{executed}`" if executed.exists() else "It ended before its first cell."
-            lines += [f"### {outcome.stem} failed", "", "```text", outcome.error, "```", "", partial, ""]
-    lines += ["## Claims", "", claims_table(claims) if len(claims) else "None.", ""]
-    lines += ["## Differences to the committed results", ""]
-    lines += [f"Numbers count as the same within a relative tolerance of {RTOL:g}; wall times are left out.", ""]
+            parts += [f"### {outcome.stem} failed", f"```text\n{outcome.error}\n```", partial]
+    parts += ["## Claims", claims_table(claims, link="notebooks") if len(claims) else "None."]
+    parts += ["## Differences to the committed results"]
+    parts += [f"Numbers count as the same within a relative tolerance of {RTOL:g}; wall times are left out."]
     for stem, sentences in differences.items():
-        lines += [f"**{stem}**", "", *(f"- {sentence}" for sentence in sentences), ""]
-    environment = provenance() | {"gpu": ", ".join(_gpus(out / "runs")) or "none used"}
-    lines += ["## Environment", "", _markdown(["", ""], [list(item) for item in environment.items()])]
-    with paths.replacing(out / "report.md") as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-    short = [f"{o.stem}: {o.status}, {o.seconds:.0f} s" + f"\n{o.error}\n" * bool(o.error) for o in outcomes]
-    short += ["", "claims:"] * bool(len(claims))
-    short += [
-        f"  {row['holds']:<12} {measured(row)}, n = {row['n']}, published {row['published'] or '-'}: {row['claim']}"
-        for row in claims.to_dict("records")
-    ]
-    short += ["", "differences to the committed results:"]
-    short += [f"  {stem}: {sentence}" for stem, sentences in differences.items() for sentence in sentences]
-    return "\n".join(short)
-
-
-def _gpus(store: Path) -> list[str]:
-    """Devices that the records in a store name."""
-    made_by = [json.loads(path.read_text(encoding="utf-8")).get("provenance") for path in store.glob("*.json")]
-    return sorted({(made or {}).get("gpu") or "" for made in made_by} - {""})
+        parts += [f"**{stem}**", "\n".join(f"- {sentence}" for sentence in sentences)]
+    parts += ["## Environment", _markdown(["", ""], [list(item) for item in environment.items()])]
+    text = "\n\n".join(parts) + "\n"
+    head = f"<!doctype html><meta charset='utf-8'><title>Reproduction</title><style>{STYLE}</style>"
+    for name, content in (("report.md", text), ("report.html", f"{head}\n{markdown2html(text)}\n")):
+        with replacing(out / name) as temporary:
+            temporary.write_text(content, encoding="utf-8")
+    return text
 
 
 def _within(value: float, old: dict) -> bool:
     """Whether a value lies in a committed interval, or equals the committed value if that has none."""
-    if math.isnan(value) or math.isnan(old["measured"]):
-        return math.isnan(value) and math.isnan(old["measured"])
     if math.isnan(old["low"]) or math.isnan(old["high"]):
-        return math.isclose(value, old["measured"], rel_tol=RTOL)
+        return bool(np.isclose(value, old["measured"], rtol=RTOL, atol=0, equal_nan=True))
     return old["low"] <= value <= old["high"]
 
 
-def _text(value: object) -> str:
-    """A cell as text, "" where it is missing."""
-    return "" if isinstance(value, float) and math.isnan(value) else str(value)
+def _link(stem: str, folder: str) -> str:
+    """Link in Markdown to a notebook, called by its number."""
+    return f"[{stem[:2]}]({folder}/{stem}.ipynb)"
 
 
 def _markdown(head: list[str], lines: list[list]) -> str:

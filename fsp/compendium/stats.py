@@ -17,6 +17,7 @@ from scipy.stats import rankdata, t
 RESAMPLES = 10_000
 GROUP_RESAMPLES = 500  # of `clustered`, whose statistic may be any function
 LEAST = 3  # observations that decide a claim
+CONFIDENCE = 0.95  # of every interval
 CLAIM_COLUMNS = ("claim", "paper", "section", "measured", "low", "high", "n", "published", "holds", "note")
 
 
@@ -32,14 +33,13 @@ class Estimate(NamedTuple):
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}] (n = {self.n})"
 
 
-def mean(values: ArrayLike, *, confidence: float = 0.95) -> Estimate:
+def mean(values: ArrayLike) -> Estimate:
     """Mean with Student's t interval.
 
     Parameters
     ----------
     values : array, shape (n,)
         Undefined values (nan) are left out; n says how many remain.
-    confidence : float, in (0, 1)
 
     Returns
     -------
@@ -56,24 +56,23 @@ def mean(values: ArrayLike, *, confidence: float = 0.95) -> Estimate:
     >>> print(mean([1.0, 2.0, 3.0]))
     2.00 [-0.48, 4.48] (n = 3)
     """
-    _check_confidence(confidence)
     values = np.asarray(values, float)
     values = values[~np.isnan(values)]
     n = len(values)
     if n < 2:
         return Estimate(float(values[0]) if n else math.nan, math.nan, math.nan, n)
-    value, half = float(values.mean()), float(t.ppf((1 + confidence) / 2, n - 1) * values.std(ddof=1) / math.sqrt(n))
+    value = float(values.mean())
+    half = float(t.ppf((1 + CONFIDENCE) / 2, n - 1) * values.std(ddof=1) / math.sqrt(n))
     return Estimate(value, value - half, value + half, n)
 
 
-def paired_difference(a: ArrayLike, b: ArrayLike, *, confidence: float = 0.95) -> Estimate:
+def paired_difference(a: ArrayLike, b: ArrayLike) -> Estimate:
     """Mean of a - b over pairs (the same seed with two methods), with Student's t interval.
 
     Parameters
     ----------
     a, b : array, shape (n,)
         Pairs with an undefined member are left out.
-    confidence : float, in (0, 1)
 
     Returns
     -------
@@ -82,27 +81,10 @@ def paired_difference(a: ArrayLike, b: ArrayLike, *, confidence: float = 0.95) -
     a, b = np.asarray(a, float), np.asarray(b, float)
     if a.shape != b.shape:
         raise ValueError(f"pairs are needed, there are {a.size} and {b.size} values")
-    return mean(a - b, confidence=confidence)
+    return mean(a - b)
 
 
-def pearson(x: ArrayLike, y: ArrayLike, *, confidence: float = 0.95) -> Estimate:
-    """Pearson correlation with a percentile bootstrap interval.
-
-    Parameters
-    ----------
-    x, y : array, shape (n,)
-        Pairs with an undefined member are left out.
-    confidence : float, in (0, 1)
-
-    Returns
-    -------
-    Estimate
-        ``nan`` where x or y is constant.
-    """
-    return _bootstrapped(_correlation, [x, y], None, confidence)
-
-
-def spearman(x: ArrayLike, y: ArrayLike, *, within: ArrayLike | None = None, confidence: float = 0.95) -> Estimate:
+def spearman(x: ArrayLike, y: ArrayLike, *, within: ArrayLike | None = None) -> Estimate:
     r"""Spearman rank correlation with a percentile bootstrap interval, ranks taken anew in every resample.
 
     Parameters
@@ -112,7 +94,6 @@ def spearman(x: ArrayLike, y: ArrayLike, *, within: ArrayLike | None = None, con
     within : array, shape (n,), optional
         Group of each pair, such as its density: the result is the mean over groups of the correlation within each,
         :math:`\frac1G \sum_g \rho_g`, and pairs are resampled within groups.
-    confidence : float, in (0, 1)
 
     Returns
     -------
@@ -126,12 +107,10 @@ def spearman(x: ArrayLike, y: ArrayLike, *, within: ArrayLike | None = None, con
     >>> spearman([1, 2, 3, 11, 12, 13], [3, 2, 1, 13, 12, 11], within=[0, 0, 0, 1, 1, 1]).value
     -1.0
     """
-    return _bootstrapped(_rank_correlation, [x, y], within, confidence)
+    return _bootstrapped(_rank_correlation, [x, y], within)
 
 
-def spearman_difference(
-    a: ArrayLike, b: ArrayLike, y: ArrayLike, *, within: ArrayLike | None = None, confidence: float = 0.95
-) -> Estimate:
+def spearman_difference(a: ArrayLike, b: ArrayLike, y: ArrayLike, *, within: ArrayLike | None = None) -> Estimate:
     """How much better a ranks y than b does: the difference of their Spearman correlations with y.
 
     Parameters
@@ -140,7 +119,6 @@ def spearman_difference(
         Triples with an undefined member are left out, and resampled together.
     within : array, shape (n,), optional
         As for `spearman`.
-    confidence : float, in (0, 1)
 
     Returns
     -------
@@ -150,7 +128,7 @@ def spearman_difference(
     def difference(a, b, y):
         return _rank_correlation(a, y) - _rank_correlation(b, y)
 
-    return _bootstrapped(difference, [a, b, y], within, confidence)
+    return _bootstrapped(difference, [a, b, y], within)
 
 
 def rank_correlation(
@@ -184,20 +162,11 @@ def rank_correlation(
     >>> round(rank_correlation(x, y), 2), round(rank_correlation(x, y, given=z), 2)
     (0.49, -0.95)
     """
-    cases = [np.asarray(side, float) for side in (x, y)]
-    cases += [] if given is None else list(np.atleast_2d(np.asarray(given, float).T))
-    groups = np.zeros(cases[0].shape, int) if within is None else np.asarray(within)
-    if len({side.shape for side in (*cases, groups)}) != 1 or groups.ndim != 1:
-        raise ValueError(f"samples of one length are needed, not of shapes {[np.shape(s) for s in (*cases, groups)]}")
-    table = np.stack(cases)
-    complete = ~np.isnan(table).any(0) & (groups == groups)
-    table, groups = table[:, complete], groups[complete]
-    return float(_defined_mean([_residual_correlation(table[:, groups == group]) for group in np.unique(groups)]))
+    others = [] if given is None else np.atleast_2d(np.asarray(given, float).T)
+    return float(_defined_mean([_residual_correlation(cases) for cases in _groups([x, y, *others], within)]))
 
 
-def clustered(
-    statistic: Callable[[pd.DataFrame], float], table: pd.DataFrame, *, by: Sequence[str], confidence: float = 0.95
-) -> Estimate:
+def clustered(statistic: Callable[[pd.DataFrame], float], table: pd.DataFrame, *, by: Sequence[str]) -> Estimate:
     """Any statistic of a table, with a percentile bootstrap interval over whole groups of rows.
 
     Rows that share a seed or a method are not independent.  The levels of each column in `by` are drawn with
@@ -212,7 +181,6 @@ def clustered(
         One row an observation.
     by : sequence of str
         Columns to draw by, crossed or not.
-    confidence : float, in (0, 1)
 
     Returns
     -------
@@ -233,10 +201,10 @@ def clustered(
     ----------
     Owen, The pigeonhole bootstrap. Annals of Applied Statistics 1 (2007).
     """
-    _check_confidence(confidence)
     if not by or any(name not in table or table[name].isna().any() for name in by):
         raise ValueError(f"by={by!r}: expected columns without missing values, of {', '.join(map(str, table))}")
-    value, rng, distribution = float(statistic(table)), np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    distribution = []
     codes = [np.unique(table[name], return_inverse=True)[1] for name in by]
     levels = [code.max(initial=-1) + 1 for code in codes]
     for _ in range(GROUP_RESAMPLES if min(levels) >= LEAST else 0):
@@ -244,7 +212,7 @@ def clustered(
         times = np.prod([often[code] for often, code in zip(drawn, codes, strict=True)], axis=0)
         if times.any():
             distribution.append(statistic(table.take(np.repeat(np.arange(len(table)), times))))
-    return Estimate(value, *_percentiles(np.array(distribution, dtype=float), confidence), len(table))
+    return Estimate(float(statistic(table)), *_percentiles(np.array(distribution, dtype=float)), len(table))
 
 
 def verdict(estimate: Estimate, *, above: float | None = None, below: float | None = None) -> str:
@@ -271,9 +239,11 @@ def verdict(estimate: Estimate, *, above: float | None = None, below: float | No
         raise ValueError("a claim has one bound: pass above=... or below=...")
     if estimate.n < LEAST:
         return "not decided"
-    low, high = (estimate.low, estimate.high) if below is None else (-estimate.high, -estimate.low)
-    bound = above if below is None else -below
-    return "yes" if low > bound else "no" if high < bound else "not decided"
+    if above is not None:
+        true, false = estimate.low > above, estimate.high < above
+    else:
+        true, false = estimate.high < below, estimate.low > below
+    return "yes" if true else "no" if false else "not decided"
 
 
 def claim(
@@ -314,12 +284,6 @@ def claim(
     return dict(zip(CLAIM_COLUMNS, entries, strict=True))
 
 
-def _check_confidence(confidence: float) -> None:
-    """Raise a ValueError unless 0 < confidence < 1."""
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence {confidence!r} is not in (0, 1): it is a probability, such as 0.95")
-
-
 def _correlation(x, y):
     """Pearson correlation along the last axis; nan where one side is constant."""
     varies = (np.ptp(x, -1) > 0) & (np.ptp(y, -1) > 0)  # a rounded mean can leave a constant side a tiny variance
@@ -349,34 +313,36 @@ def _residual_correlation(table: np.ndarray) -> float:
     return float(_correlation(x, y))
 
 
-def _bootstrapped(statistic, samples: list[ArrayLike], groups: ArrayLike | None, confidence: float) -> Estimate:
-    """Statistic of complete cases, averaged over groups, with the percentile interval of its bootstrap."""
-    _check_confidence(confidence)
-    groups = np.zeros(np.shape(samples[0]), int) if groups is None else np.asarray(groups)
-    shapes = {np.shape(s) for s in (*samples, groups)}
-    if len(shapes) != 1 or len(next(iter(shapes))) != 1:
+def _groups(samples: list[ArrayLike], within: ArrayLike | None) -> list[np.ndarray]:
+    """Complete cases of each group, of shape (samples, cases)."""
+    groups = np.zeros(np.shape(samples[0]), int) if within is None else np.asarray(within)
+    shapes = {np.shape(side) for side in (*samples, groups)}
+    if len(shapes) != 1 or groups.ndim != 1:
         raise ValueError(f"one-dimensional samples of one length are needed, not of shapes {sorted(shapes)}")
     table = np.array(samples, dtype=float)
     complete = ~np.isnan(table).any(0) & (groups == groups)  # nan is the one group that differs from itself
-    table, groups = table[:, complete], groups[complete]
+    return [table[:, complete & (groups == group)] for group in np.unique(groups[complete])]
+
+
+def _bootstrapped(statistic, samples: list[ArrayLike], within: ArrayLike | None) -> Estimate:
+    """Statistic of complete cases, averaged over groups, with the percentile interval of its bootstrap."""
+    groups = _groups(samples, within)
     rng = np.random.default_rng(0)
-    values, resampled = [], []
-    for group in np.unique(groups):
-        cases = table[:, groups == group]
-        values.append(statistic(*cases))
+    resampled = []
+    for cases in groups:
         chosen = rng.integers(cases.shape[1], size=(RESAMPLES, cases.shape[1]))
         resampled.append(statistic(*cases[:, chosen]))  # (RESAMPLES,), whole cases drawn together
-    value, distribution = _defined_mean(values), _defined_mean(resampled)
-    return Estimate(float(value), *_percentiles(distribution, confidence), table.shape[1])
+    value = float(_defined_mean([statistic(*cases) for cases in groups]))
+    return Estimate(value, *_percentiles(_defined_mean(resampled)), sum(cases.shape[1] for cases in groups))
 
 
-def _percentiles(distribution: np.ndarray, confidence: float) -> tuple[float, float]:
+def _percentiles(distribution: np.ndarray) -> tuple[float, float]:
     """Ends of a percentile interval; nan where nothing is defined."""
-    # resamples in which one side is constant have no correlation: left out, not counted as 0
+    # A resample in which one side is constant has no correlation: it is left out, not counted as 0.
     distribution = distribution[~np.isnan(distribution)]
     if len(distribution) == 0:
         return math.nan, math.nan
-    low, high = np.quantile(distribution, [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = np.quantile(distribution, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
 
 

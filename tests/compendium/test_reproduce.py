@@ -20,10 +20,9 @@ from fsp.compendium import execute, renew, report, reproduce
 
 PARAMETERS = """\
 seeds = [0, 1]  # one run each
-rate = 0.5  # a float
+lr = 0.5
 epochs = 3
-wait = 0.0  # seconds a run takes
-name = "digits"
+pretrain = 0  # here the seconds that a run takes
 scheduler = None
 recompute = False
 out_dir = ""
@@ -39,15 +38,15 @@ print("backend", os.environ["MPLBACKEND"])
 for seed in seeds:
     record = place.runs / f"{{seed}}.json"
     if recompute or not record.exists():
-        time.sleep(wait)
+        time.sleep(pretrain)
         record.write_text("{{}}")
         print(f"bar at seed {{seed}}", file=sys.stderr)
 """
 TABLES = """\
 with open(place.results / f"{stem}.csv", "w") as file:
-    csv.writer(file).writerows([["key", "accuracy", "train_s"], *([f"k{s}", rate + s, time.time()] for s in seeds)])
+    csv.writer(file).writerows([["key", "accuracy", "train_s"], *([f"k{s}", lr + s, time.time()] for s in seeds)])
 head = "claim,paper,section,measured,low,high,n,published,holds,note".split(",")
-row = ["Rate | is half", "P", "4.2", rate, rate - 0.1, rate + 0.1, len(seeds), "", "yes" if rate == 0.5 else "no", ""]
+row = ["Rate | is half", "P", "4.2", lr, lr - 0.1, lr + 0.1, len(seeds), "", "yes" if lr == 0.5 else "no", ""]
 with open(place.results / f"{stem}.claims.csv", "w") as file:
     csv.writer(file).writerows([head, row])
 for ending in ("png", "pdf"):
@@ -99,32 +98,21 @@ def claim(stem="03_x", text="Gap decides", holds="yes", measured=0.5, low=0.4, h
     ("arguments", "message"),
     [
         (["--only", "07"], r"no notebook '07': there are 01_good"),
-        (["-p", "sedes", "[1]"], r"no parameter 'sedes': it has seeds, rate, epochs, wait, name, scheduler, recompute"),
-        (["-p", "epochs", "2.5"], r"01_good: epochs is 2.5: expected int, as its default 3"),
-        (["-p", "epochs", "true"], r"epochs is True: expected int"),
-        (["-p", "rate=1e-3"], r"rate is '1e-3': expected float.*write 0.001 or 1.0e-3"),
-        (["-p", "recompute", "1"], r"recompute is 1: expected bool"),
-        (["-p", "seeds", "3"], r"seeds is 3: expected list"),
-        (["-p", "name", "7"], r"name is 7: expected str"),
-        (["-p", "seeds", "[0, x]"], r"seeds holds 'x': expected a list of int, as its default \[0, 1\]"),
-        (["-p", "seeds", "[true]"], r"seeds holds True: expected a list of int"),
-        (["--scheduler", "locl"], r"01_good: scheduler is 'locl': expected None.*\"local\" or the address of a Dask"),
-        (["-p", "scheduler", "10.0.0.1"], r"01_good: scheduler is '10.0.0.1': expected None"),
-        (["--scheduler", "local", "-p", "scheduler", "local"], r"--scheduler and -p scheduler say the same"),
-        (["--workers", "0"], r"0 is no whole number of at least 1"),
-        (["--workers", "1.5"], r"1.5 is no whole number of at least 1"),
+        (["-p", "sedes", "[1]"], r"01_good has no parameter 'sedes': it has seeds, lr, epochs, pretrain, scheduler"),
+        (["-p", "lr=1e-3"], r"01_good: lr = '1e-3': expected a number above 0.*YAML reads 1e-3 as text"),
+        (["-p", "seeds", "[0, x]"], r"01_good: seeds = \[0, 'x'\]: expected a list of different whole numbers"),
+        (["--scheduler", "locl"], r"01_good: scheduler = 'locl': expected None.*\"local\" or the address of a Dask"),
+        (["--workers", "0"], r"--workers is a whole number of at least 1"),
+        (["--timeout", "-1"], r"--timeout a number of seconds above 0"),
         (["-p", "out_dir", "x"], r"use --out"),
         (["-p", "epochs"], r"expected -p NAME VALUE or -p NAME=VALUE"),
         (["-p", "seeds", "[0"], r"'\[0' is not YAML"),
         (["--profile", "paper"], r"paper.01_good.yaml"),
         (["--out", "{root}"], r"would overwrite the committed notebooks"),
         (["--out", "{root}/notebooks/01_good.ipynb"], r"Not a directory|File exists"),
-        (["--timeout", "-1"], r"-1 is no positive number of seconds"),
         (["--recompute"], r"belongs to --refresh"),
-        (["--check", "-p", "epochs", "1"], r"only --only goes with them"),
-        (["--check", "--workers", "2"], r"only --only goes with them"),
-        (["--refresh", "--resume"], r"only --only goes with them"),
-        (["--check", "--scheduler", "local"], r"only --only goes with them"),
+        (["--check", "-p", "epochs", "1"], r"only --only and --workers go with them"),
+        (["--refresh", "--resume"], r"only --only and --workers go with them"),
         (["--refresh"], r"README.md"),
     ],
 )
@@ -153,61 +141,20 @@ def test_a_kernel_that_is_missing_or_another_python_is_refused(root, monkeypatch
 def test_parameters_come_from_the_profile_then_from_the_command_line(root, tmp_path):
     profile = root / "notebooks" / "profiles" / "smoke" / "01_good.yaml"
     profile.parent.mkdir(parents=True)
-    profile.write_text("epochs: 1\nrate: 1\n")
-    chosen = reproduce.plan(root / "notebooks" / "01_good.ipynb", "smoke", {"rate": 0.25, "scheduler": "x"}, tmp_path)
-    assert chosen == {"epochs": 1, "rate": 0.25, "scheduler": "x", "out_dir": str(tmp_path)}
-    profile.write_text("epoch: 1\n")
-    with pytest.raises(ValueError, match="no parameter 'epoch'"):
-        reproduce.plan(root / "notebooks" / "01_good.ipynb", "smoke", {}, tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("line", "fine", "wrong"),
-    [
-        ("x: Optional[float] = 0.5", [None, 1, 0.1], ["a", True, [1]]),
-        ("x: Optional[str] = None", [None, "a"], [1, ["a"]]),
-        ("x: Union[int, str] = 3", ["auto", 4], [0.5, None]),
-        ("x: Union[int, None] = 3", [None, 4], [0.5, "a"]),
-        ("x: list[float] = [0.1]", [[1, 0.5], []], [0.5, ["a"], [None]]),
-        ("x = [1, 'a']", [[2], ["b", 3]], [[0.5]]),
-        ("x = (1, 2)", [[3, 4]], [3, ["a"]]),
-        ("x = {}", [{"a": [1]}], [[], "a"]),
-        ("x = None", [None, 1, "a"], []),
-        ("x = 2 * 3", [None, 1, "a"], []),
-    ],
-)
-def test_types_are_those_of_annotation_and_default(tmp_path, line, fine, wrong):
-    code = nbformat.v4.new_code_cell(f'{line}\nout_dir = ""', metadata={"tags": ["parameters"]})
-    path = tmp_path / "01_x.ipynb"
-    nbformat.write(nbformat.v4.new_notebook(cells=[code], metadata=renew.METADATA), path)
-    for value in fine:
-        assert reproduce.plan(path, "quick", {"x": value}, tmp_path)["x"] == value
-    for value in wrong:
-        with pytest.raises(ValueError, match=r"01_x: x (is|holds) .*: expected"):
-            reproduce.plan(path, "quick", {"x": value}, tmp_path)
-
-
-def test_a_scheduler_goes_to_the_notebooks_that_have_one_and_is_refused_if_none_has(root, tmp_path, capsys):
-    profile = root / "notebooks" / "profiles" / "smoke" / "01_good.yaml"
-    profile.parent.mkdir(parents=True)
-    profile.write_text("scheduler: local\n")
-    with_one, address = root / "notebooks" / "01_good.ipynb", "tcp://10.0.0.1:8786"
-    assert reproduce.plan(with_one, "smoke", {}, tmp_path, scheduler=address)["scheduler"] == address
-    code = nbformat.v4.new_code_cell('out_dir = ""', metadata={"tags": ["parameters"]})
-    without = root / "notebooks" / "02_none.ipynb"
-    nbformat.write(nbformat.v4.new_notebook(cells=[code], metadata=renew.METADATA), without)
-    assert reproduce.plan(without, "quick", {}, tmp_path, scheduler=address) == {"out_dir": str(tmp_path)}
-    with pytest.raises(SystemExit):
-        reproduce.main(["--only", "02", "--scheduler", "local", "--out", str(tmp_path / "out")])
-    assert "none of the chosen notebooks has a parameter scheduler" in capsys.readouterr().err
+    profile.write_text("epochs: 1\nlr: 1\nscheduler: local\n")
+    source, address = root / "notebooks" / "01_good.ipynb", "tcp://10.0.0.1:8786"
+    chosen = reproduce.plan(source, "smoke", {"lr": 0.25, "scheduler": address}, tmp_path)
+    assert chosen == {"epochs": 1, "lr": 0.25, "scheduler": address, "out_dir": str(tmp_path)}
+    for wrong, message in [("epoch: 1", "no parameter 'epoch'"), ("- 1", "no mapping")]:
+        profile.write_text(wrong)
+        with pytest.raises(ValueError, match=message):
+            reproduce.plan(source, "smoke", {}, tmp_path)
 
 
 def test_the_default_output_folder_is_another_one_for_other_code(root):
     first = reproduce.default_out("quick")
     assert first == reproduce.default_out("quick")
-    assert first.parent == root / "reproduced"
-    assert first.name.startswith("quick-")
-    assert len(first.name) == len("quick-") + 8
+    assert re.fullmatch("quick-[0-9a-f]{8}", first.relative_to(root / "reproduced").as_posix())
     write_notebook(root / "notebooks", "01_good", RUNS, TABLES + "\n# changed")
     assert reproduce.default_out("quick") != first
 
@@ -222,6 +169,12 @@ def test_notebooks_are_chosen_by_number_or_stem_and_run_in_order(root):
 # --- running and reporting
 
 
+def test_the_processes_of_notebooks_do_not_load_torch_beside_their_kernels():
+    """They import the module that the command started, and spend neither its seconds nor its memory."""
+    code = "import fsp.compendium.reproduce, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 def test_a_run_reports_claims_differences_and_the_notebook_that_failed(root, tmp_path, capfd):
     write_notebook(root / "notebooks", "00_bad", FAILS)
     committed_results = root / "data" / "results"
@@ -231,7 +184,7 @@ def test_a_run_reports_claims_differences_and_the_notebook_that_failed(root, tmp
     (committed_results / "01_good.claims.csv").write_text(f"{head}\nRate | is half,P,4.2,0.7,0.65,0.75,3,,no,\n")
     repository, out = contents(root), tmp_path / "out"
 
-    assert reproduce.main(["--out", str(out)]) == 1
+    assert reproduce.main(["--out", str(out), "--workers", "1"]) == 1
     printed = capfd.readouterr()
     text = (out / "report.md").read_text()
     assert "| 00_bad | failed |" in text
@@ -246,7 +199,7 @@ def test_a_run_reports_claims_differences_and_the_notebook_that_failed(root, tmp
     assert "01_good  cell 3/5" in printed.out
     assert "bar at seed 1" in printed.err
     assert "backend module://matplotlib_inline" in printed.out
-    assert "ValueError: method snap" in printed.out
+    assert text in printed.out
     assert str(out / "report.md") in printed.out
     assert "<table>" in (out / "report.html").read_text()
     assert {path.name for path in (out / "notebooks").iterdir()} == {"00_bad.ipynb", "01_good.ipynb"}
@@ -259,25 +212,25 @@ def test_a_notebook_that_keeps_no_promise_or_takes_too_long_has_failed(root, tmp
     stale.parent.mkdir(parents=True)
     stale.write_text(",".join(report.CLAIM_COLUMNS) + "\n")
     assert reproduce.main(["--out", str(tmp_path / "a")]) == 1
-    assert "without writing results/01_good.csv, results/01_good.claims.csv" in capfd.readouterr().out
+    assert "without writing 01_good.csv, 01_good.claims.csv, 01_good*.png" in capfd.readouterr().out
 
 
 def jobs_of(folder: Path, **cells: str) -> list[execute.Job]:
     """Notebooks called by keywords, `_01_a` for 01_a, with one cell beside the parameters."""
     out = folder / "out"
     sources = [write_notebook(folder, name[1:], text) for name, text in cells.items()]
-    return [execute.Job(source, out / source.name, {"epochs": 1}) for source in sources]
+    return [execute.Job(source, out / source.name, {"epochs": 1}, {}) for source in sources]
 
 
-def test_a_time_limit_stops_each_notebook_with_its_kernel_and_keeps_what_it_did(tmp_path):
+def test_a_time_limit_stops_each_notebook_with_its_kernel_and_keeps_what_it_did(tmp_path, monkeypatch):
     kernels = running_kernels()
-    slow = "import time\nprint('came so far', flush=True)\nwhile True: time.sleep(1)"
+    slow = f"import time\nopen(r'{tmp_path}/{{stem}}.came', 'w').close()\nwhile True: time.sleep(1)"
     jobs = jobs_of(tmp_path, _01_slow=slow, _02_slower=slow)
-    begin = time.monotonic()
-    ended = [(job.source.stem, error) for job, seconds, error in execute.run(jobs, workers=2, timeout=10)]
-    assert time.monotonic() - begin < 20, "the limits run at the same time"
+    clock = SimpleNamespace(monotonic=lambda: 11.0 if len(list(tmp_path.glob("*.came"))) == 2 else 0.0)
+    monkeypatch.setattr(execute, "time", clock)
+    ended = [(job.source.stem, seconds, error) for job, seconds, error in execute.run(jobs, workers=2, timeout=10)]
     error = "stopped after 10 seconds (--timeout)"
-    assert sorted(ended) == [("01_slow", error), ("02_slower", error)]
+    assert sorted(ended) == [("01_slow", 11.0, error), ("02_slower", 11.0, error)]
     assert gone(running_kernels() - kernels)
     assert nbformat.read(jobs[0].target, 4).cells[1].metadata.tags == ["injected-parameters"]
 
@@ -297,24 +250,27 @@ while not (place / "{other}").exists(): time.sleep(0.05)
 """
 
 
-def test_notebooks_that_wait_for_each_other_end_where_several_run_at_once(root, tmp_path, capfd):
+def test_notebooks_run_side_by_side_and_those_that_measure_time_alone_at_the_end(root, tmp_path, capfd):
     meeting = tmp_path / "meeting"
     meeting.mkdir()
     for own, other in (("02_b", "03_c"), ("03_c", "02_b")):  # neither ends without the other
         meets = MEETS.replace("{folder}", str(meeting)).replace("{own}", own).replace("{other}", other)
         write_notebook(root / "notebooks", own, RUNS, TABLES, meets)
-    (root / "notebooks" / "01_good.ipynb").unlink()
+    write_notebook(root / "notebooks", "01_good", RUNS, TABLES, tag="timing")
     out = tmp_path / "out"
     assert reproduce.main(["--out", str(out), "--workers", "2", "--timeout", "120"]) == 0
     text, printed = (out / "report.md").read_text(), capfd.readouterr().out
     rows = [line.split("|")[1].strip() for line in text.splitlines() if "| finished |" in line]
-    assert rows == ["02_b", "03_c"]
-    assert {f"{stem}  cell {n}/" in printed for stem in rows for n in (1, 5)} == {True}
-    assert "backend" not in printed, "what several kernels print is in their notebooks alone"
+    assert rows == ["01_good", "02_b", "03_c"]
+    begins = {stem: printed.index(f"{stem}  cell 1/") for stem in rows}
+    ends = {stem: printed.index(f"{stem}  finished") for stem in rows}
+    assert max(begins["02_b"], begins["03_c"]) < min(ends["02_b"], ends["03_c"])
+    assert begins["01_good"] > max(ends["02_b"], ends["03_c"])
+    assert printed.count("backend module") == 1, "what several kernels print at once is in their notebooks alone"
     assert "backend module://matplotlib_inline" in (out / "notebooks" / "02_b.ipynb").read_text()
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3, 9])
+@pytest.mark.parametrize("workers", [1, 3, 9])
 def test_as_many_notebooks_run_at_once_as_asked_and_no_more(tmp_path, monkeypatch, workers):
     enough, started, running = threading.Event(), [], []
 
@@ -323,12 +279,10 @@ def test_as_many_notebooks_run_at_once_as_asked_and_no_more(tmp_path, monkeypatc
         running.append(sum(thread.name == "notebook" for thread in threading.enumerate()))
         if len(started) >= min(workers, 4):
             enough.set()
-        results.send("" if enough.wait(10) and job.source.stem != "3" else "no")
+        results.send("" if enough.wait(10) and job.source.stem != "03_c" else "no")
 
     class Thread(threading.Thread):
         """In place of a process."""
-
-        kill = terminate = lambda self: None
 
         def __init__(self, **options):
             super().__init__(name="notebook", **options)
@@ -340,10 +294,10 @@ def test_as_many_notebooks_run_at_once_as_asked_and_no_more(tmp_path, monkeypatc
     context = SimpleNamespace(Process=Thread, Pipe=pipe)
     monkeypatch.setattr(execute, "_papermill", papermill)
     monkeypatch.setattr(execute.multiprocessing, "get_context", lambda kind: context)
-    jobs = [execute.Job(Path(name), tmp_path / name, {}) for name in "1234"]
+    jobs = jobs_of(tmp_path, _01_a="", _02_b="", _03_c="", _04_d="")
     ended = {job.source.stem: error for job, _, error in execute.run(jobs, workers=workers)}
-    assert ended == {"1": "", "2": "", "3": "no", "4": ""}
-    assert started == [(stem, workers == 1) for stem in "1234"]
+    assert ended == {"01_a": "", "02_b": "", "03_c": "no", "04_d": ""}
+    assert sorted(started) == [(job.source.stem, workers == 1) for job in jobs]
     assert max(running) == min(workers, 4)
 
 
@@ -355,8 +309,9 @@ def in_process(monkeypatch):
     def run(jobs, *, workers, timeout):
         for job in jobs:
             ran.append(job.source.stem)
+            executed = nbformat.v4.new_notebook(metadata={"papermill": {"duration": 3.0}})
             job.target.parent.mkdir(parents=True, exist_ok=True)
-            job.target.touch()
+            nbformat.write(executed, job.target)
             code = [cell.source for cell in execute.read(job.source).cells]
             error = ""
             try:
@@ -388,16 +343,15 @@ def test_resume_leaves_out_what_finished_with_the_same_parameters_and_code(root,
 
     good = ("--only", "01", "--resume")
     assert runs(*good) == []
-    assert runs(*good, "-p", "rate=0.25") == ["01_good"], "other parameters"
+    assert runs(*good, "-p", "lr=0.25") == ["01_good"], "other parameters"
     assert runs(*good) == ["01_good"], "the mark is that of the last parameters"
     assert runs("--only", "01") == ["01_good"], "without --resume all run"
     (out / "figures" / "01_good.png").unlink()
     assert runs(*good) == ["01_good"], "a promised file is missing"
     (out / "notebooks" / "01_good.ipynb").unlink()
     assert runs(*good) == ["01_good"], "the executed notebook is missing"
-    for damaged in ("{", "[]", '{"code": 1}'):
-        (out / "finished" / "01_good.json").write_text(damaged)
-        assert runs(*good) == ["01_good"], "the mark is damaged"
+    (out / "finished" / "01_good.json").write_text("{")
+    assert runs(*good) == ["01_good"], "the mark is damaged"
     write_notebook(root / "notebooks", "01_good", RUNS, TABLES + "\n# other code")
     assert runs(*good) == ["01_good"], "the code is another"
     assert runs(*good) == []
@@ -410,20 +364,11 @@ def test_resume_leaves_out_what_finished_with_the_same_parameters_and_code(root,
 
 def test_ctrl_c_stops_everything_and_the_same_command_continues(root, tmp_path):
     out = tmp_path / "out"
-    command = [
-        sys.executable,
-        "-m",
-        "fsp.compendium.reproduce",
-        "--out",
-        str(out),
-        "-p",
-        "seeds=[0, 1, 2]",
-        "-p",
-        "wait",
-    ]
+    command = [sys.executable, "-m", "fsp.compendium.reproduce", "--out", str(out), "-p", "seeds=[0, 1, 2]"]
+    command += ["-p", "pretrain"]
     environment = {**os.environ, "FSP_ROOT": str(root)}
     first = subprocess.Popen(
-        [*command, "1.5"], env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+        [*command, "2"], env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True, cwd=tmp_path
     )
     wait_until(lambda: (out / "runs" / "0.json").exists() or first.poll() is not None, 120)
     started = {process.pid for process in psutil.Process(first.pid).children(recursive=True)}
@@ -522,12 +467,6 @@ def test_the_short_page_counts_the_verdicts_of_each_notebook():
 # --- comparing
 
 
-def test_a_text_that_is_missing_in_both_tables_is_the_same():
-    old = pd.DataFrame({"key": ["a", "b", "c"], "part": ["x", None, None]})
-    assert report.compare_rows(old, old).differing == {}
-    assert report.compare_rows(old.assign(part=["x", "y", None]), old).differing == {"part": "1 differ"}
-
-
 def test_rows_are_matched_by_key_whatever_their_order_and_rows_of_one_key_by_position():
     old = pd.DataFrame({"key": ["a", "a", "b"], "step": [1, 2, 1], "x": [0.1, 0.2, 0.3]})
     assert report.compare_rows(old.iloc[[2, 0, 1]], old).differing == {}
@@ -541,25 +480,24 @@ def test_rows_are_matched_by_key_whatever_their_order_and_rows_of_one_key_by_pos
 @pytest.mark.parametrize(
     ("new", "said"),
     [
-        ([1000.0009, 2.0], {}),
-        ([1000.01, 2.0], {"x": "1 differ, by at most 0.01"}),
-        ([1000.0, float("nan")], {"x": "1 differ, one is missing"}),
+        ({"x": [1000.0009, 2.0]}, {}),
+        ({"x": [1000.01, 2.0]}, {"x": "1 differ, by at most 0.01"}),
+        ({"x": [1000.0, float("nan")]}, {"x": "1 differ, one is missing"}),
+        ({"part": ["y", None]}, {"part": "1 differ"}),
+        ({"part": ["x", "y"]}, {"part": "1 differ"}),
+        ({"ok": [False, True]}, {"ok": "1 differ"}),
+        ({"more": 0}, {"more": "only in the new table"}),
+        ({"wall_s": 9.0}, {}),
     ],
 )
-def test_numbers_differ_beyond_a_relative_tolerance_or_where_one_is_missing(new, said):
-    old = pd.DataFrame({"key": ["a", "b"], "x": [1000.0, 2.0]})
-    assert report.compare_rows(old.assign(x=new), old).differing == said
+def test_numbers_differ_beyond_a_tolerance_and_all_else_where_it_is_not_the_same(new, said):
+    old = pd.DataFrame({"key": ["a", "b"], "x": [1000.0, 2.0], "part": ["x", None], "ok": [True, True], "wall_s": 1.0})
+    assert report.compare_rows(old.assign(**new), old).differing == said
 
 
-def test_text_truth_values_and_columns_of_one_side_are_compared_too():
-    old = pd.DataFrame({"key": ["a", "b"], "status": ["finished", "finished"], "ok": [True, True], "gone": [1, 1]})
-    new = old.assign(status=["finished", "failed"], ok=[False, True], more=0).drop(columns="gone")
-    assert report.compare_rows(new, old).differing == {
-        "status": "1 differ",
-        "ok": "1 differ",
-        "gone": "only in the committed table",
-        "more": "only in the new table",
-    }
+def test_a_column_that_is_gone_is_named():
+    old = pd.DataFrame({"key": ["a"], "x": [1.0]})
+    assert report.compare_rows(old[["key"]], old).differing == {"x": "only in the committed table"}
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from fsp.compendium.stats import (
     clustered,
     mean,
     paired_difference,
-    pearson,
     rank_correlation,
     spearman,
     spearman_difference,
@@ -36,15 +35,6 @@ def is_undefined(estimate, n):
 # ---- means -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n", [2, 3, 5, 30])
-@pytest.mark.parametrize("confidence", [0.5, 0.9, 0.95, 0.99])
-def test_the_interval_of_a_mean_is_that_of_student(n, confidence):
-    values = rng(n).normal(3, 2, n)
-    found = mean(values, confidence=confidence)
-    low, high = scipy.stats.t.interval(confidence, n - 1, values.mean(), scipy.stats.sem(values))
-    assert found == pytest.approx((values.mean(), low, high, n), rel=1e-12)
-
-
 @pytest.mark.parametrize(("n", "quantile"), [(2, 12.706), (3, 4.303), (5, 2.776), (10, 2.262), (121, 1.980)])
 def test_half_an_interval_is_the_tabulated_quantile_times_the_standard_error(n, quantile):
     """Two-sided 95 % points of Student's t for n - 1 degrees of freedom, as in any printed table."""
@@ -52,6 +42,7 @@ def test_half_an_interval_is_the_tabulated_quantile_times_the_standard_error(n, 
     found = mean(values)
     assert found.high - found.value == pytest.approx(quantile * values.std(ddof=1) / math.sqrt(n), rel=2e-4)
     assert found.value - found.low == pytest.approx(found.high - found.value)
+    assert (found.value, found.n) == ((n - 1) / 2, n)
 
 
 def test_undefined_values_are_left_out_and_n_says_how_many_remain():
@@ -68,10 +59,6 @@ def test_fewer_than_two_values_have_no_interval():
     assert math.isnan(one.high)
 
 
-def test_equal_values_have_an_interval_of_no_width():
-    assert mean([2.0, 2.0, 2.0]) == (2.0, 2.0, 2.0, 3)
-
-
 def test_paired_difference_is_the_mean_of_the_differences():
     a, b = rng(1).normal(size=(2, 12))
     found = paired_difference(a, b + 0.5)
@@ -81,15 +68,6 @@ def test_paired_difference_is_the_mean_of_the_differences():
     assert turned == pytest.approx((-found.value, -found.high, -found.low, 12))
 
 
-def test_what_pairs_have_in_common_drops_out_of_their_difference():
-    """Between-seed variance is large here, and pairing removes it."""
-    seeds = 100 * rng(2).normal(size=8)
-    gain = 1 + 0.1 * rng(3).normal(size=8)
-    found = paired_difference(seeds + gain, seeds)
-    assert found == pytest.approx(mean(gain))
-    assert found.low > 0
-
-
 def test_a_pair_with_an_undefined_member_is_left_out():
     assert paired_difference([1.0, 2.0, NAN, 5.0], [0.0, NAN, 1.0, 2.0]) == mean([1.0, 3.0])
 
@@ -97,12 +75,6 @@ def test_a_pair_with_an_undefined_member_is_left_out():
 def test_pairs_need_two_samples_of_one_length():
     with pytest.raises(ValueError, match="pairs are needed, there are 3 and 1 values"):
         paired_difference([1.0, 2.0, 3.0], [1.0])
-
-
-@pytest.mark.parametrize("confidence", [95, 1.0, 0.0, -0.5])
-def test_a_confidence_outside_0_and_1_is_refused(confidence):
-    with pytest.raises(ValueError, match=r"confidence"):
-        mean([1.0, 2.0, 3.0], confidence=confidence)
 
 
 # ---- correlations ------------------------------------------------------------------------------------------------
@@ -121,61 +93,41 @@ def samples(n=25, seed=0, ties=False):
 
 
 @pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize("n", [3, 10, 60])
+@pytest.mark.parametrize("n", [3, 60])
 @pytest.mark.usefixtures("few")
-def test_correlations_are_those_of_scipy(n, ties):
+def test_a_correlation_is_that_of_scipy(n, ties):
     x, y = samples(n, n, ties)
     assert spearman(x, y).value == pytest.approx(scipy.stats.spearmanr(x, y).statistic, abs=1e-12)
-    assert pearson(x, y).value == pytest.approx(scipy.stats.pearsonr(x, y).statistic, abs=1e-12)
-    assert spearman(x, y).n == pearson(x, y).n == n
+    assert spearman(x, y).n == n
 
 
-@pytest.mark.parametrize(
-    ("ours", "theirs"),
-    [(pearson, scipy.stats.pearsonr), (spearman, scipy.stats.spearmanr)],
-    ids=["pearson", "spearman"],
-)
-@pytest.mark.parametrize("confidence", [0.8, 0.95])
-def test_the_interval_is_the_percentile_bootstrap_of_scipy(ours, theirs, confidence):
+def test_the_interval_is_the_percentile_bootstrap_of_scipy():
     x, y = samples(30, 4)
     oracle = scipy.stats.bootstrap(
-        (x, y), lambda a, b: theirs(a, b).statistic, paired=True, vectorized=False, n_resamples=1500,
-        confidence_level=confidence, method="percentile", rng=rng(5),
+        (x, y), lambda a, b: scipy.stats.spearmanr(a, b).statistic, paired=True, vectorized=False, n_resamples=1500,
+        method="percentile", rng=rng(5),
     ).confidence_interval  # fmt: skip
-    found = ours(x, y, confidence=confidence)
+    found = spearman(x, y)
     assert (found.low, found.high) == pytest.approx((oracle.low, oracle.high), abs=0.04)
     assert found.low < found.value < found.high
 
 
-@pytest.mark.parametrize(
-    ("correlation", "truth"), [(pearson, 0.6), (spearman, 6 / math.pi * math.asin(0.3))], ids=["pearson", "spearman"]
-)
 @pytest.mark.usefixtures("few")
-def test_intervals_hold_the_true_correlation_about_as_often_as_they_say(correlation, truth):
+def test_intervals_hold_the_true_correlation_about_as_often_as_they_say():
     """Pairs of a normal distribution with correlation 0.6, whose rank correlation is (6/pi) asin(0.6/2)."""
     draw, hits = rng(6), 0
     for _ in range(300):
         x, noise = draw.normal(size=(2, 40))
-        found = correlation(x, 0.6 * x + 0.8 * noise)
-        hits += found.low <= truth <= found.high
+        found = spearman(x, 0.6 * x + 0.8 * noise)
+        hits += found.low <= 6 / math.pi * math.asin(0.3) <= found.high
     assert 0.88 <= hits / 300 <= 0.99
-
-
-@pytest.mark.usefixtures("few")
-def test_more_confidence_or_fewer_pairs_widen_the_interval():
-    def width(n, **options):
-        found = spearman(*samples(n, 7), **options)
-        return found.high - found.low
-
-    assert width(50, confidence=0.8) < width(50, confidence=0.95) < width(50, confidence=0.99)
-    assert width(400) < 0.6 * width(50)
 
 
 def test_the_same_data_give_the_same_interval_whatever_was_drawn_before():
     x, y = samples()
     first = spearman(x, y)
     state = repr(np.random.get_state())  # noqa: NPY002
-    pearson(y, x)
+    spearman(*samples(seed=1))
     assert spearman(x, y) == first
     assert repr(np.random.get_state()) == state  # noqa: NPY002
 
@@ -190,35 +142,21 @@ def test_rank_correlation_sees_only_the_order_in_every_resample_too():
 
 
 @pytest.mark.usefixtures("few")
-def test_pearson_is_blind_to_scale_and_shift():
-    x, y = samples()
-    assert pearson(3 * x - 5, 0.1 * y + 2) == pytest.approx(pearson(x, y))
-
-
-@pytest.mark.parametrize("correlation", [pearson, spearman])
-@pytest.mark.usefixtures("few")
-def test_incomplete_pairs_are_left_out_and_counted(correlation):
+def test_incomplete_pairs_are_left_out_and_counted():
     x, y = samples(20)
     holed_x, holed_y = np.append(x, [1.0, NAN, NAN]), np.append(y, [NAN, 2.0, NAN])
-    assert correlation(holed_x, holed_y) == correlation(x, y)
-    assert correlation(holed_x, holed_y).n == 20
+    assert spearman(holed_x, holed_y) == spearman(x, y)
+    assert spearman(holed_x, holed_y).n == 20
 
 
-@pytest.mark.parametrize("correlation", [pearson, spearman])
 @pytest.mark.usefixtures("few")
-def test_a_constant_side_has_no_correlation(correlation):
+def test_a_constant_side_has_no_correlation():
     changing = [3.0, 1.0, 2.0, 5.0]
-    assert is_undefined(correlation([2.0] * 4, changing), 4)
-    assert is_undefined(correlation(changing, [2.0] * 4), 4)
-    assert is_undefined(correlation([1.0], [2.0]), 1)
-    assert is_undefined(correlation([], []), 0)
-    assert is_undefined(correlation([NAN] * 4, changing), 0)
-
-
-@pytest.mark.usefixtures("few")
-@pytest.mark.parametrize("value", [0.5, 0.1])
-def test_a_constant_side_has_no_correlation_whatever_the_rounding_of_its_mean(value):
-    assert is_undefined(pearson([value] * 3, [1.0, 2.0, 4.0]), 3)
+    assert is_undefined(spearman([2.0] * 4, changing), 4)
+    assert is_undefined(spearman(changing, [0.1] * 4), 4)
+    assert is_undefined(spearman([1.0], [2.0]), 1)
+    assert is_undefined(spearman([], []), 0)
+    assert is_undefined(spearman([NAN] * 4, changing), 0)
 
 
 @pytest.mark.usefixtures("few")
@@ -233,9 +171,6 @@ def test_resamples_without_a_correlation_do_not_count_as_zero():
 GROUPS = np.repeat([0.01, 0.05, 0.1], [8, 12, 5])
 
 
-OFFSETS = 1e5 * GROUPS  # so far apart that pooled ranks are those of the groups
-
-
 @pytest.mark.usefixtures("few")
 def test_within_is_the_plain_mean_of_the_correlations_of_each_group():
     x, y = samples()
@@ -245,14 +180,6 @@ def test_within_is_the_plain_mean_of_the_correlations_of_each_group():
     assert found.value == pytest.approx(np.mean(each), abs=1e-12)
     assert found.low < found.value < found.high
     assert found.n == 25
-
-
-@pytest.mark.usefixtures("few")
-def test_what_separates_the_groups_changes_nothing_within_them():
-    x, y = samples()
-    far = spearman(x + OFFSETS, y + OFFSETS, within=GROUPS)
-    assert far == spearman(x, y, within=GROUPS) == spearman(x + OFFSETS, y - OFFSETS, within=GROUPS)
-    assert spearman(x + OFFSETS, y + OFFSETS).value > 0.8
 
 
 @pytest.mark.usefixtures("few")
@@ -405,13 +332,6 @@ def test_cases_with_a_hole_anywhere_are_left_out():
     assert math.isnan(rank_correlation([], []))
 
 
-def test_sides_of_different_length_are_refused():
-    with pytest.raises(ValueError, match="samples of one length are needed"):
-        rank_correlation([1, 2, 3], [1, 2])
-    with pytest.raises(ValueError, match="samples of one length are needed"):
-        rank_correlation([1, 2, 3], [1, 2, 3], given=[1, 2])
-
-
 # ---- whole groups resampled --------------------------------------------------------------------------------------
 
 
@@ -472,11 +392,6 @@ def test_crossed_intervals_hold_the_truth_where_both_columns_have_effects(monkey
     assert np.mean([e.low <= 0 <= e.high for e in by_row]) < 0.75
 
 
-def test_the_order_of_rows_does_not_matter():
-    table = crossed(5, 4)
-    assert clustered(of_mean, table.iloc[::-1], by=["seed"]) == pytest.approx(clustered(of_mean, table, by=["seed"]))
-
-
 def test_fewer_than_three_levels_have_no_interval():
     found = clustered(of_mean, crossed(2, 9), by=["seed", "method"])
     assert np.isnan([found.low, found.high]).all()
@@ -507,9 +422,8 @@ def test_columns_to_draw_by_must_be_there_and_filled(by):
     "call",
     [
         lambda: spearman([1, 2, 3], [1, 2]),
-        lambda: pearson([1, 2, 3], [1, 2]),
-        lambda: pearson(np.ones((2, 2)), np.ones((2, 2))),
         lambda: spearman(1.0, 2.0),
+        lambda: rank_correlation([1, 2, 3], [1, 2, 3], given=[1, 2]),
         lambda: spearman([1, 2, 3], [1, 2, 3], within=[0, 1]),
         lambda: spearman_difference([1, 2, 3], [1, 2, 3], [1, 2]),
     ],
@@ -545,10 +459,6 @@ def test_a_bound_of_zero_is_a_bound():
     assert verdict(Estimate(0.2, 0.1, 0.3, 9), above=0) == "yes"
     assert verdict(Estimate(0.2, 0.1, 0.3, 9), below=0) == "no"
     assert verdict(Estimate(-0.2, -0.3, -0.1, 9), below=0) == "yes"
-
-
-def test_a_value_without_an_interval_decides_nothing():
-    assert verdict(mean([0.9]), above=0.5) == "not decided"
 
 
 @pytest.mark.parametrize("bounds", [{}, {"above": 0.1, "below": 0.9}])
