@@ -1,13 +1,32 @@
-"""What the experiments of several notebooks have in common."""
+"""What the experiments of several notebooks have in common, from the first random number to the table of claims.
 
+A run is ``begin`` (data, network, generator), ``prune`` and ``train``; every step takes the run's config, a plain dict.
+All draws but those of the training come from one generator, in this order: initial weights, scoring examples, masks.
+"""
+
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import NamedTuple
 
+import numpy as np
+import pandas as pd
 import torch
+from scipy.optimize import isotonic_regression
 from torch import nn
 
-from fsp import models
-from fsp.data import Data, load
-from fsp.training import TrainConfig
+from fsp import models, pruning, runs
+from fsp.compendium import stats
+from fsp.data import Data, load, scoring_batches
+from fsp.masks import Masks
+from fsp.paths import outputs
+from fsp.runs import tables
+from fsp.runs.provenance import provenance
+from fsp.training import History, TrainConfig, fit
+
+# What a config needs for `begin` and `train`, beside its seed.
+TRAINING = ("dataset", "model", "model_options", "epochs", "lr", "train_options", "device")
+
+# ---- one run -----------------------------------------------------------------------------------------------------
 
 
 class Beginning(NamedTuple):
@@ -41,11 +60,174 @@ def begin(config: dict) -> Beginning:
     """
     data = load(config["dataset"], device=config["device"], seed=config["seed"])
     generator = torch.Generator().manual_seed(config["seed"])
-    options = config["model_options"] | {name: config[name] for name in ("init",) if name in config}
+    return Beginning(data, build(config, data, generator), generator)
+
+
+def build(config: dict, data: Data, generator: torch.Generator) -> nn.Module:
+    """Build the network of a run with initial weights drawn from the generator; its config as for `begin`."""
+    options = dict(config["model_options"])
+    if "init" in config:
+        options["init"] = config["init"]
     network = models.build(config["model"], data.shape, data.classes, generator=generator, **options)
-    return Beginning(data, network.to(config["device"]), generator)
+    return network.to(config["device"])
+
+
+def prune(config: dict, data: Data, network: nn.Module, generator: torch.Generator, **options) -> Masks:
+    """Masks by the ``method`` of a run at its ``density``, scored on ten examples of each class.
+
+    Parameters
+    ----------
+    config : dict
+        ``method`` and ``density``.
+    data, network, generator
+        As `begin` gives them; the examples are drawn from the generator, then what the method itself draws.
+    **options
+        Of the method; see `fsp.pruning.options_of`.
+
+    Returns
+    -------
+    Masks
+    """
+    examples = scoring_batches(data, generator=generator)
+    return pruning.prune(network, config["method"], config["density"], batches=examples, generator=generator, **options)
 
 
 def train_config(config: dict) -> TrainConfig:
     """Settings of a run's training: its ``epochs``, ``lr``, ``seed`` and ``train_options``."""
     return TrainConfig(config["epochs"], lr=config["lr"], seed=config["seed"], **config["train_options"])
+
+
+def train(config: dict, data: Data, network: nn.Module, masks: Masks | None = None) -> History:
+    """Train a network under its masks, in place; a run that is interrupted goes on from its checkpoint.
+
+    Parameters
+    ----------
+    config : dict
+        As for `train_config`.
+    data : Data
+    network : nn.Module
+    masks : Masks, optional
+        Default: all weights are trained.
+
+    Returns
+    -------
+    History
+    """
+    checkpoint = runs.scratch("training.safetensors")
+    return fit(network, data, train_config(config), masks=masks, checkpoint=checkpoint)
+
+
+# ---- all runs of a notebook --------------------------------------------------------------------------------------
+
+
+def chosen(given: SimpleNamespace, *names: str) -> dict:
+    """Some parameters of a notebook as a dict, for the configs of its runs.
+
+    Examples
+    --------
+    >>> chosen(SimpleNamespace(lr=0.1, epochs=3, seeds=[0]), "epochs", "lr")
+    {'epochs': 3, 'lr': 0.1}
+    """
+    return {name: getattr(given, name) for name in names}
+
+
+def sweep(function: Callable, configs: list[dict], given: SimpleNamespace, stem: str) -> pd.DataFrame:
+    """Do the missing runs of a notebook, and put the rows of all into its table ``<stem>.csv``.
+
+    Parameters
+    ----------
+    function, configs
+        As for `fsp.runs.sweep`.
+    given : namespace
+        Parameters of the notebook: ``out_dir``, ``recompute`` and ``scheduler``.
+    stem : str
+        Name of the notebook.
+
+    Returns
+    -------
+    pandas.DataFrame
+        The rows of these configs; the file may hold more, of other parameters.
+    """
+    place = outputs(given.out_dir)
+    path = place.results / f"{stem}.csv"
+    table = runs.sweep(
+        function, configs, store=place.runs, table=path, recompute=given.recompute, scheduler=given.scheduler
+    )
+    tables.update(table, path)
+    return table
+
+
+def save_claims(rows: list[dict], given: SimpleNamespace, stem: str) -> pd.DataFrame:
+    """Write the claims of a notebook, rows by `fsp.compendium.stats.claim`, to ``<stem>.claims.csv``; the table."""
+    claims = pd.DataFrame(rows, columns=list(stats.CLAIM_COLUMNS))
+    tables.save(claims, outputs(given.out_dir).results / f"{stem}.claims.csv")
+    return claims
+
+
+def made_with(**more: object) -> pd.DataFrame:
+    """What this notebook was made with: versions, commit, hardware, and what else is to be told."""
+    return pd.Series(provenance() | more).drop("code").to_frame("made with")
+
+
+# ---- statistics --------------------------------------------------------------------------------------------------
+
+
+def verdict(estimate: stats.Estimate, **bounds: float) -> str:
+    """Whether an estimate's whole interval lies inside one bound, or between two.
+
+    Parameters
+    ----------
+    estimate : Estimate
+    **bounds
+        ``above``, ``below`` or both.
+
+    Returns
+    -------
+    {"yes", "no", "not decided"}
+        "no" if the whole interval lies outside; see `fsp.compendium.stats.verdict`.
+
+    Examples
+    --------
+    >>> verdict(stats.Estimate(1.0, 0.97, 1.02, 5), above=0.95, below=1.05)
+    'yes'
+    """
+    sides = {stats.verdict(estimate, **{side: bound}) for side, bound in bounds.items()}
+    if "no" in sides:
+        return "no"
+    return "yes" if sides == {"yes"} else "not decided"
+
+
+def explained(data: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
+    r"""How much of y a line in x explains, and the best increasing curve, on seeds that neither was fitted to.
+
+    .. math:: R^2 = 1 - \operatorname{mean}(y - \hat y)^2 / \operatorname{var}(y)
+
+    over the rows of one seed, with :math:`\hat y` fitted to the rows of all other seeds: by least squares, and by
+    isotonic regression, linear between its points.
+
+    Parameters
+    ----------
+    data : DataFrame
+        Columns ``seed``, `x` and `y`, nothing missing.
+    x, y : str
+
+    Returns
+    -------
+    DataFrame
+        A row for each seed, in order; columns ``line`` and ``curve``, at most 1, negative where the mean of the seed
+        predicts better, ``nan`` where y does not vary.
+
+    Examples
+    --------
+    >>> rows = [(seed, x, x**3) for seed in (0, 1, 2) for x in (0.0, 1.0, 2.0)]
+    >>> explained(pd.DataFrame(rows, columns=["seed", "x", "y"]), "x", "y").round(2).iloc[0].to_dict()
+    {'line': 0.84, 'curve': 1.0}
+    """
+    found = {}
+    for seed, test in data.groupby("seed"):
+        others = data[data.seed != seed].sort_values(x)
+        line = np.polyval(np.polyfit(others[x], others[y], 1), test[x])
+        curve = np.interp(test[x], others[x], isotonic_regression(others[y]).x)
+        variance = test[y].var(ddof=0) or np.nan
+        found[seed] = [1 - ((test[y] - fitted) ** 2).mean() / variance for fitted in (line, curve)]
+    return pd.DataFrame(found, index=["line", "curve"]).T

@@ -1,9 +1,12 @@
-"""The committed notebooks: their shape, and one run of each with its smoke profile."""
+"""The committed notebooks: their anatomy, how they read, and one run of each with its smoke profile."""
 
 import ast
 import hashlib
 import re
+import subprocess
+import symtable
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import nbformat
@@ -18,20 +21,50 @@ from fsp.paths import NOTEBOOKS, PROFILES, ROOT
 from fsp.runs import tables
 
 ALL = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+NOT_YET_READABLE = ["03", "04", "05", "06", "07", "08"]  # their arguments are to be written anew
+READABLE = [path for path in ALL if path.stem[:2] not in NOT_YET_READABLE]
 each = pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
-CORRELATION = "04_weighted_gap_correlation"
+each_readable = pytest.mark.parametrize("path", READABLE, ids=lambda path: path.stem)
+CORRELATION = NOTEBOOKS / "04_weighted_gap_correlation.ipynb"
+TAGS = {"parameters", "timing", "nbval-check-output", "nbval-ignore-output"}
+COMPREHENSIONS = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
+
+
+def cells_of(path: Path) -> list[nbformat.NotebookNode]:
+    return nbformat.read(path, as_version=4).cells
 
 
 def code_cells(path: Path) -> list[nbformat.NotebookNode]:
-    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    return [cell for cell in cells_of(path) if cell.cell_type == "code"]
 
 
 def tags(cell: nbformat.NotebookNode) -> list[str]:
     return cell.metadata.get("tags", [])
 
 
-def code_lines(cell: nbformat.NotebookNode) -> int:
-    return sum(bool(line.strip()) and not line.strip().startswith("#") for line in cell.source.splitlines())
+def depth(tree: ast.AST, kinds: type) -> int:
+    """How many nodes of some kinds lie inside each other."""
+    inside = max((depth(child, kinds) for child in ast.iter_child_nodes(tree)), default=0)
+    return inside + isinstance(tree, kinds)
+
+
+def read_globals(table: symtable.SymbolTable) -> set[str]:
+    """Names that code reads and does not make itself, in its functions and comprehensions as well."""
+    names = set().union(*(read_globals(child) for child in table.get_children()))
+    for symbol in table.get_symbols():
+        made_here = symbol.is_assigned() if table.get_type() == "module" else not symbol.is_global()
+        if symbol.is_referenced() and not made_here:
+            names.add(symbol.get_name())
+    return names
+
+
+def default_parameters(path: Path) -> dict:
+    known = papermill.inspect_notebook(path)
+    return {name: ast.literal_eval(entry["default"]) for name, entry in known.items()}
+
+
+def profile(name: str, path: Path) -> dict:
+    return yaml.safe_load((PROFILES / name / f"{path.stem}.yaml").read_text(encoding="utf-8"))
 
 
 def committed_state() -> dict[str, str]:
@@ -52,30 +85,53 @@ def run(path: Path, out: Path, parameters: dict) -> nbformat.NotebookNode:
     )
 
 
-def smoke(path: Path) -> dict:
-    return yaml.safe_load((PROFILES / "smoke" / f"{path.stem}.yaml").read_text(encoding="utf-8"))
-
-
-# --- shape
+# --- anatomy
 
 
 def test_there_are_notebooks():
-    assert CORRELATION in [path.stem for path in ALL]
+    assert CORRELATION in ALL
+    assert len(READABLE) == len(ALL) - len(NOT_YET_READABLE) > 0
 
 
 @each
-def test_the_first_code_cell_and_no_other_holds_the_parameters(path):
+def test_its_title_is_a_sentence_and_the_only_one(path):
+    headings = [re.findall(r"^# (.+)$", cell.source, re.MULTILINE) for cell in cells_of(path)]
+    code = [cell.cell_type == "code" for cell in cells_of(path)]
+    titles = [title for found, is_code in zip(headings, code, strict=True) for title in found if not is_code]
+    assert titles == headings[0]
+    assert len(titles) == 1
+    assert len(titles[0].split()) > 5  # a claim has a verb and more, a topic has not
+
+
+@each
+def test_the_first_code_cell_and_no_other_holds_the_parameters_each_with_its_type_and_a_comment(path):
     cells = code_cells(path)
     assert [i for i, cell in enumerate(cells) if "parameters" in tags(cell)] == [0]
     assert not any("injected-parameters" in tags(cell) for cell in cells)
+    statements = ast.parse(cells[0].source).body
+    assert all(isinstance(statement, ast.AnnAssign) for statement in statements)
+    lines = cells[0].source.splitlines()
+    assert [lines[s.lineno - 1] for s in statements if "  # " not in lines[s.lineno - 1]] == []
+    assigned = [statement.target.id for statement in statements]
+    assert list(papermill.inspect_notebook(path)) == assigned
+    assert {"recompute", "out_dir", "scheduler"} <= set(assigned)
 
 
 @each
-def test_papermill_sees_every_parameter(path):
-    source = code_cells(path)[0].source
-    assigned = re.findall(r"^(\w+)(?:\s*:[^=\n]+)?\s*=", source, re.MULTILINE)
-    assert list(papermill.inspect_notebook(path)) == assigned
-    assert {"recompute", "out_dir", "scheduler"} <= set(assigned)
+def test_after_the_check_the_parameters_are_read_from_its_result_alone(path):
+    """So that "auto", and a list that papermill was given as text, reach every cell as they should."""
+    first, checking, *others = code_cells(path)
+    names = {statement.target.id for statement in ast.parse(first.source).body}
+    check, after = checking.source.split("given = parameters.check(")[1].split("\n)\n", maxsplit=1)
+    assert sorted(re.findall(r"(\w+)=\1\b", check)) == sorted(names)
+    for source in (after, *(cell.source for cell in others)):
+        assert read_globals(symtable.symtable(source, "cell", "exec")) & names == set(), source
+
+
+@each
+def test_it_ends_with_what_it_was_made_with(path):
+    [shown] = code_cells(path)[-1].outputs[-1:]
+    assert re.match(r"\s+made with\n.*^torch .*^git ", shown.data["text/plain"], re.DOTALL | re.MULTILINE)
 
 
 @each
@@ -86,23 +142,16 @@ def test_it_was_executed_from_top_to_bottom_without_an_error(path):
 
 
 @each
-def test_every_checked_cell_has_an_output_to_check(path):
+def test_its_tags_are_known_and_every_checked_cell_has_an_output_to_check(path):
+    assert {tag for cell in cells_of(path) for tag in tags(cell)} <= TAGS
     checked = [cell for cell in code_cells(path) if "nbval-check-output" in tags(cell)]
     assert checked
     assert all(cell.outputs for cell in checked)
 
 
 @each
-def test_it_is_short(path):
-    notebook = nbformat.read(path, as_version=4)
-    assert len(notebook.cells) <= 16
-    longest = max(code_cells(path)[1:], key=code_lines)
-    assert code_lines(longest) <= 20, longest.source
+def test_its_outputs_are_small_and_name_no_folder_of_a_machine(path):
     assert path.stat().st_size < 400_000
-
-
-@each
-def test_its_outputs_name_no_folder_of_a_machine(path):
     outputs = "\n".join(str(cell.outputs) for cell in code_cells(path))
     text = re.sub(r"'(?:image/png|image/svg\+xml|application/pdf)': '[^']*'", "", outputs)
     assert re.findall(r"(?:/home/|/Users/|/root/|/tmp/|/work/|/opt/|site-packages|[A-Z]:\\)[^\s']*", text) == []
@@ -118,15 +167,53 @@ def test_its_kernel_is_the_one_every_installation_has(path):
 
 
 @each
-@pytest.mark.parametrize("profile", ["smoke", "paper"])
-def test_a_profile_sets_parameters_that_the_notebook_has(path, profile):
-    values = yaml.safe_load((PROFILES / profile / f"{path.stem}.yaml").read_text(encoding="utf-8"))
+@pytest.mark.parametrize("name", ["smoke", "paper"])
+def test_a_profile_sets_parameters_that_the_notebook_has(path, name):
+    values = profile(name, path)
     assert values
     assert set(values) <= set(papermill.inspect_notebook(path)) - {"out_dir"}
 
 
 def test_every_profile_belongs_to_a_notebook():
     assert {path.stem for path in PROFILES.rglob("*.yaml")} <= {path.stem for path in ALL}
+
+
+def test_notebooks_that_measure_time_say_so():
+    """They run alone."""
+    timing = [path.stem for path in ALL if "timing" in tags(code_cells(path)[0])]
+    assert timing == ["12_performance", "13_sweeps"]
+
+
+# --- how it reads
+
+
+def test_all_are_formatted():
+    command = [sys.executable, "-m", "ruff", "format", "--check", "--quiet", str(NOTEBOOKS)]
+    assert subprocess.run(command, capture_output=True).stdout == b""
+
+
+@each
+def test_no_name_comes_from_a_table_of_names(path):
+    assert [cell.source for cell in code_cells(path) if re.search(r"\b(globals|locals)\(", cell.source)] == []
+
+
+@each_readable
+def test_it_has_one_plain_statement_a_line(path):
+    for cell in code_cells(path):
+        assert max(len(line) for line in cell.source.splitlines()) <= 100, cell.source
+        tree = ast.parse(cell.source)
+        assert depth(tree, ast.NamedExpr) == 0, cell.source
+        assert depth(tree, COMPREHENSIONS) <= 2, cell.source
+        targets = [target for node in ast.walk(tree) if isinstance(node, ast.Assign) for target in node.targets]
+        assert [t for t in targets if isinstance(t, ast.Tuple) and len(t.elts) > 3] == [], cell.source
+
+
+@each_readable
+def test_a_sentence_before_each_code_cell_says_what_it_does(path):
+    for before, cell in pairwise(cells_of(path)):
+        if cell.cell_type == "code":
+            assert before.cell_type == "markdown", cell.source
+            assert re.search(r"\w\W*[.:]\W*$", before.source, re.MULTILINE), before.source
 
 
 # --- runs
@@ -140,7 +227,7 @@ def smoked(tmp_path_factory):
     def run_once(path: Path) -> tuple[Path, nbformat.NotebookNode, bool]:
         if path not in done:
             out, before = tmp_path_factory.mktemp(path.stem), committed_state()
-            executed = run(path, out, smoke(path))
+            executed = run(path, out, profile("smoke", path))
             done[path] = out, executed, committed_state() != before
         return done[path]
 
@@ -171,7 +258,7 @@ def test_its_smoke_profile_writes_everything_to_the_given_folder_and_nothing_els
     [pytest.param(path, marks=[] if path.stem == "02_mask_graphs" else pytest.mark.slow, id=path.stem) for path in ALL],
 )
 def test_local_workers_give_the_table_that_one_process_gives(path, smoked, tmp_path):
-    run(path, tmp_path, smoke(path) | {"scheduler": "local"})
+    run(path, tmp_path, profile("smoke", path) | {"scheduler": "local"})
     there, here = (tables.read(out / "results" / f"{path.stem}.csv") for out in (tmp_path, smoked(path)[0]))
     compared = report.compare_rows(there, here)
     assert compared[:3] == (len(here), 0, 0)
@@ -179,55 +266,43 @@ def test_local_workers_give_the_table_that_one_process_gives(path, smoked, tmp_p
 
 
 def test_running_it_again_computes_nothing_and_gives_the_same_table(smoked):
-    path = NOTEBOOKS / f"{CORRELATION}.ipynb"
-    out = smoked(path)[0]
-    records = {record: record.stat().st_mtime_ns for record in (out / "runs").glob("*.json")}
-    table = (out / "results" / f"{path.stem}.csv").read_bytes()
-    run(path, out, smoke(path))
-    assert {record: record.stat().st_mtime_ns for record in (out / "runs").glob("*.json")} == records
-    assert (out / "results" / f"{path.stem}.csv").read_bytes() == table
+    out = smoked(CORRELATION)[0]
+    made = [*(out / "runs").glob("*.json")]
+    times = [record.stat().st_mtime_ns for record in made]
+    table = (out / "results" / f"{CORRELATION.stem}.csv").read_bytes()
+    run(CORRELATION, out, profile("smoke", CORRELATION))
+    assert {*(out / "runs").glob("*.json")} == {*made}
+    assert [record.stat().st_mtime_ns for record in made] == times
+    assert (out / "results" / f"{CORRELATION.stem}.csv").read_bytes() == table
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         ({"dataset": "digit"}, r"dataset = 'digit': expected one of .*digits.*cifar10"),
-        ({"densities": [float("nan")]}, r"densities = \[nan\]: expected .*fractions in \(0, 1\]"),
         ({"sedes": [0]}, r"no parameter is called sedes: this notebook has dataset, model, .*seeds"),
     ],
     ids=str,
 )
 def test_a_wrong_parameter_stops_at_once_and_names_the_valid_ones(wrong, message, tmp_path):
-    path, before = NOTEBOOKS / f"{CORRELATION}.ipynb", committed_state()
+    before = committed_state()
     with pytest.raises(PapermillExecutionError) as stopped:
-        run(path, tmp_path, {**smoke(path), **wrong})
+        run(CORRELATION, tmp_path, profile("smoke", CORRELATION) | wrong)
     assert stopped.value.ename == "ValueError"
     assert re.search(message, stopped.value.evalue), stopped.value.evalue
-    assert {path.name for path in tmp_path.iterdir()} == {f"{CORRELATION}.ipynb"}
+    assert {path.name for path in tmp_path.iterdir()} == {CORRELATION.name}
     assert committed_state() == before
 
 
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"dataset": ["digits"]}, r"dataset = \['digits'\]: expected one of .*digits.*cifar10"),
-        ({"model": "mpl"}, r"model = 'mpl': expected one of .*mlp"),
-        ({"methods": ["snap"]}, r"methods = \['snap'\]: expected .*random.*snip.*synflow"),
-        ({"methods": ["snip", "snip"]}, r"expected a list of different ones of .*random.*snip.*synflow"),
-        ({"densities": [0]}, r"densities = \[0\]: expected .*fractions in \(0, 1\]"),
-        ({"densities": [1.5]}, r"densities = \[1.5\]: expected .*fractions in \(0, 1\]"),
-        ({"densities": []}, r"densities = \[\]: expected .*fractions in \(0, 1\]"),
-        ({"seeds": []}, r"seeds = \[\]: expected a list of different whole numbers"),
-        ({"seeds": [0, 1, 1]}, r"seeds = \[0, 1, 1\]: expected a list of different whole numbers"),
-    ],
-    ids=str,
-)
-def test_the_check_that_the_notebook_makes_refuses_a_wrong_value(wrong, message):
-    known = papermill.inspect_notebook(NOTEBOOKS / f"{CORRELATION}.ipynb")
-    defaults = {name: ast.literal_eval(entry["default"]) for name, entry in known.items()}
-    assert parameters.check(**defaults) == defaults
-    with pytest.raises(ValueError, match=message):
-        parameters.check(**{**defaults, **wrong})
+@each
+def test_its_check_finds_its_own_values_and_those_of_its_profiles_right(path):
+    defaults = default_parameters(path)
+    assert vars(parameters.check(**defaults)) == defaults
+    for name in ("smoke", "paper"):
+        values = defaults | profile(name, path)
+        if "device" in values:
+            values["device"] = "cpu"  # there need not be a GPU here
+        assert vars(parameters.check(**values)) == values
 
 
 @each
