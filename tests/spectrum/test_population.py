@@ -24,7 +24,7 @@ from fsp.spectrum import (
     lanczos,
     population,
 )
-from fsp.spectrum.graph import without_isolated
+from fsp.spectrum.definitions import without_isolated
 
 PUBLISHED_ZEROS = Rules(2, 3, 1, True, True, "outputs", "published")
 
