@@ -11,7 +11,7 @@ from fsp.pruning.scores import Batches
 from fsp.search.candidates import CandidateBatches, CandidateSource
 from fsp.search.judging import Plan, SearchResult, judge_candidates
 from fsp.search.recombine import leading_vectors, swapped
-from fsp.spectrum.graph import PLAIN, Rules, rules_of, wiring_of
+from fsp.spectrum.definitions import PLAIN, Rules, rules_of, wiring_of
 
 
 def search(

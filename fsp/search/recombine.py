@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fsp.masks import Masks, keep_counts
-from fsp.spectrum.graph import PLAIN, Wiring, blocks
+from fsp.spectrum.definitions import PLAIN, Wiring, blocks
 
 SHARES = 0.02, 0.3  # least and greatest part of a layer's kept weights that one proposal swaps
 

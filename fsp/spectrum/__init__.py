@@ -17,10 +17,20 @@ References
    ICLR 2023.
 """
 
-from fsp.spectrum.graph import RULES, Rules, Wiring, biadjacency, singular_values
-from fsp.spectrum.network import (
+from fsp.spectrum.definitions import (
+    RULES,
+    Rules,
+    Wiring,
+    biadjacency,
+    imdb,
+    imsg,
+    narc,
+    ramanujan_gap,
+    singular_values,
+    weighted_gap,
+)
+from fsp.spectrum.full_spectrum import (
     Coordinate,
-    anchor_distance,
     coordinate,
     coordinates,
     coverage,
@@ -29,28 +39,4 @@ from fsp.spectrum.network import (
     population,
     spectrum_norm,
 )
-from fsp.spectrum.quantities import imdb, imsg, narc, ramanujan_gap, weighted_gap
 from fsp.spectrum.table import layer_table
-
-__all__ = [
-    "RULES",
-    "Coordinate",
-    "Rules",
-    "Wiring",
-    "anchor_distance",
-    "biadjacency",
-    "coordinate",
-    "coordinates",
-    "coverage",
-    "distance",
-    "imdb",
-    "imsg",
-    "layer_mean",
-    "layer_table",
-    "narc",
-    "population",
-    "ramanujan_gap",
-    "singular_values",
-    "spectrum_norm",
-    "weighted_gap",
-]

@@ -33,6 +33,7 @@ LEADING = 1e-6
 FIRST, SECOND = (8, 12, 16, 24, 32), (32, 42, 52, 64, 84, 110, 140)
 
 Product = Callable[[np.ndarray], np.ndarray]
+Three = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 class Blocks:
@@ -73,7 +74,9 @@ def two_largest(product: Product, sizes) -> np.ndarray:
     """
     blocks = Blocks(sizes)
     first, residual, leading = _leading(product, blocks)
-    second, error = _beside(product, blocks, first, leading)
+    start = np.random.default_rng(0).standard_normal(len(leading))
+    beside = _lanczos(product, blocks, start, leading, first)
+    second, error, _ = _largest(beside, len(first), SECOND, CERTIFIED / 2)
     with np.errstate(divide="ignore", invalid="ignore"):
         bound = error + residual**2 / (first - second)
         # a second value a million times smaller has lost its digits in the rounding of the first
@@ -83,7 +86,7 @@ def two_largest(product: Product, sizes) -> np.ndarray:
 
 def _lanczos(
     product: Product, blocks: Blocks, x: np.ndarray, away: np.ndarray, scale: np.ndarray | None = None
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+) -> Iterator[Three]:
     """Lanczos vectors of all blocks, orthogonal to `away`, each with its alpha and beta; zeros after the last."""
     before, beta = np.zeros_like(x), np.zeros(len(blocks.sizes))
     x = x - away * blocks.spread(blocks.dot(away, x))
@@ -111,44 +114,39 @@ def _ritz(alphas: list[np.ndarray], betas: list[np.ndarray], block: int) -> tupl
     return value[0], vector[:, 0], abs(off[-1] * vector[-1, 0])
 
 
-def _leading(product: Product, blocks: Blocks) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rayleigh quotients, residuals and unit vectors close to the leading eigenvector of each block."""
-    basis, alphas, betas = [], [], []
-    weights = np.zeros((FIRST[-1], len(blocks.sizes)))  # of the basis vectors in each block's Ritz vector
-    waiting = list(range(len(blocks.sizes)))
-    start = 1 + np.random.default_rng(1).random(int(blocks.sizes.sum()))
-    for step, (x, alpha, beta) in enumerate(_lanczos(product, blocks, start, np.zeros_like(start)), 1):
-        basis.append(x)
+def _largest(
+    steps: Iterator[Three], number: int, looks: tuple[int, ...], tolerance: float, basis: list[np.ndarray] | None = None
+) -> Three:
+    """Largest Ritz value of each of a number of blocks, its residual, and its vector in the Lanczos basis.
+
+    Takes steps until every residual is within `tolerance` of its value, at the latest to the last of `looks`.  A list
+    given as `basis` gets the Lanczos vectors.
+    """
+    values, residuals = np.full((2, number), np.inf)
+    vectors = np.zeros((looks[-1], number))
+    waiting, alphas, betas = list(range(number)), [], []
+    for step, (x, alpha, beta) in enumerate(steps, 1):
         alphas.append(alpha)
         betas.append(beta)
-        if step in FIRST:
-            unfinished = []
+        if basis is not None:
+            basis.append(x)
+        if step in looks:
             for block in waiting:
-                value, weights[:step, block], residual = _ritz(alphas, betas, block)
-                if residual > LEADING * value:
-                    unfinished.append(block)
-            waiting = unfinished
-            if not waiting or step == FIRST[-1]:
-                break
-    y = sum(blocks.spread(w) * x for w, x in zip(weights, basis, strict=False))
+                values[block], vectors[:step, block], residuals[block] = _ritz(alphas, betas, block)
+            waiting = [block for block in waiting if residuals[block] > tolerance * values[block]]
+            if not waiting or step == looks[-1]:
+                return values, residuals, vectors
+
+
+def _leading(product: Product, blocks: Blocks) -> Three:
+    """Rayleigh quotients, residuals and unit vectors close to the leading eigenvector of each block."""
+    basis = []
+    start = 1 + np.random.default_rng(1).random(int(blocks.sizes.sum()))
+    steps = _lanczos(product, blocks, start, np.zeros_like(start))
+    _, _, vectors = _largest(steps, len(blocks.sizes), FIRST, LEADING, basis)
+    y = sum(blocks.spread(w) * x for w, x in zip(vectors, basis, strict=False))
     y /= blocks.spread(np.sqrt(blocks.dot(y, y)))
     image = product(y)
     values = blocks.dot(y, image)
     rest = image - blocks.spread(values) * y
     return values, np.sqrt(blocks.dot(rest, rest)), y
-
-
-def _beside(product: Product, blocks: Blocks, first: np.ndarray, leading: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Largest eigenvalue of each block orthogonally to a unit vector, and its residual."""
-    values, residuals = np.full((2, len(blocks.sizes)), np.inf)
-    waiting, alphas, betas = list(range(len(blocks.sizes))), [], []
-    start = np.random.default_rng(0).standard_normal(int(blocks.sizes.sum()))
-    for step, (_, alpha, beta) in enumerate(_lanczos(product, blocks, start, leading, first), 1):
-        alphas.append(alpha)
-        betas.append(beta)
-        if step in SECOND:
-            for block in waiting:
-                values[block], _, residuals[block] = _ritz(alphas, betas, block)
-            waiting = [block for block in waiting if residuals[block] > CERTIFIED / 2 * values[block]]
-            if not waiting or step == SECOND[-1]:
-                return values, residuals

@@ -8,18 +8,38 @@ References
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
+import torch
 from scipy import sparse
 from torch import Tensor, nn
 
-from fsp.spectrum.engine import top_two
-from fsp.spectrum.graph import PLAIN, RULES, Rules, Wiring, blocks, dense_enough, rules_of, wiring_of
-from fsp.spectrum.network import Coordinate, coordinates
-from fsp.spectrum.quantities import mean
+from fsp.spectrum.definitions import (
+    PLAIN,
+    RULES,
+    Rules,
+    biadjacency,
+    counts,
+    is_valid,
+    mean,
+    narc_2023b,
+    nested_subgraphs,
+    ramanujan_bound,
+    rules_of,
+    whole_narc,
+    wiring_of,
+    without_isolated,
+)
+from fsp.spectrum.fast import top_two
+from fsp.spectrum.full_spectrum import Coordinate, coordinates
+
+COLUMNS = """layer n_inputs n_outputs density n_left n_right edges sigma1 sigma2 degree_left degree_right expansion
+valid valid_inputs_left valid_outputs_left delta_s delta_s_bound ramanujan_gap ramanujan_bound gap_normalised
+degree_groups nested_valid ism ism_normalised imdb imdb_normalised imdb_stable expansion_max expansion_mean
+narc_iclr2023 narc_fsp2023 narc_nested narc_iclr2023_undirected narc_fsp2023_undirected narc_nested_undirected
+weighted_gap imsg norm overlap compatibility copeland"""
 
 
 def layer_table(
@@ -122,202 +142,130 @@ def layer_table(
     """
     rules = rules_of(rules)
     found = coordinates(masks, weights, rules=rules)  # checks every layer first
-    wirings = wiring_of(weights) if isinstance(weights, nn.Module) else {}
-    layers = [_read(name, mask, wirings.get(name, PLAIN)) for name, mask in masks.items()]
-    following = [*layers[1:], None]
-    rows = [
-        _row(layer, found[layer.name], rules) | _passage(layer, after)
-        for layer, after in zip(layers, following, strict=True)
+    wirings = wiring_of(weights)
+    layers = [
+        _Layer(name, mask, biadjacency(mask.detach().cpu(), wirings.get(name, PLAIN)).bool())
+        for name, mask in masks.items()
     ]
-    return pd.DataFrame(rows)
+    rows = [
+        _row(layer, found[layer.name], rules) | _passage(layer, following)
+        for layer, following in zip(layers, [*layers[1:], None], strict=True)
+    ]
+    return pd.DataFrame(rows, columns=COLUMNS.split())
 
 
 class _Layer(NamedTuple):
-    """A layer's biadjacency matrix with its isolated vertices, and what its vertices are."""
+    """A layer's mask and its biadjacency matrix, bool, isolated vertices too."""
 
     name: str
-    B: sparse.csr_array  # (inputs, outputs)
-    density: float
-    channels_in: int
-    channels_out: int
-    linear: bool
+    mask: Tensor
+    B: Tensor
+
+    @property
+    def channels(self) -> int:
+        """Input channels: left vertices but for the positions of the kernel."""
+        return len(self.B) // self.mask[0, 0].numel()
 
 
 class _Graph(NamedTuple):
-    """Counts and singular values of a graph without isolated vertices; `nan` if it has no edge."""
+    """Counts and singular values of a graph without isolated vertices."""
 
+    edges: int
     n_left: int
     n_right: int
-    edges: int
     sigma1: float
     sigma2: float
 
-    @property
-    def degree_left(self) -> float:
-        return _ratio(self.edges, self.n_left)
-
-    @property
-    def degree_right(self) -> float:
-        return _ratio(self.edges, self.n_right)
-
-    @property
-    def expansion(self) -> float:
-        return _ratio(self.n_right, self.n_left)
-
-    @property
-    def ramanujan_bound(self) -> float:
-        return math.sqrt(self.degree_left - 1) + math.sqrt(self.degree_right - 1)
-
-    @property
-    def delta_s_bound(self) -> float:
+    def bounds(self) -> dict[str, float]:
+        """Both bounds and how far the second singular value lies below them."""
+        bound = ramanujan_bound(self.edges, self.n_left, self.n_right)
         # sigma1 >= sqrt(degree_left degree_right) >= 1: below 1 it is by rounding, and D23 has no case
-        return 0.0 if self.sigma1 < 1 else 2 * math.sqrt(self.sigma1 - 1)
-
-    @property
-    def delta_s(self) -> float:
-        return self.delta_s_bound - self.sigma2
-
-    def is_valid(self, rules: Rules, left: str) -> bool:
-        return dense_enough(self.edges, self.n_left, self.n_right, rules, left=left)
-
-
-NO_GRAPH = _Graph(0, 0, 0, math.nan, math.nan)  # every quantity of it is nan
-
-
-def _read(name: str, mask: Tensor, wiring: Wiring) -> _Layer:
-    """The graph of a layer's mask."""
-    kept = blocks(mask.detach().cpu().bool(), wiring)
-    groups, outputs, inputs = kept.shape
-    block, output, input_ = kept.nonzero().numpy().T
-    B = sparse.csr_array(
-        (np.ones(len(block), bool), (block * inputs + input_, block * outputs + output)),
-        shape=(groups * inputs, groups * outputs),
-    )
-    channels = mask.shape[0], mask.shape[1] * wiring.groups
-    channels_in, channels_out = channels if wiring.transposed else channels[::-1]
-    return _Layer(name, B, B.nnz / mask.numel(), channels_in, channels_out, mask.ndim == 2)
-
-
-def _without_isolated(B: sparse.csr_array) -> sparse.csr_array:
-    """The graph with the vertices that have an edge."""
-    touched = np.bincount(B.indices, minlength=B.shape[1]) > 0
-    return B[np.diff(B.indptr) > 0][:, touched]
-
-
-def _nested(B: sparse.csr_array, degrees: np.ndarray, rules: Rules) -> Iterator[sparse.csr_array]:
-    """Valid subgraphs of the left vertices of one degree."""
-    for degree in np.unique(degrees[degrees > 0]):
-        alike = degrees == degree
-        if np.count_nonzero(alike) >= rules.group_size and degree >= rules.left_degree:
-            K = _without_isolated(B[alike])
-            if dense_enough(K.nnz, *K.shape, rules):
-                yield K
+        bound_s = 2 * math.sqrt(max(self.sigma1 - 1, 0))
+        return {
+            "ramanujan_bound": bound,
+            "gap_normalised": _ratio(bound - self.sigma2, bound),
+            "delta_s_bound": bound_s,
+            "delta_s": bound_s - self.sigma2,
+        }
 
 
 def _row(layer: _Layer, v: Coordinate, rules: Rules) -> dict[str, object]:
-    """What is to be said of one layer by itself."""
-    n_inputs, n_outputs = layer.B.shape
-    degrees = np.diff(layer.B.indptr)
-    graphs = [_without_isolated(layer.B), *_nested(layer.B, degrees, rules)]
-    spectra = top_two([K if K.nnz else None for K in graphs])
-    whole, *nested = (
-        NO_GRAPH if pair is None else _Graph(*K.shape, K.nnz, *pair) for K, pair in zip(graphs, spectra, strict=True)
-    )
-    valid = {side: whole.is_valid(rules, side) for side in ("inputs", "outputs")}
-    bounds = whole if valid[rules.whole_left] else NO_GRAPH
-    gap_normalised = _ratio(v.ramanujan_gap, bounds.ramanujan_bound)
-    imdb_normalised = mean([_ratio(K.ramanujan_bound - K.sigma2, K.ramanujan_bound) for K in nested])
-    vertices = whole.n_left + whole.n_right or math.nan
-    iclr, fsp = (whole if whole.is_valid(r, r.whole_left) else NO_GRAPH for r in (RULES["iclr2023"], RULES["fsp2023"]))
+    """What is to be said of one layer by itself; what is undefined is nan or left out."""
+    B = layer.B
+    parts = [without_isolated(B), *(K for _, K, _ in nested_subgraphs(B, rules))]
+    spectra = top_two([sparse.csr_array(K.numpy()) for K in parts])
+    whole, *nested = [_Graph(*counts(K), *sigma) for K, sigma in zip(parts, spectra, strict=True)]
+    number = whole.edges, whole.n_left, whole.n_right
+    valid = {side: is_valid(*number, rules, left=side) for side in ("inputs", "outputs")}
+    degrees, bounds = torch.count_nonzero(B, 1), [K.bounds() for K in nested]
+    expansions = [K.n_right / K.n_left for K in nested]
     row = {
         "layer": layer.name,
-        "n_inputs": n_inputs,
-        "n_outputs": n_outputs,
-        "density": layer.density,
+        "n_inputs": B.shape[0],
+        "n_outputs": B.shape[1],
+        "density": whole.edges / layer.mask.numel(),
         **whole._asdict(),
-        "degree_left": whole.degree_left,
-        "degree_right": whole.degree_right,
-        "expansion": whole.expansion,
+        "degree_left": _ratio(whole.edges, whole.n_left),
+        "degree_right": _ratio(whole.edges, whole.n_right),
+        "expansion": _ratio(whole.n_right, whole.n_left),
         "valid": valid[rules.whole_left],
         "valid_inputs_left": valid["inputs"],
         "valid_outputs_left": valid["outputs"],
-        "delta_s": bounds.delta_s,
-        "delta_s_bound": bounds.delta_s_bound,
-        "ramanujan_gap": v.ramanujan_gap,
-        "ramanujan_bound": bounds.ramanujan_bound,
-        "gap_normalised": gap_normalised,
-        "degree_groups": len(np.unique(degrees[degrees > 0])),
-        "nested_valid": len(nested),
-        "ism": mean([K.delta_s for K in nested]),
-        "ism_normalised": mean([_ratio(K.delta_s, K.delta_s_bound) for K in nested]),
-        "imdb": v.imdb,
-        "imdb_normalised": imdb_normalised,
-        "imdb_stable": gap_normalised if math.isnan(imdb_normalised) else imdb_normalised,
-        "expansion_max": max((K.expansion for K in nested), default=math.nan),
-        "expansion_mean": mean([K.expansion for K in nested]),
-    }
-    for times, ending in ((2, ""), (1, "_undirected")):
-        row[f"narc_iclr2023{ending}"] = _narc_iclr(iclr, times, n_inputs, n_outputs)
-        # outputs are on the left of the whole layer (D1), inputs on that of its subgraphs
-        row[f"narc_fsp2023{ending}"] = _narc_fsp(fsp, times, fsp.n_left, vertices)
-        row[f"narc_nested{ending}"] = mean([_narc_fsp(K, times, K.n_right, vertices) for K in nested])
-    return row | {
-        "weighted_gap": v.weighted_gap,
-        "imsg": v.imsg,
-        "norm": v.norm,
         "overlap": _overlap(layer),
+        **v._asdict(),
+        "norm": v.norm,
+        "degree_groups": len(degrees[degrees > 0].unique()),
+        "nested_valid": len(nested),
+        "ism": mean([K["delta_s"] for K in bounds]),
+        "ism_normalised": mean([_ratio(K["delta_s"], K["delta_s_bound"]) for K in bounds]),
+        "imdb_normalised": mean([K["gap_normalised"] for K in bounds]),
+        "expansion_max": max(expansions, default=math.nan),
+        "expansion_mean": mean(expansions),
     }
-
-
-def _narc_iclr(graph: _Graph, times: int, n_inputs: int, n_outputs: int) -> float:
-    """NaRC of [2]_ with each edge counted `times`, see `fsp.spectrum.narc`."""
-    spread = (graph.sigma2**2 / 4 + 1) * math.sqrt(graph.n_left * graph.n_right)
-    return (spread - abs(times * graph.edges - graph.edges * graph.n_right / n_outputs)) / (n_inputs * n_outputs)
-
-
-def _narc_fsp(graph: _Graph, times: int, n_right: int, vertices: int) -> float:
-    """NaRC of [1]_ with each edge counted `times`, `n_right` vertices on the right side, `vertices` in the layer."""
-    spread = graph.sigma2 * math.sqrt(graph.n_left * graph.n_right)
-    return (spread - abs(times * graph.edges - graph.edges * n_right / vertices)) / vertices
+    if not whole.edges:
+        row |= {"sigma1": math.nan, "sigma2": math.nan}
+    if row["valid"]:
+        row |= whole.bounds()
+        row["gap_normalised"] = _ratio(v.ramanujan_gap, row["ramanujan_bound"])
+    fallback = row.get("gap_normalised", math.nan)
+    row["imdb_stable"] = fallback if math.isnan(row["imdb_normalised"]) else row["imdb_normalised"]
+    vertices = whole.n_left + whole.n_right
+    for times, ending in ((2, ""), (1, "_undirected")):
+        for name, published in RULES.items():
+            if is_valid(*number, published, left=published.whole_left):
+                row[f"narc_{name}{ending}"] = whole_narc(*number, whole.sigma2, B.shape, published, times)
+        coefficients = [narc_2023b(K.edges, K.n_left, K.n_right, K.sigma2, vertices, times) for K in nested]
+        row[f"narc_nested{ending}"] = mean(coefficients)
+    return row
 
 
 def _overlap(layer: _Layer) -> float:
     """Mean overlap of the outputs that an input channel's kernel positions meet."""
-    B, channels = layer.B, layer.channels_in
-    positions = B.shape[0] // channels
-    least = np.diff(B.indptr).reshape(channels, positions).min(1)
-    if not least.any():
-        return math.nan
-    left, right = B.nonzero()
-    met = sparse.csr_array((np.ones(len(left)), (left // positions, right)), shape=(channels, B.shape[1])).tocoo()
-    common = np.bincount(met.row[met.data == positions], minlength=channels)  # a pair's entries have been summed
-    return float((common[least > 0] / least[least > 0]).mean())
+    kernels = layer.B.numpy().reshape(layer.channels, -1, layer.B.shape[1])  # (channels, positions, outputs)
+    common, least = kernels.all(1).sum(1), kernels.sum(2).min(1)
+    return float((common[least > 0] / least[least > 0]).mean()) if least.any() else math.nan
 
 
 def _passage(layer: _Layer, following: _Layer | None) -> dict[str, float]:
-    """What a layer's live channels meet in the next layer."""
-    undefined = {"compatibility": math.nan, "copeland": math.nan}
-    if following is None or not _fits(layer, following):
-        return undefined
-    incoming = np.bincount(layer.B.indices, minlength=layer.channels_out)
+    """What a layer's live channels meet in the next layer; what is undefined is left out."""
+    if following is None or not _fits(layer, following) or not layer.B.any():
+        return {}
+    incoming, n_left = torch.count_nonzero(layer.B, 0).numpy(), int(layer.B.any(1).sum())
     live = incoming > 0
-    if not live.any():
-        return undefined
-    outgoing = np.diff(following.B.indptr).reshape(layer.channels_out, -1)[live]  # (live channels, positions)
-    compatibility = float(outgoing.any(1).mean())
-    n_left = np.count_nonzero(np.diff(layer.B.indptr))
-    n_right = len(np.unique(following.B.indices))
-    if n_right == 0:
-        return undefined | {"compatibility": compatibility}
-    throughput = (outgoing / n_right) / (incoming[live, None] / n_left)
-    return {"compatibility": compatibility, "copeland": float(throughput.mean())}
+    outgoing = torch.count_nonzero(following.B, 1).numpy().reshape(len(live), -1)[live]  # (live channels, positions)
+    found = {"compatibility": float(outgoing.any(1).mean())}
+    n_right = int(following.B.any(0).sum())
+    if n_right:
+        found["copeland"] = float(((outgoing / n_right) / (incoming[live, None] / n_left)).mean())
+    return found
 
 
 def _fits(layer: _Layer, following: _Layer) -> bool:
     """Whether the inputs of one layer can be the outputs of another."""
-    if layer.linear == following.linear:
-        return following.channels_in == layer.channels_out
-    return following.linear and following.channels_in % layer.channels_out == 0
+    outputs, linear = layer.B.shape[1], following.mask.ndim == 2
+    if linear == (layer.mask.ndim == 2):
+        return following.channels == outputs
+    return linear and following.channels % outputs == 0
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -14,10 +14,20 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
-from fsp.spectrum.batched import layer_coordinates
-from fsp.spectrum.engine import Layer, measured
-from fsp.spectrum.graph import PLAIN, Rules, Wiring, biadjacency, rules_of, wiring_of
-from fsp.spectrum.quantities import imdb, imsg, mean, ramanujan_gap, weighted_gap
+from fsp.spectrum.definitions import (
+    PLAIN,
+    Rules,
+    Wiring,
+    biadjacency,
+    imdb,
+    imsg,
+    mean,
+    ramanujan_gap,
+    rules_of,
+    weighted_gap,
+    wiring_of,
+)
+from fsp.spectrum.fast import dense_coordinates, sparse_coordinates
 
 TASK = 20_000  # kept weights that keep a thread busy long enough
 
@@ -65,7 +75,7 @@ def coordinate(mask: Tensor, weight: Tensor, *, rules: str | Rules = "fsp2023", 
     [1]_, full-spectrum coordinate.
     """
     rules = rules_of(rules)
-    check_layer("layer", mask, weight)
+    check_layer("the layer", mask, weight)
     B = biadjacency(mask, wiring)
     W = biadjacency(weight, wiring).where(B != 0, 0)
     return Coordinate(
@@ -143,9 +153,9 @@ def population(
     On the CPU, layers are measured in as many threads as `torch.get_num_threads` says.  Neither their number nor the
     other masks change a bit of a result.
     """
-    rules, wirings = rules_of(rules), {}
+    rules, wirings = rules_of(rules), wiring_of(weights)
     if isinstance(weights, nn.Module):
-        weights, wirings = dict(weights.named_parameters(remove_duplicate=False)), wiring_of(weights)
+        weights = dict(weights.named_parameters(remove_duplicate=False))
     if not masks_list:
         raise ValueError("there is no mask to measure: the list is empty")
     names = list(masks_list[0])
@@ -154,55 +164,49 @@ def population(
     for i, masks in enumerate(masks_list):
         if list(masks) != names:
             raise ValueError(f"mask {i} has layers {', '.join(masks)}, mask 0 has {', '.join(names)}")
+        prefix = f"mask {i}: " if len(masks_list) > 1 else ""
         for name in names:
-            try:
-                check_layer(name, masks[name], weights.get(name))
-            except ValueError as error:
-                raise error if len(masks_list) == 1 else ValueError(f"mask {i}: {error}") from None
+            check_layer(f"{prefix}layer {name!r}", masks[name], weights.get(name))
     if device is not None and torch.device(device).type != "cpu":
-        found = [
-            layer_coordinates(
-                torch.stack([masks[name].bool() for masks in masks_list]).to(device),
-                weights[name].to(device),
-                rules,
-                wirings.get(name, PLAIN),
-                max_bytes,
-            )
-            for name in names
-        ]
+        found = []
+        for name in names:
+            several = torch.stack([masks[name].bool() for masks in masks_list]).to(device)
+            wiring = wirings.get(name, PLAIN)
+            found.append(dense_coordinates(several, weights[name].to(device), rules, wiring, max_bytes))
         return torch.stack(found, 1).cpu()
+
     on_cpu = {name: weights[name].detach().cpu() for name in names}
-    layers = [
-        Layer(masks[name].bool().cpu(), on_cpu[name], wirings.get(name, PLAIN))
-        for masks in masks_list
-        for name in names
-    ]
-    tasks = [part for start in range(0, len(layers), len(names)) for part in _parts(layers, start, start + len(names))]
+    tasks = [(i, part) for i, masks in enumerate(masks_list) for part in _parts(masks)]
+
+    def measured(task: tuple[int, list[str]]) -> Tensor:
+        masks, part = masks_list[task[0]], task[1]
+        layers = [(masks[name].bool().cpu(), on_cpu[name], wirings.get(name, PLAIN)) for name in part]
+        return torch.tensor(sparse_coordinates(layers, rules), dtype=torch.float64)
+
+    found = torch.empty(len(masks_list), len(names), 4, dtype=torch.float64)
     threads = torch.get_num_threads()
-    found = torch.empty(len(layers), 4, dtype=torch.float64)
     try:
         # one task a thread, and one thread for the linear algebra in it: pools within pools fight for the cores
         with (
             threadpool_limits(1),
             ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
         ):
-            results = pool.map(lambda task: measured([layers[i] for i in task], rules), tasks)
-            for task, values in zip(tasks, results, strict=True):
-                found[task] = torch.tensor(values, dtype=torch.float64)
+            for (i, part), values in zip(tasks, pool.map(measured, tasks), strict=True):
+                found[i, [names.index(name) for name in part]] = values
     finally:
         torch.set_num_threads(threads)
-    return found.view(len(masks_list), len(names), 4)
+    return found
 
 
-def _parts(layers: list[Layer], start: int, stop: int) -> list[list[int]]:
-    """Indices of one network's layers in tasks of at least `TASK` kept weights, the largest layers first."""
+def _parts(masks: Mapping[str, Tensor]) -> list[list[str]]:
+    """A network's layers in tasks of at least `TASK` kept weights, the largest layers first."""
     parts, kept = [], TASK
-    for i in sorted(range(start, stop), key=lambda i: -layers[i].mask.numel()):
+    for name in sorted(masks, key=lambda name: -masks[name].numel()):
         if kept >= TASK:
             parts.append([])
             kept = 0
-        parts[-1].append(i)
-        kept += int(layers[i].mask.sum())
+        parts[-1].append(name)
+        kept += int(torch.count_nonzero(masks[name]))
     return parts
 
 
@@ -247,39 +251,6 @@ def distance(a: Mapping[str, Coordinate], b: Mapping[str, Coordinate]) -> float:
     return mean([math.dist(_zeroed(a[name]), _zeroed(b[name])) for name in a])
 
 
-def anchor_distance(
-    masks: Mapping[str, Tensor],
-    weights: Mapping[str, Tensor] | nn.Module,
-    anchor: Mapping[str, Tensor] | nn.Module,
-    *,
-    rules: str | Rules = "fsp2023",
-) -> float:
-    """Distance of a network from what its dense initial weights are under the same mask (D5).
-
-    Topology cancels: what is left is how far training has moved the weighted gaps.
-
-    Parameters
-    ----------
-    masks : dict of parameter name to mask
-    weights : dict of parameter name to weights, or the model itself
-        After training, or at the start of a ticket.
-    anchor : dict of parameter name to weights, or a copy of the model made before training
-        Dense initial weights.
-    rules : {"iclr2023", "fsp2023"} or Rules
-
-    Returns
-    -------
-    float
-        Unit: that of the weights.
-
-    Raises
-    ------
-    ValueError
-        As for `coordinates`.
-    """
-    return distance(coordinates(masks, weights, rules=rules), coordinates(masks, anchor, rules=rules))
-
-
 def layer_mean(coordinates: Mapping[str, Coordinate]) -> Coordinate:
     """Mean of each quantity over the layers in which it is defined.
 
@@ -321,20 +292,20 @@ def coverage(coordinates: Mapping[str, Coordinate]) -> Coordinate:
     return Coordinate(*(sum(not math.isnan(v[i]) for v in coordinates.values()) for i in range(4)))
 
 
-def check_layer(name: str, mask: Tensor, weight: Tensor | None) -> None:
-    """Raise a ValueError that names the layer if mask and weight cannot be measured."""
+def check_layer(layer: str, mask: Tensor, weight: Tensor | None) -> None:
+    """Raise a ValueError that begins with `layer` if mask and weight cannot be measured."""
     if weight is None:
-        raise ValueError(f"layer {name!r} has a mask but no weights: pass the model or a dict that holds {name!r}")
+        raise ValueError(f"{layer} has a mask but no weights: pass the model or a dict that holds them")
     if mask.shape != weight.shape:
-        raise ValueError(f"layer {name!r}: mask {tuple(mask.shape)} and weights {tuple(weight.shape)} differ in shape")
+        raise ValueError(f"{layer}: mask {tuple(mask.shape)} and weights {tuple(weight.shape)} differ in shape")
     if mask.ndim < 2 or mask.numel() == 0:
-        raise ValueError(f"layer {name!r}: shape {tuple(mask.shape)} is not (outputs, inputs, ...) with entries")
+        raise ValueError(f"{layer}: shape {tuple(mask.shape)} is not (outputs, inputs, ...) with entries")
     if mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
-        raise ValueError(f"layer {name!r}: the mask holds values other than 0 and 1")
+        raise ValueError(f"{layer}: the mask holds values other than 0 and 1")
     # a sum is finite only if every term is, and far cheaper than asking each; weights off the mask may be anything
     total = weight.detach().sum(dtype=torch.float64).item()
     if not math.isfinite(total) and not torch.isfinite(weight[mask.bool()]).all():
-        raise ValueError(f"layer {name!r}: a kept weight is nan or infinite")
+        raise ValueError(f"{layer}: a kept weight is nan or infinite")
 
 
 def _zeroed(v: Coordinate) -> list[float]:
