@@ -177,7 +177,7 @@ def matched(
     batches: Batches | None = None,
     **options: object,
 ) -> Masks:
-    r"""Masks with the layer counts of others: the control that tells positions from layer densities.
+    r"""Masks with the layer counts of others: the control that separates positions from layer densities.
 
     Without a method the positions are random.  With one they are the method's own choice at these counts: every
     layer is ranked by itself; in round k of T it keeps :math:`N_\ell (n_\ell / N_\ell)^{k/T}` weights, rounded up.
@@ -203,8 +203,8 @@ def matched(
     Raises
     ------
     ValueError
-        For an unknown method, a method without a model, masks that do not fit it, or "phew", whose walks cannot be
-        told how many weights to keep in a layer.
+        For an unknown method, a method without a model, masks that do not fit it, or "phew", whose walks cannot keep a
+        given number of weights in each layer.
 
     Examples
     --------

@@ -131,7 +131,7 @@ def judge_candidates(
 
 
 def _settings(plan: Plan, source: CandidateSource) -> dict[str, object]:
-    """What has to be the same when a directory is gone on with."""
+    """Settings that must be the same for a search to continue in a directory."""
     return {
         **{name: getattr(source, name) for name in ("method", "density", "noise", "seed", "options")},
         **{name: getattr(plan, name) for name in ("accept", "density_control", "every", "rules")},

@@ -1,8 +1,7 @@
 """Where a search stands, and the directory that keeps it.
 
 ``state.safetensors`` holds the incumbent, its coordinates and the votes, with all else as its content, in one file of
-`fsp.files`; ``ticket_NNNNNN.masks.safetensors`` is the incumbent after candidate NNNNNN, read by
-`fsp.masks.load`.
+`fsp.files`; ``ticket_NNNNNN.masks.safetensors`` is the incumbent after candidate NNNNNN, read by `fsp.masks.load`.
 """
 
 import json
@@ -103,7 +102,7 @@ def read(folder: Path, settings: dict[str, object], model: nn.Module) -> State |
     path = folder / "state.safetensors"
     if not path.exists():
         if left := sorted(folder.glob("ticket_*.masks.safetensors")):
-            raise ValueError(f"{left[0]} lies there without {path}, which tells its settings: choose another directory")
+            raise ValueError(f"{left[0]} is there without {path}, which holds its settings: choose another directory")
         return None
     tensors, content = load_tensors(path, KIND)
     if different := differences(content["settings"], settings):
@@ -141,11 +140,11 @@ def _ticket_path(folder: Path, candidate: int) -> Path:
 def as_json(settings: Mapping[str, object]) -> dict[str, object]:
     """Settings as JSON holds them, to tell one from another: tensors as digests, functions by their names."""
 
-    def told(value: object) -> object:
+    def plain(value: object) -> object:
         if isinstance(value, Tensor):
             return digest({"": value})
         if isinstance(value, set):
             return sorted(value)  # their order is another one in every process
         return getattr(value, "__qualname__", None) or repr(value)
 
-    return json.loads(json.dumps(settings, default=told))
+    return json.loads(json.dumps(settings, default=plain))

@@ -239,21 +239,25 @@ def _measured(B: Tensor, W: Tensor, rules: Rules) -> Tensor:
     rows, heavy = B.flatten(0, 1), W.flatten(0, 1)
     # whole layers: the rows of a mask are one graph
     member = torch.arange(p, device=B.device).repeat_interleave(n_left)
-    structure, weights = _counts(rows, member), _counts(heavy, member)
-    valid, sound = (is_valid(*counts, rules, left=rules.whole_left) for counts in (structure, weights))
-    gap, weighted = _gaps_of_graphs(rows, heavy, member, structure, valid, sound)
-    # nested subgraphs: the rows of a mask and of a degree are one graph
+    counts = _counts(rows, member)
+    valid = is_valid(*counts, rules, left=rules.whole_left)
+    sound = is_valid(*_counts(heavy, member), rules, left=rules.whole_left)
+    sigma, strong = _spectra(rows, member, valid), _spectra(heavy, member, sound)
+    gap, weighted = ramanujan_bound(*counts, sqrt=torch.sqrt) - sigma[:, 1], strong[:, 0] - strong[:, 1]
+    # nested subgraphs: the rows of a mask that have the same degree are one graph
     keys, order = (member * (n_right + 1) + torch.count_nonzero(rows, 1)).sort(stable=True)
     kinds, member = keys.unique_consecutive(return_inverse=True)
     rows, heavy = rows[order], heavy[order]
-    structure, weights = _counts(rows, member), _counts(heavy, member)
-    valid = is_nested(*structure, rules)
-    sound = valid & is_valid(*weights, rules)  # weights may be zero under the mask
-    gaps, light = _gaps_of_graphs(rows, heavy, member, structure, valid, sound)
-    factor = subgraph_factor(*structure[1:], rules, maximum=torch.maximum)
+    counts = _counts(rows, member)
+    valid = is_nested(*counts, rules)
+    sound = valid & is_valid(*_counts(heavy, member), rules)  # weights may be zero under the mask
+    sigma, strong = _spectra(rows, member, valid), _spectra(heavy, member, sound)
+    factor = subgraph_factor(*counts[1:], rules, maximum=torch.maximum)
+    structural = factor * (ramanujan_bound(*counts, sqrt=torch.sqrt) - sigma[:, 1])
+    light = factor * (strong[:, 0] - strong[:, 1])
     owner = kinds // (n_right + 1)
-    imdb = _mean_by_owner(gaps * factor, owner, valid, p)
-    imsg = _mean_by_owner(light * factor, owner, valid if rules.zero_weights == "published" else sound, p)
+    imdb = _mean_by_owner(structural, owner, valid, p)
+    imsg = _mean_by_owner(light, owner, valid if rules.zero_weights == "published" else sound, p)
     return torch.stack([gap, weighted, imdb, imsg], 1)
 
 
@@ -263,14 +267,6 @@ def _counts(rows: Tensor, member: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     met = edges.new_zeros(int(member[-1]) + 1, rows.shape[1]).index_add_(0, member, edges)
     n_left = edges.new_zeros(len(met)).index_add_(0, member, edges.amax(1))
     return met.sum(1), n_left, (met > 0).sum(1).double()
-
-
-def _gaps_of_graphs(
-    rows: Tensor, heavy: Tensor, member: Tensor, structure: tuple[Tensor, ...], valid: Tensor, sound: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Ramanujan gaps of the valid graphs and weighted gaps of the sound ones, nan of the others."""
-    sigma, weighted = _spectra(rows, member, valid), _spectra(heavy, member, sound)
-    return ramanujan_bound(*structure, sqrt=torch.sqrt) - sigma[:, 1], weighted[:, 0] - weighted[:, 1]
 
 
 def _spectra(rows: Tensor, member: Tensor, asked: Tensor) -> Tensor:

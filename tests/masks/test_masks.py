@@ -85,41 +85,19 @@ def scored_networks(draw):
 densities = st.integers(1, 200).map(lambda k: k / 200)
 
 
+@pytest.mark.parametrize("scope", ["global", "layer"])
 @examples
 @given(scores=scored_networks(), density=densities, seed=st.integers(0, 9))
-def test_global_counts_are_exact_under_ties_and_nothing_kept_is_below_anything_pruned(scores, density, seed):
-    n = sum(s.numel() for s in scores.values())
-    kept = masks.keep_top(scores, density, generator=generator(seed))
-    assert total(kept) == max(1, n - math.floor((1 - Fraction(str(density))) * n))
+def test_counts_are_exact_under_ties_and_nothing_kept_is_below_anything_pruned(scope, scores, density, seed):
+    kept = masks.keep_top(scores, density, scope=scope, generator=generator(seed))
     assert list(kept) == list(scores)
     assert all(kept[name].shape == s.shape and kept[name].dtype == torch.bool for name, s in scores.items())
-    inside = torch.cat([s[kept[name]] for name, s in scores.items()])
-    outside = torch.cat([s[~kept[name]] for name, s in scores.items()])
-    assert not len(outside) or inside.min() >= outside.max()
-
-
-@examples
-@given(scores=scored_networks(), density=densities)
-def test_layer_scope_counts_and_ranks_every_tensor_by_itself(scores, density):
-    kept = masks.keep_top(scores, density, scope="layer")
-    for name, s in scores.items():
-        assert int(kept[name].sum()) == max(1, s.numel() - math.floor((1 - Fraction(str(density))) * s.numel()))
-        outside = s[~kept[name]]
-        assert not len(outside) or s[kept[name]].min() >= outside.max()
-
-
-def test_one_weight_of_many_is_the_best_one():
-    scores = {"a": torch.arange(500.0), "b": torch.tensor([3.0, 999.0, 1.0])}
-    kept = masks.keep_top(scores, 1e-9)
-    assert total(kept) == 1
-    assert kept["b"].tolist() == [False, True, False]
-
-
-def test_global_scope_empties_a_weak_tensor_and_layer_scope_does_not():
-    scores = {"weak": torch.tensor([0.1, 0.2]), "strong": torch.tensor([1.0, 2.0])}
-    whole, each = masks.keep_top(scores, 0.5), masks.keep_top(scores, 0.5, scope="layer")
-    assert [m.tolist() for m in whole.values()] == [[False, False], [True, True]]
-    assert [m.tolist() for m in each.values()] == [[False, True], [False, True]]
+    for ranked in [list(scores)] if scope == "global" else [[name] for name in scores]:  # what is ranked together
+        inside = torch.cat([scores[name][kept[name]] for name in ranked])
+        outside = torch.cat([scores[name][~kept[name]] for name in ranked])
+        n = len(inside) + len(outside)
+        assert len(inside) == max(1, n - math.floor((1 - Fraction(str(density))) * n))
+        assert not len(outside) or inside.min() >= outside.max()
 
 
 def test_given_counts_are_kept_from_none_to_all():
@@ -273,6 +251,8 @@ def test_an_exclusion_that_matches_no_prunable_weight_is_refused_with_those_ther
     with pytest.raises(ValueError, match=r"0\.weight, 2\.weight") as caught:
         masks.prunable(model, exclude=[name])
     assert repr(name) in str(caught.value)
+    with pytest.raises(ValueError, match="is a text: expected a list of names"):
+        masks.prunable(model, exclude="0")
 
 
 @pytest.mark.parametrize(
