@@ -179,10 +179,7 @@ def test_options_that_the_model_does_not_take_are_refused_before_any_run(model, 
 @pytest.mark.parametrize(
     ("stem", "model", "options", "layers"),
     [
-        ("03_ramanujan_gap_evolution", "resnet18", {}, 21),
         ("03_ramanujan_gap_evolution", "resnet34", {}, 37),
-        ("03_ramanujan_gap_evolution", "vgg16", {"head": "512"}, 16),
-        ("05_full_spectrum_distance", "vgg16", {"head": "512"}, 16),
         ("06_pai_comparison", "vgg16", {"head": "512"}, 16),
         ("07_imdb_and_narc", "resnet34", {"stem": "7x7"}, 37),
         ("07_imdb_and_narc", "vgg16", {"head": "4096"}, 16),

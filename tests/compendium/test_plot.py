@@ -39,8 +39,9 @@ def _style():
 # ---- looks -------------------------------------------------------------------------------------------------------
 
 
-def test_every_method_and_every_dynamic_has_a_look():
+def test_every_method_and_every_dynamic_has_a_look_and_a_label_of_its_own():
     assert plot.METHODS.keys() >= {"dense", "shuffled", "imp", *pruning.METHODS, *dynamic.PRESETS}
+    assert len({look.label for look in plot.METHODS.values()}) == len(plot.METHODS)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -76,11 +77,6 @@ def luminance(colour):
 @pytest.mark.parametrize("method", plot.METHODS)
 def test_every_colour_stands_out_from_white_paper(method):
     assert 1.05 / (luminance(plot.METHODS[method].colour) + 0.05) > 2
-
-
-def test_labels_are_all_different():
-    labels = [look.label for look in plot.METHODS.values()]
-    assert len(set(labels)) == len(labels)
 
 
 def test_every_quantity_of_the_coordinate_has_a_symbol_and_a_name():
@@ -240,17 +236,6 @@ def test_the_legend_goes_below_all_panels_and_numbers_get_the_name_of_their_sect
     assert box.y0 >= 0
     columns = {round(text.get_window_extent().x0) for text in figure.legends[0].get_texts()}
     assert len(columns) == 3
-
-
-def test_the_legend_of_lines_has_one_entry_a_method():
-    methods = ["random", "snip", "synflow"]
-    looks = {key: value for key, value in plot.looks(methods).items() if key != "markers"}
-    figure, axes = plt.subplots(layout="constrained")
-    sns.lineplot(table(), x="density", y="y", hue="Method", style="Method", errorbar=None, ax=axes, **looks)
-    plot.legend_below(figure, axes)
-    assert entries(figure) == ["Random", "SNIP", "SynFlow"]
-    dashed = [handle.is_dashed() for handle in figure.legends[0].legend_handles]
-    assert dashed == [bool(plot.METHODS[method].dash) for method in methods]
 
 
 # ---- forest ------------------------------------------------------------------------------------------------------
