@@ -189,7 +189,8 @@ def test_notebooks_that_measure_time_say_so():
 
 def test_all_are_formatted():
     command = [sys.executable, "-m", "ruff", "format", "--check", "--quiet", str(NOTEBOOKS)]
-    assert subprocess.run(command, capture_output=True).stdout == b""
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @each
