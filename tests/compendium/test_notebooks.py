@@ -17,7 +17,7 @@ import yaml
 from papermill.exceptions import PapermillExecutionError
 
 from fsp.compendium import parameters, report
-from fsp.paths import NOTEBOOKS, PROFILES, ROOT
+from fsp.paths import NOTEBOOKS, PROFILES, ROOT, outputs
 from fsp.runs import tables
 
 ALL = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
@@ -189,7 +189,8 @@ def test_notebooks_that_measure_time_say_so():
 
 def test_all_are_formatted():
     command = [sys.executable, "-m", "ruff", "format", "--check", "--quiet", str(NOTEBOOKS)]
-    assert subprocess.run(command, capture_output=True).stdout == b""
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @each
@@ -244,7 +245,7 @@ def _kernels_as_reproduce_starts_them(monkeypatch):
 def test_its_smoke_profile_writes_everything_to_the_given_folder_and_nothing_else(path, smoked):
     out, executed, changed = smoked(path)
     assert not changed
-    assert report.broken_promise(out, path.stem) == ""
+    assert report.broken_promise(outputs(out), path.stem) == ""
     assert list((out / "runs").glob("*.json"))
     claims = report.read_claims(out / "results", [path.stem])
     assert len(claims) >= 1
