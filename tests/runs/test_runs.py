@@ -565,6 +565,7 @@ def test_two_processes_on_one_store_do_each_run_once_and_end_with_the_same_table
 
 def test_what_another_process_finished_or_failed_in_meanwhile_counts(tmp_path):
     def ahead(config):
+        assert config == XS[0]  # the others are done by then
         with pytest.warns(UserWarning, match="1 of 2 runs failed"):
             sweep(fails_at_2, XS[1:], store=tmp_path)
         return square(config)
