@@ -86,27 +86,13 @@ def test_singular_values_are_the_exact_ones_descending_and_padded_with_zeros(gra
 
 
 @every_graph
-def test_the_ramanujan_gap_is_the_exact_one_and_undefined_only_without_edges(graph):
-    gap = ramanujan_gap(graph.B)
-    assert type(gap) is float
-    assert gap == near(graph.gap)
-    assert isnan(gap) == (graph.B.sum() == 0)
-
-
-@every_graph
-def test_the_weighted_gap_of_a_constant_weight_is_the_gap_of_its_singular_values(graph):
+def test_the_two_gaps_are_the_exact_ones_and_undefined_only_without_edges(graph):
     first, second = [*graph.singular_values.tolist(), 0.0][:2]
-    expected = nan if graph.B.sum() == 0 else 2.5 * (first - second)
-    assert weighted_gap(-2.5 * graph.B) == near(expected)
-    assert type(weighted_gap(graph.B)) is float
-
-
-@pytest.mark.parametrize("name", ["Heawood", "K(4, 6)", "star", "K(4, 7) - matching"])
-def test_the_second_singular_value_of_a_disconnected_graph_is_the_first(name):
-    twice = graphs.copies(GRAPHS[name], 2).B
-    first, second = singular_values(twice).tolist()
-    assert second == near(first, 1e-12)
-    assert weighted_gap(twice) == near(0.0, 1e-12)
+    edges = bool(graph.B.any())
+    gaps = ramanujan_gap(graph.B), weighted_gap(-2.5 * graph.B)
+    assert gaps == near((graph.gap, 2.5 * (first - second) if edges else nan))
+    assert [type(gap) for gap in gaps] == [float, float]
+    assert [isnan(gap) for gap in gaps] == [not edges] * 2
 
 
 @pytest.mark.parametrize("rules", RULES)
@@ -301,40 +287,23 @@ def measures(B, W, rules):
 
 @pytest.mark.parametrize("rules", RULES)
 @examples
-@given(layer=graphs.layers(), seed=st.integers(0, 999))
-def test_nothing_depends_on_the_order_of_the_vertices(rules, layer, seed):
-    B, W = map(torch.from_numpy, layer)
-    rows = torch.randperm(len(B), generator=generator(seed))
-    columns = torch.randperm(B.shape[1], generator=generator(seed))
-    permuted = measures(B[rows][:, columns], W[rows][:, columns], rules)
-    assert permuted == near(measures(B, W, rules))
-
-
-@pytest.mark.parametrize("rules", RULES)
-@examples
-@given(layer=graphs.layers(), left=st.integers(0, 4), right=st.integers(0, 4))
-def test_isolated_vertices_change_nothing_but_the_narc_of_iclr(rules, layer, left, right):
+@given(layer=graphs.layers(), left=st.integers(0, 4), right=st.integers(0, 4), seed=st.integers(0, 999))
+def test_order_and_isolated_vertices_change_nothing_but_the_narc_of_iclr(rules, layer, left, right, seed):
     B, W = map(torch.from_numpy, layer)
     padded = [torch.nn.functional.pad(matrix, (right, 0, 0, left)) for matrix in (B, W)]
-    before, after = measures(B, W, rules), measures(*padded, rules)
+    rows, columns = (torch.randperm(n, generator=generator(seed)) for n in padded[0].shape)
+    before, after = measures(B, W, rules), measures(*(M[rows][:, columns] for M in padded), rules)
     if rules == "iclr2023":  # N1 divides by the layer's full size
         before[4] = after[4] = 0.0
     assert after == near(before)
 
 
 @examples
-@given(layer=graphs.layers())
-def test_the_two_gaps_do_not_know_left_from_right(layer):
+@given(layer=graphs.layers(), factor=st.sampled_from([-7.0, -1.0, 1e-3, 0.5, 1e3]))
+def test_gaps_do_not_know_left_from_right_and_scale_with_the_weights(layer, factor):
     B, W = map(torch.from_numpy, layer)
     assert ramanujan_gap(B.T) == near(ramanujan_gap(B))
-    assert weighted_gap((B * W).T) == near(weighted_gap(B * W))
-
-
-@examples
-@given(layer=graphs.layers(), factor=st.sampled_from([-7.0, -1.0, 1e-3, 0.5, 1e3]))
-def test_weighted_quantities_scale_with_the_size_of_the_weights(layer, factor):
-    B, W = map(torch.from_numpy, layer)
-    assert weighted_gap(factor * B * W) == near(abs(factor) * weighted_gap(B * W))
+    assert weighted_gap(factor * (B * W).T) == near(abs(factor) * weighted_gap(B * W))
     assert imsg(B, factor * W) == near(abs(factor) * imsg(B, W))
 
 
@@ -351,35 +320,24 @@ def test_d1_the_rules_say_which_side_of_the_whole_layer_is_left():
         assert isnan(weighted_gap(wrong, rules=rules))
 
 
-@examples
-@given(layer=graphs.layers())
-def test_d1_transposing_a_layer_and_the_switch_undo_each_other(layer):
-    B = torch.from_numpy(layer[0])
-    inputs_left = replace(FSP, whole_left="inputs")
-    assert ramanujan_gap(B.T, rules=inputs_left) == near(ramanujan_gap(B, rules=FSP))
-
-
 def test_d1_nested_subgraphs_keep_the_inputs_on_the_left():
     B = graphs.complete(2, 9).B
     assert imdb(B, rules=FSP) == imdb(B, rules=replace(FSP, whole_left="inputs")) == near(0.9 * (sqrt(8) + 1))
     assert isnan(imdb(graphs.complete(9, 2).B, rules=FSP))
 
 
-@pytest.mark.parametrize(
-    ("edges", "valid"),
-    [
-        pytest.param({(0, 0), (0, 1), (0, 2)}, {"inputs"}, id="right degree 1 is reached but not exceeded"),
-        pytest.param({(i, j) for i in range(3) for j in range(3)}, {"inputs", "strict"}, id="left degree exactly 3"),
-        pytest.param({(i, j) for i in range(3) for j in range(3)} - {(0, 0)}, set(), id="left degree just below 3"),
-    ],
-)
-def test_left_degree_three_suffices_and_a_strict_right_degree_has_to_be_exceeded(edges, valid):
-    B = torch.zeros(3, 3, dtype=torch.float64)
-    for i, j in edges:
-        B[i, j] = 1
+def test_left_degree_three_suffices_and_a_strict_right_degree_has_to_be_exceeded():
     reach = Rules(2, 3, 1, False, True, "inputs", "drop")
-    assert isnan(ramanujan_gap(B, rules=reach)) == ("inputs" not in valid)
-    assert isnan(ramanujan_gap(B, rules=replace(reach, right_strict=True))) == ("strict" not in valid)
+    strict = replace(reach, right_strict=True)
+    less = graphs.complete(3, 3).B
+    less[0, 0] = 0
+    for B, by_reach, by_strict in (
+        (graphs.complete(1, 3).B, True, False),
+        (graphs.complete(3, 3).B, True, True),
+        (less, False, False),
+    ):
+        assert isnan(ramanujan_gap(B, rules=reach)) != by_reach
+        assert isnan(ramanujan_gap(B, rules=strict)) != by_strict
 
 
 def test_d2_the_sign_of_narc_hangs_on_counting_every_edge_twice():
@@ -438,13 +396,6 @@ def test_d7_the_whole_weighted_gap_is_judged_by_the_weights_that_are_not_zero():
     assert isnan(result.weighted_gap)
 
 
-def test_weights_outside_the_mask_do_not_exist():
-    B = TWO_GROUPS
-    loud = torch.where(B == 0, 100.0, B)
-    assert imsg(B, loud) == imsg(B, B)
-    assert coordinate(B.T.bool(), loud.T) == coordinate(B.T.bool(), B.T)
-
-
 def test_d8_what_is_undefined_is_nan_and_counts_as_zero_only_in_the_norm():
     mask = torch.eye(6, dtype=torch.bool)
     result = coordinate(mask, torch.ones(6, 6))
@@ -471,11 +422,6 @@ def test_d20_rank_one_leaves_no_noise(m, n):
     assert weighted_gap(slope) == near(torch.linalg.matrix_norm(slope).item(), 1e-9)
 
 
-def test_d20_repeated_singular_values_are_all_found():
-    B = graphs.copies(graphs.complete(4, 5), 6).B
-    assert singular_values(B, 8).tolist() == near([sqrt(20)] * 6 + [0.0] * 2)
-
-
 def test_d25_the_presets_are_those_of_the_two_papers():
     names = ["group_size", "left_degree", "right_degree", "right_strict", "cheeger", "whole_left", "zero_weights"]
     presets = {which: [getattr(rules, name) for name in names] for which, rules in RULES.items()}
@@ -483,7 +429,6 @@ def test_d25_the_presets_are_those_of_the_two_papers():
         "iclr2023": [3, 3, 3, False, False, "inputs", "drop"],
         "fsp2023": [2, 3, 1, True, True, "outputs", "drop"],
     }
-    assert Rules(2, 3, 1, True, True, "outputs", "drop") == FSP
     with pytest.raises(AttributeError):
         FSP.group_size = 3
 
