@@ -1,7 +1,7 @@
-"""Bipartite graphs whose spectrum is known exactly.
+"""Bipartite graphs whose spectrum is known exactly, and random layers with what makes spectra awkward.
 
-Each function returns a `Graph`: the biadjacency matrix (rows = left = inputs), all its singular values, descending,
-as many as the smaller side has vertices, and the Ramanujan gap
+The first functions return a `Graph`: the biadjacency matrix (rows = left = inputs), all its singular values,
+descending, as many as the smaller side has vertices, and the Ramanujan gap
 sqrt(mean left degree - 1) + sqrt(mean right degree - 1) - sigma2, isolated vertices not counted.
 Everything is worked out by hand; nothing here decomposes a matrix.
 """
@@ -9,7 +9,9 @@ Everything is worked out by hand; nothing here decomposes a matrix.
 from math import cos, nan, pi, sqrt
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from hypothesis import strategies as st
 
 
 class Graph(NamedTuple):
@@ -156,3 +158,34 @@ def several_degrees() -> Nested:
             "fsp2023": (factor3 * weighted3 + factor4 * weighted4 + factor5 * weighted5 + factor7 * weighted7) / 4,
         },
     )
+
+
+@st.composite
+def layers(draw):
+    """A biadjacency matrix and weights, numpy float64: dead vertices, equal rows, rank one, zeros among the weights."""
+    shape = draw(st.integers(1, 40) | st.just(1)), draw(st.integers(1, 20))
+    density = draw(st.sampled_from([0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9, 1.0]))
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    B = random.random(shape) < density
+    twists = draw(st.sets(st.sampled_from(["dead rows", "dead columns", "duplicates", "block", "disconnected"])))
+    if "block" in twists:  # rank one: some inputs all meet the same outputs and nothing else
+        rows, columns = random.random(shape[0]) < 0.5, random.random(shape[1]) < 0.5
+        B[rows] = columns
+    if "duplicates" in twists:
+        B = B[random.integers(0, 1 + shape[0] // 3, shape[0])]
+    if "disconnected" in twists:
+        B[: shape[0] // 2, shape[1] // 2 :] = B[shape[0] // 2 :, : shape[1] // 2] = False
+    if "dead rows" in twists:
+        B[random.random(shape[0]) < 0.3] = False
+    if "dead columns" in twists:
+        B[:, random.random(shape[1]) < 0.3] = False
+    W = {
+        "normal": random.normal(size=shape),
+        "equal": np.full(shape, -0.3),
+        "rank one": np.outer(random.random(shape[0]), random.random(shape[1])),
+        "some zero": random.normal(size=shape) * (random.random(shape) < 0.9),
+        "one zero": random.normal(size=shape) * (np.arange(B.size).reshape(shape) != random.integers(B.size)),
+        "many zero": random.normal(size=shape) * (random.random(shape) < 0.5),
+        "all zero": np.zeros(shape),
+    }
+    return B.astype(np.float64), W[draw(st.sampled_from(list(W)))]
