@@ -23,7 +23,7 @@ notebooks: $(VENV)/installed          ## the committed notebooks still give the 
 	$(BIN)/python -m fsp.compendium.reproduce --check
 
 faults: $(VENV)/installed             ## kill a long sweep some fifty times (ten minutes) and write what happened
-	FSP_PROGRESS=0 FSP_FAULTS=data/results/faults.md $(BIN)/python -m pytest -q -m slow -k fifty_kills tests/test_cluster.py
+	FSP_PROGRESS=0 FSP_FAULTS=data/results/faults.md $(BIN)/python -m pytest -q -m slow -k fifty_kills tests/runs/test_cluster.py
 
 lab: $(VENV)/installed                ## open the notebooks
 	$(BIN)/jupyter lab --notebook-dir=notebooks
