@@ -39,7 +39,7 @@ PLATEAU_UPDATES = 5  # updates over which the growth of the explored part is ave
 
 
 @dataclass(frozen=True)
-class DynamicSparsity:
+class DynamicConfig:
     r"""How masks move during training.
 
     Attributes
@@ -114,23 +114,23 @@ class DynamicSparsity:
 
 # "static" never moves: the control that is measured as often as the others.  "set_itop_guided" is [5]'s variant.
 PRESETS = {
-    "set": DynamicSparsity(),
-    "rigl": DynamicSparsity(grow="gradient", replace_step=True),
-    "set_itop": DynamicSparsity(update_every=1500, zeta0=0.5, zeta_min=0.005, t_end_frac=1.0),
-    "rigl_itop": DynamicSparsity(update_every=4000, zeta0=0.5, zeta_min=0.005, t_end_frac=1.0, grow="gradient"),
-    "set_itop_guided": DynamicSparsity(
+    "set": DynamicConfig(),
+    "rigl": DynamicConfig(grow="gradient", replace_step=True),
+    "set_itop": DynamicConfig(update_every=1500, zeta0=0.5, zeta_min=0.005, t_end_frac=1.0),
+    "rigl_itop": DynamicConfig(update_every=4000, zeta0=0.5, zeta_min=0.005, t_end_frac=1.0, grow="gradient"),
+    "set_itop_guided": DynamicConfig(
         update_every=1500, zeta0=0.5, zeta_min=0.005, t_end_frac=1.0, candidates=3, plateau=0.05
     ),
-    "static": DynamicSparsity(zeta0=0.0, t_end_frac=1.0),
+    "static": DynamicConfig(zeta0=0.0, t_end_frac=1.0),
 }
 
 
-def zeta(config: DynamicSparsity, step: int, total_steps: int) -> float:
+def zeta(config: DynamicConfig, step: int, total_steps: int) -> float:
     """Fraction of kept weights that an update at `step` drops.
 
     Parameters
     ----------
-    config : DynamicSparsity
+    config : DynamicConfig
     step, total_steps : int
 
     Returns
@@ -177,7 +177,7 @@ def drop_and_grow(
         Breaks ties.
     drop : {"magnitude", "set"}
     exact_counts : bool
-        See `DynamicSparsity`.
+        See `DynamicConfig`.
 
     Returns
     -------
@@ -235,7 +235,7 @@ class DynamicTraining:
     model : nn.Module
     masks : Masks
         The masks given to `fit`; their entries are replaced at every update.
-    config : DynamicSparsity
+    config : DynamicConfig
     total_steps : int
         Steps of the whole training, for the annealing.
     generator : torch.Generator on the CPU
@@ -286,7 +286,7 @@ class DynamicTraining:
         self,
         model: nn.Module,
         masks: Masks,
-        config: DynamicSparsity,
+        config: DynamicConfig,
         total_steps: int,
         *,
         generator: torch.Generator,

@@ -16,7 +16,7 @@ from fsp import spectrum
 from fsp.data import load
 from fsp.masks import density, layer_densities
 from fsp.pruning.methods import prune
-from fsp.training.dynamic import GROWTHS, PRESETS, DynamicSparsity, DynamicTraining, drop_and_grow, zeta
+from fsp.training.dynamic import GROWTHS, PRESETS, DynamicConfig, DynamicTraining, drop_and_grow, zeta
 from fsp.training.train import TrainConfig, fit
 
 
@@ -39,9 +39,9 @@ def on(*indices, of):
 
 
 def test_zeta_follows_the_cosine_to_its_end_and_stays_there_or_is_constant():
-    constant = DynamicSparsity(zeta0=0.3, anneal="constant")
+    constant = DynamicConfig(zeta0=0.3, anneal="constant")
     assert {zeta(constant, step, 100) for step in range(101)} == {0.3}
-    config = DynamicSparsity(zeta0=0.5, zeta_min=0.1, t_end_frac=0.8)
+    config = DynamicConfig(zeta0=0.5, zeta_min=0.1, t_end_frac=0.8)
     values = [zeta(config, step, 100) for step in range(101)]
     expected = [0.1 + 0.2 * (1 + math.cos(math.pi * min(step / 80, 1))) for step in range(101)]
     np.testing.assert_allclose(values, expected, rtol=1e-12)
@@ -56,7 +56,7 @@ def test_presets_are_those_of_the_papers():
         "rigl_itop": (4000, 0.5, 0.005, "cosine", 1.0, "gradient", False),
     }
     for preset, values in table.items():
-        assert PRESETS[preset] == DynamicSparsity(**dict(zip(names, values, strict=True)))
+        assert PRESETS[preset] == DynamicConfig(**dict(zip(names, values, strict=True)))
         assert (PRESETS[preset].drop, PRESETS[preset].new_weights) == ("magnitude", "zero")
         assert (PRESETS[preset].exact_counts, PRESETS[preset].candidates, PRESETS[preset].plateau) == (True, 1, None)
     assert PRESETS["set_itop_guided"] == dataclasses.replace(PRESETS["set_itop"], candidates=3, plateau=0.05)
@@ -81,18 +81,18 @@ REFUSED = {
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, bad in REFUSED.items() for value in bad])
 def test_a_setting_out_of_range_is_refused_by_name(name, value):
-    with pytest.raises(ValueError, match=f"DynamicSparsity: {name} = ") as error:
-        DynamicSparsity(**{name: value})
+    with pytest.raises(ValueError, match=f"DynamicConfig: {name} = ") as error:
+        DynamicConfig(**{name: value})
     assert repr(value) in str(error.value)
 
 
 @pytest.mark.parametrize("grow", ["gradient", "momentum", "random_unfired"])
 def test_settings_that_do_not_go_with_a_growth_are_refused(grow):
     with pytest.raises(ValueError, match="exact_counts = False is not True"):
-        DynamicSparsity(grow=grow, exact_counts=False)
+        DynamicConfig(grow=grow, exact_counts=False)
     if grow != "random_unfired":
         with pytest.raises(ValueError, match=f"candidates = 3 is not 1: growth by {grow} gives one mask"):
-            DynamicSparsity(grow=grow, candidates=3)
+            DynamicConfig(grow=grow, candidates=3)
 
 
 # ---- drop_and_grow -----------------------------------------------------------------------------------------------
@@ -283,7 +283,7 @@ def test_what_is_reported_as_fired_is_the_union_of_all_masks_so_far():
     net = small()
     masks = prune(net, "erk", 0.2, generator=seeded())
     note(0, masks)
-    config = DynamicSparsity(3, 0.4, anneal="constant", t_end_frac=1.0)
+    config = DynamicConfig(3, 0.4, anneal="constant", t_end_frac=1.0)
     moving = DynamicTraining(net, masks, config, 40, generator=seeded(), on_update=note)
     fit(net, task(), TrainConfig(8, 16), masks=masks, hooks=[moving])
     assert all(torch.equal(moving.fired[name], union[name]) for name in masks)
@@ -295,7 +295,7 @@ def test_what_is_reported_as_fired_is_the_union_of_all_masks_so_far():
 
 
 def test_growth_among_the_unfired_explores_everything_first_and_at_the_greatest_rate():
-    config = DynamicSparsity(1, 0.5, anneal="constant", t_end_frac=1.0, grow="random_unfired")
+    config = DynamicConfig(1, 0.5, anneal="constant", t_end_frac=1.0, grow="random_unfired")
     unfired, random = (
         moved(dataclasses.replace(config, grow=grow), 0.1, 200).exploration() for grow in ("random_unfired", "random")
     )
@@ -307,7 +307,7 @@ def test_growth_among_the_unfired_explores_everything_first_and_at_the_greatest_
 
 def test_growth_among_the_unfired_fills_up_at_random_when_they_run_out():
     model = nn.Sequential(nn.Linear(20, 1, bias=False))
-    masks, config = {"0.weight": torch.ones(1, 20).bool()}, DynamicSparsity(1, 0.5, grow="random_unfired")
+    masks, config = {"0.weight": torch.ones(1, 20).bool()}, DynamicConfig(1, 0.5, grow="random_unfired")
     masks["0.weight"][0, 10:] = False
     moving = DynamicTraining(model, masks, config, 1000, generator=seeded())
     moving.fired["0.weight"][0, 10:17] = True  # 3 of 10 pruned weights were never active, 5 grow
@@ -351,7 +351,7 @@ def test_guided_growth_takes_in_every_layer_the_candidate_with_the_largest_crite
     for name, parameter in net.named_parameters():
         nn.init.normal_(parameter, std=0.4, generator=seeded(len(name) + parameter.numel()))
     masks = prune(net, "erk", 0.4, generator=seeded())
-    config = DynamicSparsity(2, 0.5, anneal="constant", t_end_frac=1.0, candidates=3)
+    config = DynamicConfig(2, 0.5, anneal="constant", t_end_frac=1.0, candidates=3)
     moving = DynamicTraining(net, masks, config, 40, generator=seeded(), criterion=criterion, on_update=compare)
     fit(net, task(), TrainConfig(8, 16, lr=0.05), masks=masks, hooks=[moving])
     assert len(met) == 19 * 3
@@ -374,7 +374,7 @@ def test_candidates_differ_in_what_they_grow_and_not_in_what_they_drop():
     masks = {"0.weight": mask}
     with torch.no_grad():
         model[0].weight.fill_(1.0)  # ties everywhere
-    config = DynamicSparsity(1, 0.3, anneal="constant", candidates=5)
+    config = DynamicConfig(1, 0.3, anneal="constant", candidates=5)
     moving = DynamicTraining(model, masks, config, 10, generator=seeded(), criterion=first)
     moving.take_step(1, torch.optim.SGD(model.parameters(), 0.1))
     assert torch.equal(masks["0.weight"], candidates[0])
@@ -391,7 +391,7 @@ def test_a_criterion_that_is_undefined_loses_and_all_undefined_is_no_error():
         asked.append(mask.clone())
         return answers[(len(asked) - 1) % 3]
 
-    config = DynamicSparsity(1, 0.3, anneal="constant", candidates=3)
+    config = DynamicConfig(1, 0.3, anneal="constant", candidates=3)
     moving = DynamicTraining(model, masks, config, 10, generator=seeded(), criterion=criterion)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     moving.take_step(1, optimizer)
@@ -402,7 +402,7 @@ def test_a_criterion_that_is_undefined_loses_and_all_undefined_is_no_error():
 
 
 def test_guided_growth_stops_at_a_plateau_and_the_training_goes_on():
-    config = DynamicSparsity(1, 0.5, anneal="constant", t_end_frac=1.0, candidates=3, plateau=0.5)
+    config = DynamicConfig(1, 0.5, anneal="constant", t_end_frac=1.0, candidates=3, plateau=0.5)
     moving = moved(config, 0.1, 400, criterion=by_place)
     rates = [100 * row["fired"] for row in moving.exploration()]
     rises = [abs(b - a) / 5 for a, b in zip(rates[:-5], rates[5:], strict=True)]
@@ -473,7 +473,7 @@ def momentum(optimizer, parameter):
 @pytest.mark.parametrize("grow", GROWTHS)
 @pytest.mark.parametrize("replace_step", [False, True])
 def test_grown_weights_start_at_zero_and_without_momentum(grow, replace_step):
-    config = DynamicSparsity(4, 0.5, anneal="constant", t_end_frac=1.0, grow=grow, replace_step=replace_step)
+    config = DynamicConfig(4, 0.5, anneal="constant", t_end_frac=1.0, grow=grow, replace_step=replace_step)
     grown_in_all = 0
 
     def watch(step, optimizer, net, masks, take):
@@ -495,7 +495,7 @@ def test_grown_weights_start_at_zero_and_without_momentum(grow, replace_step):
 
 
 def test_grown_weights_are_trained_from_the_next_step_on():
-    config = DynamicSparsity(4, 0.5, anneal="constant", grow="gradient")
+    config = DynamicConfig(4, 0.5, anneal="constant", grow="gradient")
     grown, trained = {}, []
 
     def watch(step, optimizer, net, masks, take):
@@ -515,7 +515,7 @@ def test_grown_weights_are_trained_from_the_next_step_on():
 
 @pytest.mark.parametrize("grow", ["random", "gradient"])
 def test_a_weight_dropped_and_grown_at_once_keeps_its_value(grow):
-    config = DynamicSparsity(2, 0.5, anneal="constant", t_end_frac=1.0, grow=grow, replace_step=True)
+    config = DynamicConfig(2, 0.5, anneal="constant", t_end_frac=1.0, grow=grow, replace_step=True)
     came_back = 0
 
     def watch(step, optimizer, net, masks, take):
@@ -561,7 +561,7 @@ def test_only_the_update_of_rigl_takes_the_place_of_the_optimiser_step(preset):
 
 
 def test_gradient_growth_takes_the_largest_gradients_among_what_is_pruned():
-    config = DynamicSparsity(5, 0.3, anneal="constant", grow="gradient", replace_step=True)
+    config = DynamicConfig(5, 0.3, anneal="constant", grow="gradient", replace_step=True)
     compared = 0
 
     def watch(step, optimizer, net, masks, take):
@@ -582,7 +582,7 @@ def test_gradient_growth_takes_the_largest_gradients_among_what_is_pruned():
 
 
 def test_momentum_growth_takes_the_largest_running_averages_of_the_dense_gradient():
-    config = DynamicSparsity(5, 0.3, anneal="constant", grow="momentum")
+    config = DynamicConfig(5, 0.3, anneal="constant", grow="momentum")
     averages, compared = {}, 0
 
     def watch(step, optimizer, net, masks, take):
@@ -604,7 +604,7 @@ def test_momentum_growth_takes_the_largest_running_averages_of_the_dense_gradien
 
 
 def test_new_weights_can_take_their_initial_values():
-    config = DynamicSparsity(4, 0.5, anneal="constant", new_weights="initial")
+    config = DynamicConfig(4, 0.5, anneal="constant", new_weights="initial")
     net = small()
     initial = {name: t.clone() for name, t in net.state_dict().items()}
     masks = prune(net, "erk", 0.3, generator=seeded())
@@ -632,7 +632,7 @@ def test_masks_and_weights_are_shown_as_they_leave_and_as_they_come():
         return lambda step, given: events.append((kind, step, dict(given), net.state_dict()["1.weight"].clone()))
 
     moving = DynamicTraining(
-        net, masks, DynamicSparsity(4, 0.5), 40, generator=seeded(), before_update=note("end"), on_update=note("start")
+        net, masks, DynamicConfig(4, 0.5), 40, generator=seeded(), before_update=note("end"), on_update=note("start")
     )
     fit(net, task(), TrainConfig(8, 16), masks=masks, hooks=[moving])
     assert [event[:2] for event in events] == [(kind, step) for step in range(4, 30, 4) for kind in ("end", "start")]
@@ -649,11 +649,11 @@ def test_masks_and_weights_are_shown_as_they_leave_and_as_they_come():
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        (DynamicSparsity(10, t_end_frac=0.5), [10, 20]),  # an update at the end itself would drop nothing
-        (DynamicSparsity(10, t_end_frac=0.51), [10, 20]),
-        (DynamicSparsity(10, t_end_frac=1.0), [10, 20, 30, 40]),  # what would grow at the last step is never trained
-        (DynamicSparsity(7, t_end_frac=0.75, grow="gradient", replace_step=True), [7, 14, 21, 28, 35]),
-        (DynamicSparsity(100), []),
+        (DynamicConfig(10, t_end_frac=0.5), [10, 20]),  # an update at the end itself would drop nothing
+        (DynamicConfig(10, t_end_frac=0.51), [10, 20]),
+        (DynamicConfig(10, t_end_frac=1.0), [10, 20, 30, 40]),  # what would grow at the last step is never trained
+        (DynamicConfig(7, t_end_frac=0.75, grow="gradient", replace_step=True), [7, 14, 21, 28, 35]),
+        (DynamicConfig(100), []),
     ],
 )
 def test_updates_come_every_so_many_steps_and_end_in_time(config, expected):
@@ -704,7 +704,7 @@ def test_static_masks_never_move_but_are_reported_as_often_as_the_others():
 def test_moving_masks_leave_the_global_random_state_alone():
     net, data = small(), task()
     masks = prune(net, "erk", 0.3, generator=seeded())
-    moving = DynamicTraining(net, masks, DynamicSparsity(2), 20, generator=seeded())
+    moving = DynamicTraining(net, masks, DynamicConfig(2), 20, generator=seeded())
     before = torch.get_rng_state()
     fit(net, data, TrainConfig(4, 16), masks=masks, hooks=[moving])
     assert torch.equal(torch.get_rng_state(), before)
@@ -713,13 +713,13 @@ def test_moving_masks_leave_the_global_random_state_alone():
 # ---- going on after an interruption ------------------------------------------------------------------------------
 
 KINDS = {
-    "random": DynamicSparsity(3, 0.5, t_end_frac=1.0),
-    "bernoulli": DynamicSparsity(3, 0.5, t_end_frac=1.0, exact_counts=False),
-    "unfired": DynamicSparsity(3, 0.5, t_end_frac=1.0, grow="random_unfired", drop="set"),
-    "rigl": DynamicSparsity(3, 0.5, grow="gradient", replace_step=True),
-    "momentum": DynamicSparsity(3, 0.5, t_end_frac=1.0, grow="momentum"),
-    "initial": DynamicSparsity(3, 0.5, t_end_frac=1.0, new_weights="initial"),
-    "guided": DynamicSparsity(3, 0.5, t_end_frac=1.0, candidates=3, plateau=2.0),
+    "random": DynamicConfig(3, 0.5, t_end_frac=1.0),
+    "bernoulli": DynamicConfig(3, 0.5, t_end_frac=1.0, exact_counts=False),
+    "unfired": DynamicConfig(3, 0.5, t_end_frac=1.0, grow="random_unfired", drop="set"),
+    "rigl": DynamicConfig(3, 0.5, grow="gradient", replace_step=True),
+    "momentum": DynamicConfig(3, 0.5, t_end_frac=1.0, grow="momentum"),
+    "initial": DynamicConfig(3, 0.5, t_end_frac=1.0, new_weights="initial"),
+    "guided": DynamicConfig(3, 0.5, t_end_frac=1.0, candidates=3, plateau=2.0),
 }
 
 
@@ -779,9 +779,9 @@ def test_a_state_is_a_copy_and_one_of_another_network_or_growth_is_refused_and_c
     ("config", "options", "message"),
     [
         (PRESETS["set_itop_guided"], {}, "candidates = 3 needs criterion="),
-        (DynamicSparsity(new_weights="initial"), {}, "needs initial=, .* initial weights of '1.weight'"),
-        (DynamicSparsity(new_weights="initial"), {"initial": {"1.weight": torch.zeros(2)}}, "of '1.weight', shape"),
-        (DynamicSparsity(), {"masks": {"elsewhere": on(0, of=3)}}, "belongs to no parameter"),
+        (DynamicConfig(new_weights="initial"), {}, "needs initial=, .* initial weights of '1.weight'"),
+        (DynamicConfig(new_weights="initial"), {"initial": {"1.weight": torch.zeros(2)}}, "of '1.weight', shape"),
+        (DynamicConfig(), {"masks": {"elsewhere": on(0, of=3)}}, "belongs to no parameter"),
     ],
 )
 def test_what_a_config_needs_is_asked_for_at_once(config, options, message):

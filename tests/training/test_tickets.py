@@ -11,10 +11,10 @@ from fsp.data import load
 from fsp.files import DamagedFile
 from fsp.pruning.methods import prune
 from fsp.training import tickets
-from fsp.training.dynamic import DynamicSparsity, DynamicTraining
+from fsp.training.dynamic import DynamicConfig, DynamicTraining
 from fsp.training.train import TrainConfig, fit
 
-CONFIG = DynamicSparsity(4, 0.5, t_end_frac=1.0)
+CONFIG = DynamicConfig(4, 0.5, t_end_frac=1.0)
 TOTAL = 30  # steps; updates at 4, 8, ... 28
 
 
