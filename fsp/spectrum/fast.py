@@ -50,7 +50,7 @@ def sparse_coordinates(layers: list[Layer], rules: Rules) -> list[tuple[float, f
     -------
     list of tuples of four floats
     """
-    graphs = [_graphs(*layer, rules) for layer in layers]
+    graphs = [_graphs(layer, rules) for layer in layers]
     # whole layers converge last: nested subgraphs are done before them
     whole = iter(_gaps([K for pair, _, _ in graphs for K in pair]))
     nested = iter(_gaps([K for _, pairs, _ in graphs for K in pairs]))
@@ -65,11 +65,9 @@ def sparse_coordinates(layers: list[Layer], rules: Rules) -> list[tuple[float, f
     return found
 
 
-def _graphs(
-    mask: Tensor, weight: Tensor, wiring: Wiring, rules: Rules
-) -> tuple[list[Graph | None], list[Graph | None], list[float]]:
+def _graphs(layer: Layer, rules: Rules) -> tuple[list[Graph | None], list[Graph | None], list[float]]:
     """Mask and weights of the whole layer, those of each nested subgraph, None where not valid; subgraph factors."""
-    B, W, degrees = _sorted_by_degree(mask, weight, wiring)
+    B, W, degrees = _sorted_by_degree(*layer)
     first = np.searchsorted(degrees, 1)
     whole = [_rows(B, first, len(degrees)), _without_zeros(_rows(W, first, len(degrees)))]
     whole = [K if is_valid(K.nnz, *K.shape, rules, left=rules.whole_left) else None for K in whole]
@@ -181,10 +179,8 @@ def _rows(M: sparse.csr_array, start: int, stop: int) -> Graph:
     touched = np.zeros(M.shape[1], np.int32)
     touched[M.indices[first:last]] = 1
     new = np.cumsum(touched, dtype=np.int32)
-    columns = new[M.indices[first:last]] - 1
-    return sparse.csr_array(
-        (M.data[first:last], columns, M.indptr[start : stop + 1] - first), shape=(stop - start, int(new[-1]))
-    )
+    columns, ends = new[M.indices[first:last]] - 1, M.indptr[start : stop + 1] - first
+    return sparse.csr_array((M.data[first:last], columns, ends), shape=(stop - start, int(new[-1])))
 
 
 def _without_zeros(M: sparse.csr_array) -> Graph:
