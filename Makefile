@@ -17,7 +17,7 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 
 units: $(VENV)/installed              ## unit tests, doctests, and each notebook's smoke profile through papermill
-	FSP_PROGRESS=0 $(BIN)/python -m pytest -q -n auto --dist loadscope --durations=10 -m "not slow"
+	FSP_PROGRESS=0 $(BIN)/python -m pytest -q -n auto --dist loadscope --durations=10 -m "not slow and not services"
 
 notebooks: $(VENV)/installed          ## the committed notebooks still give the outputs they were committed with
 	$(BIN)/python -m fsp.compendium.reproduce --check
