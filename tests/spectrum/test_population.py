@@ -4,7 +4,7 @@ import graphs
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 from torch import nn
@@ -30,10 +30,13 @@ def same(found, expected, rel=1e-9):
 
 # ---- the fast ways against the definitions ------------------------------------------------------------------------
 
-every_rules = pytest.mark.parametrize("rules", [RULES["iclr2023"], RULES["fsp2023"], PUBLISHED_ZEROS])
+TWO_GROUPS = np.concatenate([graphs.complete(3, 5).B.numpy(), graphs.complete_minus_matching(5, 5).B.numpy()])
+FEW_WEIGHTS = TWO_GROUPS.copy()
+FEW_WEIGHTS[3:, 2:] = 0  # the second group is no valid graph by its weights
 
 
-@every_rules
+@pytest.mark.parametrize("rules", [RULES["iclr2023"], RULES["fsp2023"], PUBLISHED_ZEROS])
+@example(layer=(TWO_GROUPS, FEW_WEIGHTS), flips=0)
 @settings(max_examples=100, deadline=None)
 @given(layer=graphs.layers(), flips=st.integers(0, 3))
 def test_the_sparse_and_the_dense_way_give_the_numbers_of_the_definitions(rules, layer, flips):
@@ -80,18 +83,14 @@ def coupled(size):
     return twice
 
 
-def bordered(*parts):
-    """Components side by side."""
-    return sparse.block_diag(parts).toarray()
-
-
+TWO_KINDS = sparse.block_diag((random_graph(50, 70, 0.5), random_graph(40, 60, 0.45))).toarray()
 HARD = {  # a graph, and whether the iteration certifies its values when alone; None where rounding decides
     "random": (random_graph(300, 400, 0.05), True),
     "first value double": (coupled(0), False),
     "components by a thread of 1e-2": (coupled(1e-2), None),
     "components by a thread of 1e-9": (coupled(1e-9), None),
     "components by a thread of 1e-13": (coupled(1e-13), None),
-    "components of two kinds": (bordered(random_graph(50, 70, 0.5), random_graph(40, 60, 0.45)), True),
+    "components of two kinds": (TWO_KINDS, True),
     "second value repeated": (np.ones((60, 60)) - np.eye(60), True),
     "even cycle": (np.eye(200) + np.roll(np.eye(200), 1, axis=1), None),
     "close columns": (np.hstack([random_graph(80, 50, 0.3), random_graph(80, 50, 0.3) * (1 + 1e-9)]), None),

@@ -17,6 +17,7 @@ from fsp.spectrum import (
     RULES,
     Coordinate,
     Rules,
+    Wiring,
     biadjacency,
     coordinate,
     coordinates,
@@ -76,8 +77,7 @@ def test_the_heawood_graph_is_the_one_of_networkx():
 
 @every_graph
 def test_singular_values_are_the_exact_ones_descending_and_padded_with_zeros(graph):
-    smaller = min(graph.B.shape)
-    values = singular_values(graph.B, smaller + 2)
+    values = singular_values(graph.B, min(graph.B.shape) + 2)
     assert values.dtype == torch.float64
     assert values.tolist() == near([*graph.singular_values.tolist(), 0.0, 0.0])
     assert values.tolist() == sorted(values.tolist(), reverse=True)
@@ -331,11 +331,8 @@ def test_left_degree_three_suffices_and_a_strict_right_degree_has_to_be_exceeded
     strict = replace(reach, right_strict=True)
     less = graphs.complete(3, 3).B
     less[0, 0] = 0
-    for B, by_reach, by_strict in (
-        (graphs.complete(1, 3).B, True, False),
-        (graphs.complete(3, 3).B, True, True),
-        (less, False, False),
-    ):
+    cases = [(graphs.complete(1, 3).B, True, False), (graphs.complete(3, 3).B, True, True), (less, False, False)]
+    for B, by_reach, by_strict in cases:
         assert isnan(ramanujan_gap(B, rules=reach)) != by_reach
         assert isnan(ramanujan_gap(B, rules=strict)) != by_strict
 
@@ -356,6 +353,7 @@ def test_d2_a_dead_output_enters_the_narc_of_iclr():
 def test_narc_of_fsp_has_the_outputs_on_the_left():
     B = graphs.complete(5, 3).B  # left = 3 outputs of degree 5, right = 5 inputs, 8 vertices
     assert narc(B, rules="fsp2023") == near((0 - abs(30 - 5 * 3 * 5 / 8)) / 8)
+    assert narc(B.T, rules=replace(FSP, whole_left="inputs")) == narc(B, rules="fsp2023")
 
 
 DENSE_5, REGULAR_4 = graphs.complete(3, 5).B, graphs.complete_minus_matching(5, 5).B
@@ -411,6 +409,7 @@ def test_d8_what_is_undefined_is_nan_and_counts_as_zero_only_in_the_norm():
 def test_d20_the_second_singular_value_is_zero_with_a_single_vertex_on_a_side(graph):
     assert singular_values(graph.B)[1] == 0
     assert singular_values(graph.B.T)[1] == 0
+    assert singular_values(graph.B[:0]).tolist() == [0, 0]
     assert weighted_gap(graph.B) == near(graph.singular_values[0].item(), 1e-12)
 
 
@@ -581,8 +580,9 @@ def test_what_does_not_belong_together_is_refused_by_name():
     for a, b in ((HERE, more), (more, HERE)):
         with pytest.raises(ValueError, match="extra"):
             distance(a, b)
-    with pytest.raises(ValueError, match="entries"):
-        biadjacency(ONES[0])
+    for tensor, wiring, reason in ((ONES[0], Wiring(), "entries"), (ONES, Wiring(groups=3), "3 groups")):
+        with pytest.raises(ValueError, match=reason):
+            biadjacency(tensor, wiring)
 
 
 def test_an_unknown_option_is_refused_with_the_names_there_are():
