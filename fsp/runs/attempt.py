@@ -3,7 +3,9 @@
 import copy
 import gc
 import math
+import os
 import shutil
+import socket
 import sys
 import time
 import traceback
@@ -96,7 +98,7 @@ def _compute(function: Callable, task: Task, die: Callable[[], None] | None) -> 
             "rows": rows,
             "kind": kind,
             "error": error,
-            "provenance": provenance(),
+            "provenance": provenance() | {"host": socket.gethostname(), "process": os.getpid()},
             "started": started.isoformat(),
             "wall_s": time.perf_counter() - clock,
             "peak_memory_bytes": _peak_memory_bytes(),

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
+from fsp import progress
 from fsp.data import load
 from fsp.files import load_tensors, save_tensors
 from fsp.masks import kept_count, prunable
@@ -603,6 +604,7 @@ def test_levels_without_readable_settings_are_refused(monkeypatch, tmp_path, fin
 
 def test_the_bar_shows_density_and_validation_accuracy(monkeypatch, capsys):
     monkeypatch.setenv("FSP_PROGRESS", "1")
+    monkeypatch.setattr(progress, "LINE_S", 0)
     levels = imp(net(), DATA, CONFIG, levels=2)
     shown = capsys.readouterr().err
     accuracy = levels[-1].history.epochs[-1]["validation_accuracy"]

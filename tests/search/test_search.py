@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fsp import models, spectrum
+from fsp import models, progress, spectrum
 from fsp.data import load
 from fsp.files import DamagedFile, load_content, load_tensors
 from fsp.masks import density as density_of
@@ -401,6 +401,7 @@ def test_a_directory_with_a_damaged_or_missing_file_is_refused_by_its_name(tmp_p
 
 def test_the_bar_shows_norm_and_masks(monkeypatch, capsys):
     monkeypatch.setenv("FSP_PROGRESS", "1")
+    monkeypatch.setattr(progress, "LINE_S", 0)
     found = quick()
     shown = capsys.readouterr().err
     assert "mask/s" in shown
