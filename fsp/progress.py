@@ -1,6 +1,5 @@
 """One progress bar for all long work."""
 
-import math
 import os
 import sys
 import time
@@ -65,7 +64,7 @@ class _NotebookBar(tqdm):
 class _Lines(tqdm):
     """Bar as a plain line now and then."""
 
-    last = -math.inf  # when a bar of this process last wrote a line
+    last = time.monotonic()  # when a bar of this process last wrote a line, at first when this module was loaded
 
     def display(self, msg=None, pos=None):
         if time.monotonic() - _Lines.last >= LINE_S:

@@ -37,45 +37,55 @@ TEE = Outline(
     [(-1, 1), (1, 1), (1, 0.3), (0.4, 0.3), (0.4, -1), (-0.4, -1), (-0.4, 0.3), (-1, 0.3), (-1, 1)], closed=True
 )
 
+
+class _Looks(dict):
+    """Looks by key; a method that has none yet is a grey cross under its own name."""
+
+    def __missing__(self, method: str) -> Look:
+        return Look(method.replace("_", " "), "#555555", "X", (1, 2))
+
+
 # Colours of Okabe and Ito, for colour-blind readers, and darker or lighter ones for a method's relatives; solid lines
 # for methods that look at weights or data.
-METHODS = {
-    "dense": Look("Dense", "#000000", "D"),
-    "random": Look("Random", "#999999", "X", (1, 1)),
-    "uniform": Look("Uniform", "#6e6e6e", "P", (1, 1)),
-    "er": Look("ER", "#b98a4a", "<", (3, 1)),
-    "erk": Look("ERK", "#e69f00", "^", (3, 1)),
-    "uniform_plus": Look("Uniform+", "#333333", TEE, (1, 1)),
-    "igq": Look("IGQ", "#7a5200", "p", (3, 1)),
-    "balanced": Look("Balanced", "#009e73", BEAM, (5, 1, 1, 1)),
-    "pyramidal": Look("Pyramidal", "#7a8a00", ">", (5, 1, 1, 1)),
-    "smart_ratio": Look("Smart-ratio", "#00664a", "*", (5, 1, 1, 1)),
-    "ratio_of": Look("Ratio of another mask", "#a58fd0", POST, (2, 2)),
-    "magnitude": Look("Magnitude", "#56b4e9", "v"),
-    "snip": Look("SNIP", "#0072b2", "o"),
-    "taylor": Look("Taylor", "#4a6fe3", UPPER_HALF),
-    "iterative_snip": Look("Iterative SNIP", "#00304d", LEFT_HALF),
-    "force": Look("FORCE", "#3f9fbf", LOWER_HALF),
-    "grasp": Look("GraSP", "#cc79a7", "s"),
-    "synflow": Look("SynFlow", "#d55e00", "d"),
-    "synflow_l2": Look("SynFlow-L2", "#8a2f00", RHOMBUS),
-    "phew": Look("PHEW", "#7b2d8e", (6, 1, 0)),
-    "imp": Look("IMP", "#b0003a", HOURGLASS),
-    "imp_rewind": Look("IMP-rewind", "#6b2f4a", BOWTIE, (3, 1)),
-    "search_alone": Look("Mask 0", "#000000", "o"),
-    "search_published": Look("Published search", "#e69f00", "s"),
-    "search_matched": Look("Base method, its densities", "#999999", "X"),
-    "search_exact": Look("Exact-density search", "#0072b2", "^"),
-    "search_optimised": Look("Optimised masks", "#d55e00", "d"),
-    "set": Look("SET", "#56b4e9", "v", (1, 1)),
-    "rigl": Look("RigL", "#cc79a7", "d", (6, 1, 1, 1)),
-    "set_itop": Look("SET-ITOP", "#0072b2", "o"),
-    "rigl_itop": Look("RigL-ITOP", "#d55e00", "s", (5, 1.5)),
-    "set_itop_guided": Look("SET-ITOP, guided", "#009e73", "P", (2, 1)),
-    "static": Look("Static ERK", "#e69f00", "^", (3, 1)),
-    "static_uniform": Look("Static uniform", "#7b2d8e", "D", (4, 1, 1, 1)),
-    "shuffled": Look("Same density, random", "#999999", "X", (1, 1)),
-}
+METHODS = _Looks(
+    {
+        "dense": Look("Dense", "#000000", "D"),
+        "random": Look("Random", "#999999", "X", (1, 1)),
+        "uniform": Look("Uniform", "#6e6e6e", "P", (1, 1)),
+        "er": Look("ER", "#b98a4a", "<", (3, 1)),
+        "erk": Look("ERK", "#e69f00", "^", (3, 1)),
+        "uniform_plus": Look("Uniform+", "#333333", TEE, (1, 1)),
+        "igq": Look("IGQ", "#7a5200", "p", (3, 1)),
+        "balanced": Look("Balanced", "#009e73", BEAM, (5, 1, 1, 1)),
+        "pyramidal": Look("Pyramidal", "#7a8a00", ">", (5, 1, 1, 1)),
+        "smart_ratio": Look("Smart-ratio", "#00664a", "*", (5, 1, 1, 1)),
+        "ratio_of": Look("Ratio of another mask", "#a58fd0", POST, (2, 2)),
+        "magnitude": Look("Magnitude", "#56b4e9", "v"),
+        "snip": Look("SNIP", "#0072b2", "o"),
+        "taylor": Look("Taylor", "#4a6fe3", UPPER_HALF),
+        "iterative_snip": Look("Iterative SNIP", "#00304d", LEFT_HALF),
+        "force": Look("FORCE", "#3f9fbf", LOWER_HALF),
+        "grasp": Look("GraSP", "#cc79a7", "s"),
+        "synflow": Look("SynFlow", "#d55e00", "d"),
+        "synflow_l2": Look("SynFlow-L2", "#8a2f00", RHOMBUS),
+        "phew": Look("PHEW", "#7b2d8e", (6, 1, 0)),
+        "imp": Look("IMP", "#b0003a", HOURGLASS),
+        "imp_rewind": Look("IMP-rewind", "#6b2f4a", BOWTIE, (3, 1)),
+        "search_alone": Look("Mask 0", "#000000", "o"),
+        "search_published": Look("Published search", "#e69f00", "s"),
+        "search_matched": Look("Base method, its densities", "#999999", "X"),
+        "search_exact": Look("Exact-density search", "#0072b2", "^"),
+        "search_optimised": Look("Optimised masks", "#d55e00", "d"),
+        "set": Look("SET", "#56b4e9", "v", (1, 1)),
+        "rigl": Look("RigL", "#cc79a7", "d", (6, 1, 1, 1)),
+        "set_itop": Look("SET-ITOP", "#0072b2", "o"),
+        "rigl_itop": Look("RigL-ITOP", "#d55e00", "s", (5, 1.5)),
+        "set_itop_guided": Look("SET-ITOP, guided", "#009e73", "P", (2, 1)),
+        "static": Look("Static ERK", "#e69f00", "^", (3, 1)),
+        "static_uniform": Look("Static uniform", "#7b2d8e", "D", (4, 1, 1, 1)),
+        "shuffled": Look("Same density, random", "#999999", "X", (1, 1)),
+    }
+)
 
 # Symbol and name of each quantity of a network, for axes: lambda and IMSG have the unit of the weights.
 QUANTITIES = {
@@ -99,26 +109,18 @@ def looks(methods: list[str]) -> dict:
     Parameters
     ----------
     methods : list of str
-        Keys of `METHODS`, in the order of the legend.
+        In the order of the legend.
 
     Returns
     -------
     dict
         ``palette``, ``markers``, ``dashes``, ``hue_order`` and ``style_order``, keyed by label.
 
-    Raises
-    ------
-    ValueError
-        For a method without a look.
-
     Examples
     --------
     >>> looks(["snip"])["palette"]
     {'SNIP': '#0072b2'}
     """
-    missing = [m for m in methods if m not in METHODS]
-    if missing:
-        raise ValueError(f"no look for {', '.join(missing)}: add it to fsp.compendium.plot.METHODS")
     chosen = [METHODS[m] for m in methods]
     labels = [look.label for look in chosen]
     return {

@@ -43,7 +43,7 @@ def check_randomness(method: str, batches: object, noise: float) -> None:
     if not sources:
         raise ValueError(
             f"method {method!r} has no randomness: its score depends on the initial weights alone, so every candidate "
-            "would be mask 0. Search with another method"
+            "would be mask 0. Search with another method, or add this one to fsp.search.candidates.RANDOMNESS"
         )
     given = {"generator": True, "batches": callable(batches), "noise": noise > 0}
     lacking = {
