@@ -129,21 +129,15 @@ def refresh(selected: list[Path], *, workers: int, recompute: bool) -> int:
             return 1
         known = _provenance()
         known |= {source.stem: _provenance_of(source.stem, root, known, recompute) for source in selected}
+        pages = _pages(place.results) | {
+            _results() / PROVENANCE: json.dumps(dict(sorted(known.items())), indent=1) + "\n"
+        }
         for source in selected:
-            written = [*place.results.glob(f"{source.stem}.*"), *place.figures.glob(f"{source.stem}*")]
-            for path in written:
+            for path in [*place.results.glob(f"{source.stem}.*"), *place.figures.glob(f"{source.stem}*")]:
                 with replacing(ROOT / path.relative_to(root)) as temporary:
                     shutil.copyfile(path, temporary)
             with replacing(source) as temporary:
                 nbformat.write(_plain(execute.read(root / "notebooks" / source.name)), temporary)
-    stems = sorted(path.name.removesuffix(".claims.csv") for path in _results().glob("*.claims.csv"))
-    claims = report.read_claims(_results(), stems)
-    headings = {stem: _heading(ROOT / "notebooks" / f"{stem}.ipynb") for stem in stems}
-    pages = {
-        ROOT / "README.md": readme_with(report.verdicts_table(claims, headings, link="notebooks")),
-        _results() / "README.md": f"{CLAIMS_PAGE}\n{report.claims_table(claims, link='../../notebooks')}\n",
-        _results() / PROVENANCE: json.dumps(dict(sorted(known.items())), indent=1) + "\n",
-    }
     for path, text in pages.items():
         with replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -316,6 +310,19 @@ def _plain(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
             del cell.metadata["tags"]
     nbformat.validate(notebook)
     return notebook
+
+
+def _pages(results: Path) -> dict[Path, str]:
+    """The two pages that show the claims in a folder."""
+    from fsp.compendium import report
+
+    stems = sorted(path.name.removesuffix(".claims.csv") for path in results.glob("*.claims.csv"))
+    claims = report.read_claims(results, stems)
+    headings = {stem: _heading(ROOT / "notebooks" / f"{stem}.ipynb") for stem in stems}
+    return {
+        ROOT / "README.md": readme_with(report.verdicts_table(claims, headings, link="notebooks")),
+        _results() / "README.md": f"{CLAIMS_PAGE}\n{report.claims_table(claims, link='../../notebooks')}\n",
+    }
 
 
 def _heading(notebook: Path) -> str:
