@@ -129,16 +129,15 @@ def refresh(selected: list[Path], *, workers: int, recompute: bool) -> int:
             return 1
         known = _provenance()
         known |= {source.stem: _provenance_of(source.stem, root, known, recompute) for source in selected}
-        pages = _pages(place.results) | {
-            _results() / PROVENANCE: json.dumps(dict(sorted(known.items())), indent=1) + "\n"
-        }
+        texts = _pages(place.results)
+        texts[_results() / PROVENANCE] = json.dumps(dict(sorted(known.items())), indent=1) + "\n"
         for source in selected:
             for path in [*place.results.glob(f"{source.stem}.*"), *place.figures.glob(f"{source.stem}*")]:
                 with replacing(ROOT / path.relative_to(root)) as temporary:
                     shutil.copyfile(path, temporary)
             with replacing(source) as temporary:
                 nbformat.write(_plain(execute.read(root / "notebooks" / source.name)), temporary)
-    for path, text in pages.items():
+    for path, text in texts.items():
         with replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
     return 0
