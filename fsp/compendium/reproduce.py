@@ -294,7 +294,6 @@ def _code(selected: list[Path]) -> str:
 
 
 if __name__ == "__main__":
-    # A job scheduler's polite stop means the same as Ctrl-C, which a shell switches off for what it starts behind it.
-    for polite in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(polite, signal.default_int_handler)
+    # A job scheduler's polite stop means the same as Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

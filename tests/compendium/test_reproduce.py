@@ -385,12 +385,9 @@ def test_ctrl_c_stops_everything_and_the_same_command_continues(root, tmp_path):
     command = [sys.executable, "-m", "fsp.compendium.reproduce", "--out", str(out), "-p", "seeds=[0, 1, 2]"]
     command += ["-p", "pretrain"]
     environment = {**os.environ, "FSP_ROOT": str(root)}
-    options = {"env": environment, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
-
-    def in_background():  # a shell lets what it starts behind it ignore Ctrl-C
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    first = subprocess.Popen([*command, "2"], start_new_session=True, preexec_fn=in_background, **options)
+    first = subprocess.Popen(
+        [*command, "2"], env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    )
     wait_until(lambda: (out / "runs" / "0.json").exists() or first.poll() is not None, 120)
     started = {process.pid for process in psutil.Process(first.pid).children(recursive=True)}
     begin = time.monotonic()
