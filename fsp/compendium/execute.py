@@ -68,8 +68,7 @@ def run(jobs: Iterable[Job], *, workers: int = 1, timeout: float = math.inf) -> 
     """
     side_by_side, alone = [], []
     for job in jobs:
-        timing = any("timing" in cell.metadata.get("tags", []) for cell in read(job.source).cells)
-        (alone if timing else side_by_side).append(job)
+        (alone if measures_time(job.source) else side_by_side).append(job)
     for batch, at_once in ((side_by_side, workers), (alone, 1)):
         stopping = threading.Event()
         pool = ThreadPoolExecutor(at_once)  # a thread watches over a process
@@ -94,6 +93,11 @@ def check_kernel() -> None:
 def read(path: Path) -> nbformat.NotebookNode:
     """A notebook."""
     return nbformat.read(path, as_version=4)
+
+
+def measures_time(path: Path) -> bool:
+    """Whether a notebook has the tag ``timing`` on a cell: its results are times of this machine."""
+    return any("timing" in cell.metadata.get("tags", []) for cell in read(path).cells)
 
 
 def _run_one(job: Job, shown: bool, timeout: float, stopping: threading.Event) -> tuple[Job, float, str]:

@@ -1,6 +1,9 @@
-"""Care of the committed notebooks: test that they still give their outputs, and renew them."""
+"""Care of what is committed: test that notebooks still give their outputs, rows and claims, and renew them."""
 
+import hashlib
+import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -23,36 +26,75 @@ MARKERS = "<!-- claims -->", "<!-- /claims -->"
 CLAIMS_PAGE = """# The papers' claims, as measured here
 
 Written by `make refresh` from the files `NN_name.claims.csv`, which also hold notes. Means have Student's t intervals,
-correlations bootstrap intervals, both at 95 %. *Not decided*: the interval holds the bound of the claim.
+correlations bootstrap intervals, both at 95 %. *Not decided*: the interval holds the bound of the claim, or there are
+fewer than three observations. *Equivalent*: the interval lies within the two bounds of the claim.
 """
+PROVENANCE = "provenance.json"  # in data/results: what the files of each notebook were made with, and their SHA-256
+SAME_BITS = ("cpu", "torch", "numpy", "scipy")  # what must be the same for rows to be so to the last bit
+ELSEWHERE = 0.1  # of the range of a column: how far a number of a row may move on another processor
 
 
 def check(selected: list[Path], *, workers: int) -> int:
-    """Run the committed notebooks with nbval and compare their tagged outputs; nothing in the repository changes.
+    """Test that the committed notebooks, tables and claims belong together; nothing in the repository changes.
 
-    They run with the committed tables at hand, so that rows are drawn and not computed, and they write to a
-    temporary folder. ``tests/nbval_sanitize.cfg`` is used where it exists.
+    * The tables are as ``make refresh`` wrote them, and each verdict follows from its row.
+    * The notebooks run with nbval in a copy of the tables: their tagged outputs are the same, and so are their claims.
+    * Meanwhile some runs of each are done anew, unless it measures time: one of each kind, and two at least (see
+      `_some_runs`). With the processor and the libraries of the committed table their rows must be the same bits.
+      Elsewhere they are done apart, and a number may move by `ELSEWHERE` of the range that its column has.
+
+    ``tests/nbval_sanitize.cfg`` is used where it exists.
 
     Returns
     -------
     int
-        Exit status of pytest.
+        0; the exit status of pytest; or 1 if something else differs, which is printed with the notebook's name.
     """
-    sanitize = ROOT / "tests" / "nbval_sanitize.cfg"
-    options = ["--nbval-lax", "--nbval-cell-timeout=300", "-p", "no:cacheprovider"]
-    options += ["-n", str(min(workers, len(selected))), "--dist", "loadscope"]  # a notebook is a scope
-    options += [f"--nbval-sanitize-with={sanitize}"] if sanitize.exists() else []
+    known = _provenance()
+    found = {source.stem: _damage(source.stem, known) for source in selected}
+    whole = [source for source in selected if all((_results() / name).exists() for name in _names(source.stem))]
+    repeated = [source for source in whole if not execute.measures_time(source)]
+    chosen = {source.stem: _some_runs(source) for source in repeated}
+    elsewhere = [source for source in repeated if known.get(source.stem, {}).get("made_with") != _made_with()]
+    here = [source for source in repeated if source not in elsewhere]
+
     with _copied_root() as root:
-        environment = {**os.environ, **_environment(root)}
-        environment.pop("MPLBACKEND", None)
-        command = [sys.executable, "-m", "pytest", *options, *map(str, selected)]
-        return subprocess.run(command, cwd=ROOT, env=environment).returncode
+        _leave_out(root, {source.stem: chosen[source.stem] for source in here})
+        for source in selected:
+            (_results(root) / f"{source.stem}.claims.csv").unlink(missing_ok=True)
+        status = _nbval(selected, root, workers)
+        for source in whole:
+            found[source.stem] += _compare_claims(root, source.stem)
+        for source in here:
+            found[source.stem] += _compare_runs(root, source.stem, chosen[source.stem], 0.0)
+    with _copied_root() as root:
+        _leave_out(root, {source.stem: chosen[source.stem] for source in elsewhere})
+        for job, _, error in execute.run(_jobs(elsewhere, root), workers=workers):
+            stem = job.source.stem
+            found[stem] += [error] if error else _compare_runs(root, stem, chosen[stem], ELSEWHERE)
+    for stem, sentences in found.items():
+        print("".join(f"{stem}: {sentence}\n" for sentence in dict.fromkeys(sentences)), end="", file=sys.stderr)
+    return status or int(any(found.values()))
+
+
+def check_clean() -> None:
+    """Raise `ValueError` if tracked files of the repository differ from the last commit; without git nothing is known.
+
+    So the commit that ``provenance.json`` and the notebooks name is the code that made the results.
+    """
+    if not (ROOT / ".git").exists():
+        return
+    command = ["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"]
+    changed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    if changed:
+        names = ", ".join(line[3:] for line in changed)
+        raise ValueError(f"--refresh makes results that name a commit: commit or undo the changes of {names} first")
 
 
 def refresh(selected: list[Path], *, workers: int, recompute: bool) -> int:
     """Execute the committed notebooks in place and renew their tables, figures and the two pages with claims.
 
-    Each runs on a copy of the repository's tables in a temporary folder; only when it has finished do notebook,
+    They run on a copy of the repository's tables in a temporary folder; only when all have finished do notebooks,
     tables and figures replace the committed ones.
 
     Parameters
@@ -66,43 +108,180 @@ def refresh(selected: list[Path], *, workers: int, recompute: bool) -> int:
     Returns
     -------
     int
-        0, or 1 if a notebook failed; then the pages with the claims stay as they are.
+        0, or 1 if a notebook failed; then everything stays as it is.
     """
-    from fsp.compendium import report  # here, because they load torch; see `fsp.compendium.reproduce`
+    from fsp.compendium import report
     from fsp.files import replacing
 
     failed = []
     with _copied_root() as root:
-        place = paths.Outputs(root / "data" / "runs", root / "data" / "results", root / "figures")
+        place = _place(root)
         for source in selected if recompute else []:
             for table in place.results.glob(f"{source.stem}.*"):
                 table.unlink()
-        jobs = [execute.Job(source, root / "notebooks" / source.name, {}, _environment(root)) for source in selected]
-        for job, seconds, error in execute.run(jobs, workers=workers):
+        for job, seconds, error in execute.run(_jobs(selected, root), workers=workers):
             stem = job.source.stem
             error = error or report.broken_promise(place, stem)
             print(f"{stem}  {error or f'finished after {seconds:.0f} s'}", flush=True)
-            if error:
-                failed.append(stem)
-                continue
-            for path in [*place.results.glob(f"{stem}.*"), *place.figures.glob(f"{stem}*")]:
+            failed += [stem] if error else []
+        if failed:
+            print(f"failed, and nothing was changed: {', '.join(failed)}", file=sys.stderr)
+            return 1
+        known = _provenance()
+        known |= {source.stem: _provenance_of(source.stem, root, known, recompute) for source in selected}
+        texts = _pages(place.results)
+        texts[_results() / PROVENANCE] = json.dumps(dict(sorted(known.items())), indent=1) + "\n"
+        for source in selected:
+            for path in [*place.results.glob(f"{source.stem}.*"), *place.figures.glob(f"{source.stem}*")]:
                 with replacing(ROOT / path.relative_to(root)) as temporary:
                     shutil.copyfile(path, temporary)
-            with replacing(job.source) as temporary:
-                nbformat.write(_plain(execute.read(job.target)), temporary)
-    if failed:
-        print(f"failed, and left as they were: {', '.join(failed)}", file=sys.stderr)
-        return 1
-    results = ROOT / "data" / "results"
-    stems = sorted(path.name.removesuffix(".claims.csv") for path in results.glob("*.claims.csv"))
-    claims = report.read_claims(results, stems)
-    headings = {stem: _heading(ROOT / "notebooks" / f"{stem}.ipynb") for stem in stems}
-    readme = readme_with(report.verdicts_table(claims, headings, link="notebooks"))
-    page = f"{CLAIMS_PAGE}\n{report.claims_table(claims, link='../../notebooks')}\n"
-    for path, text in ((ROOT / "README.md", readme), (results / "README.md", page)):
+            with replacing(source) as temporary:
+                nbformat.write(_plain(execute.read(root / "notebooks" / source.name)), temporary)
+    for path, text in texts.items():
         with replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
     return 0
+
+
+def _nbval(selected: list[Path], root: Path, workers: int) -> int:
+    """Compare the tagged outputs of notebooks that run with their tables in another root; pytest's exit status."""
+    sanitize = ROOT / "tests" / "nbval_sanitize.cfg"
+    options = ["--nbval-lax", "--nbval-cell-timeout=300", "-p", "no:cacheprovider"]
+    options += ["-n", str(min(workers, len(selected))), "--dist", "loadscope"]  # a notebook is a scope
+    options += [f"--nbval-sanitize-with={sanitize}"] if sanitize.exists() else []
+    environment = {**os.environ, **_environment(root)}
+    environment.pop("MPLBACKEND", None)
+    command = [sys.executable, "-m", "pytest", *options, *map(str, selected)]
+    return subprocess.run(command, cwd=ROOT, env=environment).returncode
+
+
+def _some_runs(source: Path) -> list[str]:
+    """Keys of a few runs in a notebook's committed table: one of each kind, and two at least.
+
+    Runs are of one kind if their rows fill the same columns. The choice is random; its seed is the notebook's code.
+    """
+    from fsp.runs import tables
+
+    table = tables.read_cells(_results() / f"{source.stem}.csv")
+    filled = table.ne("").groupby(table["key"]).any()
+    keys = list(filled.index)
+    code = [cell.source for cell in execute.read(source).cells if cell.cell_type == "code"]
+    random.Random("\n".join(code)).shuffle(keys)
+    one_of_each = list({tuple(filled.loc[key]): key for key in keys}.values())
+    if len(one_of_each) > 1:
+        return one_of_each
+    return keys[:2]
+
+
+def _leave_out(root: Path, chosen: dict[str, list[str]]) -> None:
+    """Take runs out of the copied tables, so that the notebooks do them anew."""
+    from fsp.runs import tables
+
+    for stem, keys in chosen.items():
+        path = _results(root) / f"{stem}.csv"
+        cells = tables.read_cells(path)
+        tables.save(cells[~cells["key"].isin(keys)], path)
+
+
+def _compare_claims(root: Path, stem: str) -> list[str]:
+    """Sentences on how the claims that a notebook wrote in another root differ from the committed ones."""
+    from fsp.compendium import report  # here, because they load torch; see `fsp.compendium.reproduce`
+
+    if broken := report.broken_promise(_place(root), stem):
+        return [broken]
+    try:
+        ours, committed = (report.read_claims(place, [stem]) for place in (_results(root), _results()))
+    except ValueError as error:
+        return [str(error)]
+    return report.compare_claims(ours, committed, exact=True)
+
+
+def _compare_runs(root: Path, stem: str, keys: list[str], of_range: float) -> list[str]:
+    """Sentences on how runs that a notebook did anew in another root differ from the committed table."""
+    from fsp.compendium import report
+    from fsp.runs import tables
+
+    found = []
+    ours, committed = (tables.read(place / f"{stem}.csv") for place in (_results(root), _results()))
+    made, before = (table[table["key"].isin(keys)] for table in (ours, committed))
+    runs = f"{len(keys)} runs done anew ({', '.join(key[:8] for key in keys)})"
+    if sorted(made["key"]) != sorted(before["key"]):
+        found.append(f"{runs} have {len(made)} rows, {len(before)} in the committed table")
+    rtol = report.RTOL if of_range else 0.0
+    if differing := report.compare_rows(made, committed, rtol=rtol, of_range=of_range).differences():
+        found.append(f"{runs} differ from the committed table: {differing}")
+    if not found and "code" in made and "code" in before and set(made["code"]) != set(before["code"]):
+        print(f"{stem}: {runs} are the same as in the committed table, which other code has made", flush=True)
+    return found
+
+
+def _names(stem: str) -> list[str]:
+    """Files that a notebook has in data/results."""
+    return [f"{stem}.csv", f"{stem}.claims.csv"]
+
+
+def _damage(stem: str, known: dict) -> list[str]:
+    """What is wrong with a notebook's committed files: absent, not as refresh wrote them, or in contradiction."""
+    from fsp.compendium import report
+    from fsp.compendium.claims import contradictions
+
+    if missing := [name for name in _names(stem) if not (_results() / name).exists()]:
+        return [f"{missing[0]} is not committed: make refresh writes it"]
+    written = known.get(stem, {}).get("sha256", {})
+    found = [f"{name} is not as make refresh wrote it" for name in _names(stem) if _sha256(name) != written.get(name)]
+    try:
+        return found + [f"committed: {wrong}" for wrong in contradictions(report.read_claims(_results(), [stem]))]
+    except ValueError as error:
+        return [*found, str(error)]
+
+
+def _provenance() -> dict:
+    """What is written of each notebook's files; nothing if it cannot be read."""
+    try:
+        return json.loads((_results() / PROVENANCE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _provenance_of(stem: str, root: Path, known: dict, recompute: bool) -> dict:
+    """Commit, digests, and what the table was made with: this machine, unless all its rows were there before."""
+    from fsp.runs.provenance import provenance
+
+    digests = {name: _sha256(name, root) for name in _names(stem)}
+    before = known.get(stem, {})
+    same_rows = not recompute and before.get("sha256", {}).get(f"{stem}.csv") == digests[f"{stem}.csv"]
+    return {
+        "git": provenance()["git"],
+        "made_with": before["made_with"] if same_rows else _made_with(),
+        "sha256": digests,
+    }
+
+
+def _made_with() -> dict:
+    """What decides about the last bit of a row: see `SAME_BITS`."""
+    from fsp.runs.provenance import provenance
+
+    return {name: provenance()[name] for name in SAME_BITS}
+
+
+def _sha256(name: str, root: Path | None = None) -> str:
+    """Digest of a file in data/results."""
+    return hashlib.sha256((_results(root) / name).read_bytes()).hexdigest()
+
+
+def _results(root: Path | None = None) -> Path:
+    """Folder of the committed tables, or of those in another root."""
+    return (root or ROOT) / "data" / "results"
+
+
+def _place(root: Path) -> paths.Outputs:
+    """Folders below another root."""
+    return paths.Outputs(root / "data" / "runs", _results(root), root / "figures")
+
+
+def _jobs(selected: list[Path], root: Path) -> list[execute.Job]:
+    """Notebooks to run in another root as they stand."""
+    return [execute.Job(source, root / "notebooks" / source.name, {}, _environment(root)) for source in selected]
 
 
 @contextmanager
@@ -117,8 +296,8 @@ def _copied_root() -> Iterator[Path]:
 
 
 def _environment(root: Path) -> dict[str, str]:
-    """Variables by which `fsp.paths.ROOT` is `root` and no bar is drawn."""
-    return {"FSP_ROOT": str(root), "FSP_PROGRESS": "0"}
+    """Variables by which `fsp.paths.ROOT` is `root`, where a notebook may renew the tables, and no bar is drawn."""
+    return {"FSP_ROOT": str(root), "FSP_RENEW": "1", "FSP_PROGRESS": "0"}
 
 
 def _plain(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
@@ -130,6 +309,19 @@ def _plain(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
             del cell.metadata["tags"]
     nbformat.validate(notebook)
     return notebook
+
+
+def _pages(results: Path) -> dict[Path, str]:
+    """The two pages that show the claims in a folder."""
+    from fsp.compendium import report
+
+    stems = sorted(path.name.removesuffix(".claims.csv") for path in results.glob("*.claims.csv"))
+    claims = report.read_claims(results, stems)
+    headings = {stem: _heading(ROOT / "notebooks" / f"{stem}.ipynb") for stem in stems}
+    return {
+        ROOT / "README.md": readme_with(report.verdicts_table(claims, headings, link="notebooks")),
+        _results() / "README.md": f"{CLAIMS_PAGE}\n{report.claims_table(claims, link='../../notebooks')}\n",
+    }
 
 
 def _heading(notebook: Path) -> str:

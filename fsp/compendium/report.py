@@ -11,14 +11,15 @@ from nbconvert.filters import markdown2html
 from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
 from fsp import paths
-from fsp.compendium.stats import CLAIM_COLUMNS
+from fsp.compendium.claims import CLAIM_COLUMNS, MEASURED, VERDICTS, contradictions
 from fsp.files import replacing
 from fsp.runs import tables
 from fsp.runs.provenance import provenance
 
 RTOL = 1e-6  # numbers closer than this, relative to the committed one, count as the same
 STYLE = "body { font: 16px sans-serif; margin: 2em } td, th { padding: 0 1em 0.3em 0; text-align: left }"
-TEXTS = ["claim", "paper", "section", "published", "holds", "note"]  # columns of a claims table
+TEXTS = [name for name in CLAIM_COLUMNS if name not in MEASURED]
+MEANING = ("kind", "paper", "section", "bound")  # what a claim says, beside its sentence
 
 
 class Outcome(NamedTuple):
@@ -39,7 +40,8 @@ def broken_promise(place: paths.Outputs, stem: str) -> str:
     if missing:
         return f"it finished without writing {', '.join(missing)}"
     try:
-        read_claims(place.results, [stem])
+        if wrong := contradictions(read_claims(place.results, [stem])):
+            return f"its claims contradict themselves: {wrong[0]}"
         return "" if "key" in tables.read(table) else f"its table {table.name} has no column 'key'"
     except ValueError as error:
         return f"a table it wrote cannot be read: {error}"
@@ -98,8 +100,10 @@ def claims_table(claims: pd.DataFrame, *, link: str) -> str:
     for row in claims.to_dict("records"):
         source = f"{row['paper']} {row['section']}".strip()
         link_to = _link(row["notebook"], link)
-        lines.append([row["claim"], source, measured(row), row["n"], row["published"], row["holds"], link_to])
-    return _markdown(["Claim", "Paper", "Measured here [interval]", "n", "Published", "Holds", "Notebook"], lines)
+        found = [measured(row), row["n"], row["bound"]]
+        lines.append([row["claim"], source, *found, row["published"], row["holds"], link_to])
+    head = ["Claim", "Paper", "Measured here [interval]", "n", "Bound", "Published", "Holds", "Notebook"]
+    return _markdown(head, lines)
 
 
 def verdicts_table(claims: pd.DataFrame, headings: dict[str, str], *, link: str) -> str:
@@ -120,9 +124,9 @@ def verdicts_table(claims: pd.DataFrame, headings: dict[str, str], *, link: str)
     lines = []
     for stem, heading in headings.items():
         verdicts = list(claims.holds[claims.notebook == stem])
-        counts = [verdicts.count(verdict) for verdict in ("yes", "no", "not decided")]
-        lines.append([_link(stem, link), heading, *counts])
-    return _markdown(["", "What its notebook finds", "claims hold", "do not", "not decided"], lines)
+        lines.append([_link(stem, link), heading, *(verdicts.count(verdict) for verdict in VERDICTS)])
+    head = ["", "What its notebook finds", "claims hold", "equivalent", "do not hold", "not decided"]
+    return _markdown(head, lines)
 
 
 def measured(row: dict) -> str:
@@ -148,25 +152,34 @@ class RowComparison(NamedTuple):
 
     def __str__(self):
         rows = f"{self.compared} rows compared, {self.missing} missing, {self.added} not in the committed table"
-        what = "; ".join(f"`{column}`: {text}" for column, text in self.differing.items())
-        return f"{rows}: {what or 'same to the printed digits'}"
+        return f"{rows}: {self.differences() or 'same to the printed digits'}"
+
+    def differences(self) -> str:
+        """What differs, by column; "" if nothing does."""
+        return "; ".join(f"`{column}`: {text}" for column, text in self.differing.items())
 
 
-def compare_rows(ours: pd.DataFrame, committed: pd.DataFrame) -> RowComparison:
+def compare_rows(
+    ours: pd.DataFrame, committed: pd.DataFrame, *, rtol: float = RTOL, of_range: float = 0.0
+) -> RowComparison:
     """Compare two tidy tables, rows matched by ``key`` (and by position among the rows of one key).
 
-    Columns whose name ends in ``_s`` are wall times and left out.
+    Columns whose name ends in ``_s`` are wall times and left out, and so is ``code``, which is no result.
 
     Parameters
     ----------
     ours, committed : pandas.DataFrame
         Tables with a column ``key``.
+    rtol : float
+        Tolerance for numbers, relative to the committed one.
+    of_range : float
+        More tolerance, as a share of the range that the column has in the committed table.
 
     Returns
     -------
     RowComparison
         ``differing`` says for each column that differs in how many cells, and for numbers the largest absolute
-        difference. Numbers differ beyond a relative tolerance of `RTOL`, or where one is missing.
+        difference. Numbers differ beyond the tolerances, or where one is missing.
 
     Examples
     --------
@@ -178,7 +191,7 @@ def compare_rows(ours: pd.DataFrame, committed: pd.DataFrame) -> RowComparison:
     common = committed.index.intersection(ours.index)
     differing = {}
     for name in dict.fromkeys([*committed, *ours]):
-        if name.endswith("_s"):
+        if name.endswith("_s") or name == "code":
             continue
         if name not in ours or name not in committed:
             differing[name] = "only in the " + ("committed table" if name not in ours else "new table")
@@ -186,7 +199,9 @@ def compare_rows(ours: pd.DataFrame, committed: pd.DataFrame) -> RowComparison:
         a, b = ours.loc[common, name], committed.loc[common, name]
         largest = ""
         if all(is_numeric_dtype(column) and not is_bool_dtype(column) for column in (a, b)):
-            unequal = ~np.isclose(a, b, rtol=RTOL, atol=0, equal_nan=True)
+            span = committed[name].max() - committed[name].min()
+            atol = of_range * span if span > 0 else 0
+            unequal = ~np.isclose(a, b, rtol=rtol, atol=atol, equal_nan=True)
             gap = (a - b).abs()[unequal].max()
             largest = ", one is missing" if math.isnan(gap) else f", by at most {gap:.3g}"
         else:
@@ -196,31 +211,41 @@ def compare_rows(ours: pd.DataFrame, committed: pd.DataFrame) -> RowComparison:
     return RowComparison(len(common), len(committed) - len(common), len(ours) - len(common), differing)
 
 
-def compare_claims(ours: pd.DataFrame, committed: pd.DataFrame) -> list[str]:
-    """Sentences on claims that are missing, judged otherwise, or measured outside their committed interval.
+def compare_claims(ours: pd.DataFrame, committed: pd.DataFrame, *, exact: bool = False) -> list[str]:
+    """Sentences on claims that are missing, say or find something else, or whose committed verdict is wrong.
 
     Parameters
     ----------
     ours, committed : pandas.DataFrame
         From `read_claims`; matched by notebook and claim.
+    exact : bool
+        Both come from the same rows: all columns are compared, and numbers to `RTOL`. Without it a value is the same
+        inside the committed interval; where there is none it is compared to `RTOL`.
 
     Returns
     -------
     list of str
-        Empty if nothing of this is the case. A committed value without an interval is compared to `RTOL`.
+        Empty if nothing of this is the case.
     """
+    found = [f"committed: {wrong}" for _, rows in committed.groupby("notebook") for wrong in contradictions(rows)]
     ours, committed = (
         {(row["notebook"], row["claim"]): row for row in frame.to_dict("records")} for frame in (ours, committed)
     )
-    found = [f"not committed: {claim}" for stem, claim in ours if (stem, claim) not in committed]
+    found += [f"not committed: {claim}" for stem, claim in ours if (stem, claim) not in committed]
     for name, old in committed.items():
         if name not in ours:
             found.append(f"missing: {name[1]}")
             continue
         new = ours[name]
+        for column in (*MEANING, "published", "note") if exact else MEANING:
+            if new[column] != old[column]:
+                found.append(f"{column} {new[column]!r}, committed {old[column]!r}: {name[1]}")
         if new["holds"] != old["holds"]:
             found.append(f"verdict {new['holds']!r}, committed {old['holds']!r}: {name[1]}")
-        if not _within(new["measured"], old):
+        if exact:
+            moved = [column for column in MEASURED if not _close(new[column], old[column])]
+            found += [f"{column} {new[column]:.6g}, committed {old[column]:.6g}: {name[1]}" for column in moved]
+        elif not _within(new["measured"], old):
             found.append(f"measured {new['measured']:.4g}, committed {measured(old)}: {name[1]}")
     return found
 
@@ -299,8 +324,13 @@ def write(out: Path, outcomes: list[Outcome], *, profile: str, given: dict, reco
 def _within(value: float, old: dict) -> bool:
     """Whether a value lies in a committed interval, or equals the committed value if that has none."""
     if math.isnan(old["low"]) or math.isnan(old["high"]):
-        return bool(np.isclose(value, old["measured"], rtol=RTOL, atol=0, equal_nan=True))
+        return _close(value, old["measured"])
     return old["low"] <= value <= old["high"]
+
+
+def _close(value: float, committed: float) -> bool:
+    """Whether two numbers are the same to `RTOL`, or both missing."""
+    return bool(np.isclose(value, committed, rtol=RTOL, atol=1e-12, equal_nan=True))
 
 
 def _link(stem: str, folder: str) -> str:

@@ -1,8 +1,8 @@
 """Run every notebook from nothing and report on the claims: ``python -m fsp.compendium.reproduce --help``.
 
 Three things to do with the notebooks: run them with papermill into a folder of their own and compare with what
-is committed (the default), test that the committed ones still give their outputs (``--check``), and renew the
-committed ones (``--refresh``). Only the last changes the repository.
+is committed (the default), test that the committed ones still give their outputs, rows and claims (``--check``), and
+renew the committed ones (``--refresh``). Only the last changes the repository.
 """
 
 import argparse
@@ -54,11 +54,12 @@ def main(argv: list[str] | None = None) -> int:
         execute.check_kernel()
         if args.refresh:
             renew.readme_with("")  # it has a place for the claims
-        elif not args.check:
-            given = dict(_assignment(words) for words in args.parameters)
-            where = {} if args.scheduler is None else {"scheduler": args.scheduler}
-            out = Path(args.out).expanduser().resolve() if args.out else default_out(args.profile)
-            jobs = {path: plan(path, args.profile, given | where, out) for path in selected}
+            renew.check_clean()
+        given = dict(_assignment(words) for words in args.parameters)
+        where = {} if args.scheduler is None else {"scheduler": args.scheduler}
+        out = Path(args.out).expanduser().resolve() if args.out else default_out(args.profile)
+        jobs = _plan_all(selected, args.profile, given | where, out)
+        if not args.check and not args.refresh:
             _check_out(out)
     except (ValueError, OSError) as error:
         parser.error(str(error))
@@ -114,7 +115,8 @@ def plan(path: Path, profile: str, given: dict, out: Path) -> dict:
     Raises
     ------
     ValueError
-        If a name is no parameter of the notebook, or `fsp.compendium.parameters.check` refuses a value.
+        If a name is no parameter of the notebook, or `fsp.compendium.parameters.check` refuses a value, or does not
+        find a data set, a device or a scheduler.
     FileNotFoundError
         If the profile's file is missing.
     """
@@ -136,9 +138,22 @@ def plan(path: Path, profile: str, given: dict, out: Path) -> dict:
             raise ValueError(f"{path.stem} has no parameter {name!r}: it has {', '.join(defaults)}")
     try:
         parameters.check(**defaults | chosen)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise ValueError(f"{path.stem}: {error}") from error
     return chosen
+
+
+def _plan_all(selected: list[Path], profile: str, given: dict, out: Path) -> dict[Path, dict]:
+    """Notebooks with their parameters, from `plan`; raises on all that cannot run at once, a line each."""
+    jobs, errors = {}, []
+    for path in selected:
+        try:
+            jobs[path] = plan(path, profile, given, out)
+        except (ValueError, OSError) as error:
+            errors.append(str(error))
+    if errors:
+        raise ValueError("\n".join(dict.fromkeys(errors)))
+    return jobs
 
 
 def default_out(profile: str) -> Path:
@@ -234,7 +249,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--scheduler", metavar="WHERE", help=f"set the parameter scheduler: {where}")
     add("--resume", action="store_true", help="leave out notebooks that finished in the output folder as they are now")
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--check", action="store_true", help="test the committed notebooks' outputs with nbval instead")
+    mode.add_argument("--check", action="store_true", help="test the committed notebooks, tables and claims instead")
     mode.add_argument("--refresh", action="store_true", help="renew the committed notebooks, tables, figures, README")
     add("--recompute", action="store_true", help="with --refresh: compute all rows, the committed ones too")
     return parser

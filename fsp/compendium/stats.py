@@ -1,4 +1,4 @@
-"""Intervals, correlations, paired comparisons, and verdicts on claims.
+"""Intervals, correlations and paired comparisons.
 
 Every estimate comes with an interval and its n: Student's t for means, a percentile bootstrap over observations for
 correlations, and over whole groups of them where they share a seed or a method.  Resampling is seeded, so that a
@@ -16,9 +16,8 @@ from scipy.stats import rankdata, t
 
 RESAMPLES = 10_000
 GROUP_RESAMPLES = 500  # of `clustered`, whose statistic may be any function
-LEAST = 3  # observations that decide a claim
+LEAST_LEVELS = 3  # seeds, methods, ... that `clustered` needs for an interval
 CONFIDENCE = 0.95  # of every interval
-CLAIM_COLUMNS = ("claim", "paper", "section", "measured", "low", "high", "n", "published", "holds", "note")
 
 
 class Estimate(NamedTuple):
@@ -185,7 +184,7 @@ def clustered(statistic: Callable[[pd.DataFrame], float], table: pd.DataFrame, *
     Returns
     -------
     Estimate
-        n is the number of rows.  Interval ``nan`` if a column has fewer than `LEAST` levels.
+        n is the number of rows.  Interval ``nan`` if a column has fewer than `LEAST_LEVELS` levels.
 
     Raises
     ------
@@ -207,81 +206,12 @@ def clustered(statistic: Callable[[pd.DataFrame], float], table: pd.DataFrame, *
     distribution = []
     codes = [np.unique(table[name], return_inverse=True)[1] for name in by]
     levels = [code.max(initial=-1) + 1 for code in codes]
-    for _ in range(GROUP_RESAMPLES if min(levels) >= LEAST else 0):
+    for _ in range(GROUP_RESAMPLES if min(levels) >= LEAST_LEVELS else 0):
         drawn = [np.bincount(rng.integers(n, size=n), minlength=n) for n in levels]
         times = np.prod([often[code] for often, code in zip(drawn, codes, strict=True)], axis=0)
         if times.any():
             distribution.append(statistic(table.take(np.repeat(np.arange(len(table)), times))))
     return Estimate(float(statistic(table)), *_percentiles(np.array(distribution, dtype=float)), len(table))
-
-
-def verdict(estimate: Estimate, *, above: float | None = None, below: float | None = None) -> str:
-    """Whether an estimate's whole interval lies on the claimed side of a bound.
-
-    Parameters
-    ----------
-    estimate : Estimate
-    above, below : float
-        Exactly one of them: the claim is that the quantity is greater, or smaller, than this.
-
-    Returns
-    -------
-    {"yes", "no", "not decided"}
-        "no" if the whole interval lies on the other side; "not decided" if it holds the bound or is undefined, and
-        for fewer than `LEAST` observations, whatever their interval.
-
-    Examples
-    --------
-    >>> verdict(Estimate(0.8, 0.7, 0.9, 30), above=0.5), verdict(Estimate(0.8, 0.4, 0.9, 30), above=0.5)
-    ('yes', 'not decided')
-    """
-    if (above is None) == (below is None):
-        raise ValueError("a claim has one bound: pass above=... or below=...")
-    if estimate.n < LEAST:
-        return "not decided"
-    if above is not None:
-        true, false = estimate.low > above, estimate.high < above
-    else:
-        true, false = estimate.high < below, estimate.low > below
-    return "yes" if true else "no" if false else "not decided"
-
-
-def claim(
-    text: str,
-    estimate: Estimate,
-    holds: str,
-    *,
-    paper: str,
-    section: str = "",
-    published: str = "",
-    note: str = "",
-) -> dict:
-    """One row of a notebook's claims table.
-
-    Parameters
-    ----------
-    text : str
-        The claim, one sentence.
-    estimate : Estimate
-        What is measured here.
-    holds : {"yes", "no", "not decided"}
-        From `verdict`, or from several of them.
-    paper, section : str
-        Who claims it, and where.
-    published : str
-        Their number, if it is known.
-    note : str
-        What is measured and what limits it.
-
-    Returns
-    -------
-    dict
-        With the entries `CLAIM_COLUMNS`.
-    """
-    if holds not in ("yes", "no", "not decided"):
-        raise ValueError(f'holds is "yes", "no" or "not decided", not {holds!r}')
-    entries = (text, paper, section, *estimate, published, holds, note)
-    return dict(zip(CLAIM_COLUMNS, entries, strict=True))
 
 
 def _correlation(x, y):

@@ -15,7 +15,8 @@ import psutil
 import pytest
 
 from fsp import paths
-from fsp.compendium import execute, renew, report, reproduce
+from fsp.compendium import claims, execute, parameters, renew, report, reproduce, stats
+from fsp.runs import tables
 
 PARAMETERS = """\
 seeds = [0, 1]  # one run each
@@ -27,29 +28,38 @@ recompute = False
 out_dir = ""
 """
 # A notebook that keeps the contract with nothing but the standard library, so that it starts fast.
-RUNS = """\
+PLACES = """\
 import csv, os, sys, time
-from fsp.paths import outputs
-place, stem = outputs(out_dir), "{stem}"
-for folder in place:
-    folder.mkdir(parents=True, exist_ok=True)
+from pathlib import Path
+folder = Path(out_dir or os.environ["FSP_ROOT"])
+data = folder if out_dir else folder / "data"
+runs, results, figures = data / "runs", data / "results", folder / "figures"
+for place in (runs, results, figures):
+    place.mkdir(parents=True, exist_ok=True)
+"""
+RUNS = (
+    PLACES
+    + """\
 print("backend", os.environ["MPLBACKEND"])
 for seed in seeds:
-    record = place.runs / f"{{seed}}.json"
+    record = runs / f"{{seed}}.json"
     if recompute or not record.exists():
         time.sleep(pretrain)
         record.write_text("{{}}")
         print(f"bar at seed {{seed}}", file=sys.stderr)
 """
+)
 TABLES = """\
-with open(place.results / f"{stem}.csv", "w") as file:
-    csv.writer(file).writerows([["key", "accuracy", "train_s"], *([f"k{s}", lr + s, time.time()] for s in seeds)])
-head = "claim,paper,section,measured,low,high,n,published,holds,note".split(",")
-row = ["Rate | is half", "P", "4.2", lr, lr - 0.1, lr + 0.1, len(seeds), "", "yes" if lr == 0.5 else "no", ""]
-with open(place.results / f"{stem}.claims.csv", "w") as file:
+with open(results / f"{stem}.csv", "w") as file:
+    rows = ([f"k{s}", "finished", lr + s, time.time()] for s in seeds)
+    csv.writer(file).writerows([["key", "status", "accuracy", "train_s"], *rows])
+head = "claim,kind,paper,section,measured,low,high,n,bound,published,holds,note".split(",")
+holds = "yes" if lr > 0.4 else "not decided"
+row = ["Rate | is high", "exploratory", "P", "4.2", lr, lr - 0.1, lr + 0.1, 4, "> 0.3", "", holds, ""]
+with open(results / f"{stem}.claims.csv", "w") as file:
     csv.writer(file).writerows([head, row])
 for ending in ("png", "pdf"):
-    (place.figures / f"{stem}.{ending}").write_bytes(b"drawn")
+    (figures / f"{stem}.{ending}").write_bytes(b"drawn")
 """
 CHATTER = "import time\nfor i in range(3):\n    print(i, flush=True)\n    time.sleep(0.3)"
 FAILS = "raise ValueError('method snap: expected one of snip, grasp')"
@@ -85,9 +95,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def claim(stem="03_x", text="Gap decides", holds="yes", measured=0.5, low=0.4, high=0.6):
-    row = dict.fromkeys(["notebook", *report.CLAIM_COLUMNS], "")
-    return row | {"notebook": stem, "claim": text, "holds": holds, "measured": measured, "low": low, "high": high}
+def claim(text="Gap decides", measured=0.5, low=0.4, high=0.6, above=0.3, **more):
+    row = claims.claim(text, stats.Estimate(measured, low, high, 9), above=above, paper="P")
+    return {"notebook": "03_x"} | row | more
 
 
 # --- what is refused before anything runs
@@ -121,6 +131,23 @@ def test_a_wrong_argument_stops_before_any_notebook_runs(root, capsys, arguments
         reproduce.main([argument.replace("{root}", str(root)) for argument in arguments])
     assert stopped.value.code == 2
     assert re.search(message, capsys.readouterr().err.replace("\n", " "))
+    assert contents(root) == before
+
+
+def test_what_any_notebook_misses_is_said_of_all_at_once_before_one_runs(root, monkeypatch, capsys):
+    def check(**given):
+        if given["lr"] == 0.25:
+            raise FileNotFoundError("cifar10: data_batch_1 not found")
+
+    monkeypatch.setattr(parameters, "check", check)
+    write_notebook(root / "notebooks", "02_b", RUNS)
+    before = contents(root)
+    for arguments in (["-p", "lr=0.25"], ["-p", "lr=0.25", "--only", "2"]):
+        with pytest.raises(SystemExit):
+            reproduce.main(arguments)
+        said = capsys.readouterr().err
+        assert "02_b: cifar10: data_batch_1 not found" in said
+        assert ("01_good: cifar10: data_batch_1 not found" in said) == (len(arguments) == 2)
     assert contents(root) == before
 
 
@@ -178,9 +205,10 @@ def test_a_run_reports_claims_differences_and_the_notebook_that_failed(root, tmp
     write_notebook(root / "notebooks", "00_bad", FAILS)
     committed_results = root / "data" / "results"
     committed_results.mkdir(parents=True)
-    (committed_results / "01_good.csv").write_text("key,accuracy,train_s\nk0,0.5,1.0\nk1,1.25,1.0\nk2,2.5,1.0\n")
-    head = ",".join(report.CLAIM_COLUMNS)
-    (committed_results / "01_good.claims.csv").write_text(f"{head}\nRate | is half,P,4.2,0.7,0.65,0.75,3,,no,\n")
+    rows = pd.DataFrame({"key": ["k0", "k1", "k2"], "status": "finished", "accuracy": [0.5, 1.25, 2.5], "train_s": 1.0})
+    tables.save(rows, committed_results / "01_good.csv")
+    old = claim("Rate | is high", 0.7, 0.65, 0.75, above=0.8, section="4.2")
+    tables.save(pd.DataFrame([old]), committed_results / "01_good.claims.csv")
     repository, out = contents(root), tmp_path / "out"
 
     assert reproduce.main(["--out", str(out), "--workers", "1"]) == 1
@@ -190,9 +218,10 @@ def test_a_run_reports_claims_differences_and_the_notebook_that_failed(root, tmp
     assert "ValueError: method snap: expected one of snip, grasp" in text
     assert str(out / "notebooks" / "00_bad.ipynb") in text
     assert "| 01_good | finished |" in text
-    assert r"| Rate \| is half | P 4.2 | 0.5 [0.4, 0.6] | 2 |" in text
+    assert r"| Rate \| is high | P 4.2 | 0.5 [0.4, 0.6] | 4 | > 0.3 |" in text
     assert "2 rows compared, 1 missing, 0 not in the committed table: `accuracy`: 1 differ, by at most 0.25" in text
     assert "verdict 'yes', committed 'no'" in text
+    assert "bound '> 0.3', committed '> 0.8'" in text.replace("&gt;", ">")
     assert "measured 0.5, committed 0.7 [0.65, 0.75]" in text
     assert "train_s" not in text
     assert "01_good  cell 3/5" in printed.out
@@ -209,7 +238,7 @@ def test_a_notebook_that_keeps_no_promise_or_takes_too_long_has_failed(root, tmp
     write_notebook(root / "notebooks", "01_good", RUNS)
     stale = tmp_path / "a" / "results" / "01_good.claims.csv"
     stale.parent.mkdir(parents=True)
-    stale.write_text(",".join(report.CLAIM_COLUMNS) + "\n")
+    stale.write_text(",".join(claims.CLAIM_COLUMNS) + "\n")
     assert reproduce.main(["--out", str(tmp_path / "a")]) == 1
     assert "without writing 01_good.csv, 01_good.claims.csv, 01_good*.png" in capfd.readouterr().out
 
@@ -328,7 +357,7 @@ def test_resume_leaves_out_what_finished_with_the_same_parameters_and_code(root,
     page = (out / "report.md").read_text()
     assert "| 01_good | finished earlier | 3 |" in page
     assert "| 02_bad | failed | 3 |" in page
-    assert r"| Rate \| is half | P 4.2 | 0.5 [0.4, 0.6] | 2 |" in page
+    assert r"| Rate \| is high | P 4.2 | 0.5 [0.4, 0.6] | 4 | > 0.3 |" in page
 
     good = ("--only", "01", "--resume")
     assert runs(*good) == []
@@ -421,7 +450,7 @@ def test_refresh_renews_notebook_tables_and_readme_and_check_changes_nothing(roo
     assert not (root / "data" / "runs").exists()
     text = readme.read_text()
     assert text.startswith("# x\n<!-- claims -->\n|  | What its notebook finds |")
-    assert "| [01](notebooks/01_good.ipynb) | 01_good | 1 | 0 | 0 |\n<!-- /claims -->\nend\n" in text
+    assert "| [01](notebooks/01_good.ipynb) | 01_good | 1 | 0 | 0 | 0 |\n<!-- /claims -->\nend\n" in text
     page = (root / "data" / "results" / "README.md").read_text()
     assert "| Claim |" in page
     assert page.endswith("[01](../../notebooks/01_good.ipynb) |\n")
@@ -437,16 +466,148 @@ def test_refresh_renews_notebook_tables_and_readme_and_check_changes_nothing(roo
     sanitize.unlink()
     assert reproduce.main(["--check"]) == 1
 
-    write_notebook(root / "notebooks", "01_good", RUNS, FAILS)
+    write_notebook(root / "notebooks", "02_bad", RUNS, FAILS)
     before = contents(root)
     assert reproduce.main(["--refresh", "--recompute"]) == 1
+    assert contents(root) == before, "what finished beside a failure changes nothing either"
+    assert "failed, and nothing was changed: 02_bad" in capfd.readouterr().err
+
+
+def test_refresh_needs_a_tree_without_changes_so_that_results_can_name_their_commit(root, capsys):
+    git = ["git", "-C", str(root), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    (root / "README.md").write_text("<!-- claims -->\n<!-- /claims -->\n")
+    renew.check_clean()  # without git nothing is known
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *command], check=True)
+    (root / "untracked").write_text("")
+    renew.check_clean()
+    write_notebook(root / "notebooks", "01_good", FAILS)
+    before = contents(root)
+    with pytest.raises(SystemExit) as stopped:
+        reproduce.main(["--refresh"])
+    assert stopped.value.code == 2
+    assert "commit or undo the changes of notebooks/01_good.ipynb first" in capsys.readouterr().err
     assert contents(root) == before
 
 
+# A notebook that takes the rows of its table as they are, and does the other runs.
+REUSES = (
+    PLACES
+    + """\
+sys.path.insert(0, r"{folder}")
+from quantity{number} import double
+
+def run(seed):
+    return double(seed) + 0.5
+
+table = results / "{stem}.csv"
+known = {{row["key"]: row for row in csv.DictReader(table.open())}} if table.exists() else {{}}
+rows = []
+for seed in range(4):
+    new = {{"key": f"k{{seed}}", "status": "finished", "value": run(seed), "unread": run(seed), "wall_s": time.time()}}
+    rows.append(known.get(new["key"], new))
+with table.open("w") as file:
+    csv.writer(file).writerows([list(rows[0]), *(row.values() for row in rows)])
+values = [float(row["value"]) for row in rows]
+head = "claim,kind,paper,section,measured,low,high,n,bound,published,holds,note".split(",")
+row = ["It is high", "exploratory", "P", "", sum(values) / 4, min(values), max(values), 4, "> 0.25", "", "yes", ""]
+with open(results / "{stem}.claims.csv", "w") as file:
+    csv.writer(file).writerows([head, row])
+for ending in ("png", "pdf"):
+    (figures / f"{stem}.{{ending}}").write_bytes(b"drawn")
+"""
+)
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert text.count(old) == 1, (path, text.count(old))
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+@pytest.fixture
+def committed(root, capfd):
+    """The repository with six notebooks, refreshed; and a function for the lines of --check on notebooks."""
+    folder, results = root / "notebooks", root / "data" / "results"
+    (folder / "01_good.ipynb").unlink()
+    (root / "README.md").write_text("<!-- claims -->\n<!-- /claims -->\n")
+    for stem in ("01_same", "02_claim", "03_cell", "04_run", "05_definition", "06_times"):
+        text = REUSES.replace("{folder}", str(folder)).replace("{number}", stem[:2])
+        tag = "timing" if stem == "06_times" else "nbval-check-output"
+        write_notebook(folder, stem, text, tag=tag)
+        (folder / f"quantity{stem[:2]}.py").write_text("def double(x):\n    return 2 * x\n")
+    assert reproduce.main(["--refresh", "--workers", "2"]) == 0
+
+    def check(*arguments: str) -> dict[str, list[str]]:
+        capfd.readouterr()
+        before = contents(root)
+        status = reproduce.main(["--check", "--workers", "2", *arguments])
+        printed = capfd.readouterr()
+        assert contents(root) == before
+        assert " failed" not in printed.out, "nbval itself sees none of this"
+        found = {}
+        for line in printed.err.splitlines():
+            if re.match("0[1-6]_", line):
+                stem, sentence = line.split(": ", 1)
+                found.setdefault(stem, []).append(sentence)
+        assert status == bool(found)
+        return found
+
+    return SimpleNamespace(notebooks=folder, results=results, check=check)
+
+
+def test_check_notices_an_edited_claim_cell_run_function_and_definition(committed):
+    assert committed.check() == {}
+    edit(committed.notebooks / "02_claim.ipynb", "> 0.25", "> 0.125")
+    edit(committed.results / "03_cell.csv", "k2,finished,4.5,4.5", "k2,finished,4.5,4.75")
+    edit(committed.notebooks / "04_run.ipynb", "double(seed) + 0.5", "double(seed) + 0.625")
+    edit(committed.notebooks / "quantity05.py", "2 * x", "2 * x + 1e-12")
+    edit(committed.results / "06_times.claims.csv", "yes", "no")
+    found = committed.check()
+    assert found.pop("02_claim") == ["bound '> 0.125', committed '> 0.25': It is high"]
+    assert found.pop("03_cell")[0] == "03_cell.csv is not as make refresh wrote it"
+    run = [text for text in found.pop("04_run") if "runs done anew" in text]
+    assert re.fullmatch(r"2 runs done anew \(k\d, k\d\) differ .*: `value`: 2 differ, by at most 0.125; .*", run[0])
+    definition = found.pop("05_definition")
+    assert len(definition) == 1
+    assert "runs done anew" in definition[0]
+    assert found.pop("06_times") == [
+        "06_times.claims.csv is not as make refresh wrote it",
+        "committed: verdict 'no' is written, 'yes' follows from its numbers: It is high",
+        "verdict 'yes', committed 'no': It is high",
+    ]
+    assert found == {}
+
+
+def test_check_allows_another_processor_a_tenth_of_the_range_of_a_column_and_a_notebook_of_times_any_time(committed):
+    only = ("--only", "04", "06")
+    edit(committed.notebooks / "06_times.ipynb", "double(seed) + 0.5", "double(seed) + 99")
+    edit(committed.notebooks / "04_run.ipynb", "double(seed) + 0.5", "double(seed) + 0.625")
+    written = committed.results / "provenance.json"
+    known = json.loads(written.read_text())
+    assert list(known) == ["01_same", "02_claim", "03_cell", "04_run", "05_definition", "06_times"]
+    known["04_run"]["made_with"]["cpu"] = "another"
+    written.write_text(json.dumps(known))
+    assert committed.check(*only) == {}
+    edit(committed.notebooks / "04_run.ipynb", "double(seed) + 0.625", "double(seed) + 1.25")
+    [found] = committed.check(*only)["04_run"]
+    assert "`value`: 2 differ, by at most 0.75" in found
+
+
+def test_check_says_what_is_not_committed(committed):
+    (committed.results / "01_same.claims.csv").unlink()
+    (committed.results / "provenance.json").unlink()
+    found = committed.check("--only", "01", "06")
+    assert found["01_same"] == ["01_same.claims.csv is not committed: make refresh writes it"]
+    assert "06_times.csv is not as make refresh wrote it" in found["06_times"]
+
+
 def test_the_short_page_counts_the_verdicts_of_each_notebook():
-    claims = pd.DataFrame({"notebook": ["01_a"] * 3 + ["02_b"], "holds": ["yes", "no", "yes", "not decided"]})
-    rows = report.verdicts_table(claims, {"01_a": "A", "03_c": "C"}, link="x").splitlines()[2:]
-    assert rows == ["| [01](x/01_a.ipynb) | A | 2 | 1 | 0 |", "| [03](x/03_c.ipynb) | C | 0 | 0 | 0 |"]
+    holds = ["yes", "no", "yes", "equivalent", "not decided"]
+    found = pd.DataFrame({"notebook": ["01_a"] * 4 + ["02_b"], "holds": holds})
+    rows = report.verdicts_table(found, {"01_a": "A", "03_c": "C"}, link="x").splitlines()
+    assert rows[0] == "|  | What its notebook finds | claims hold | equivalent | do not hold | not decided |"
+    assert rows[2:] == ["| [01](x/01_a.ipynb) | A | 2 | 1 | 1 | 0 |", "| [03](x/03_c.ipynb) | C | 0 | 0 | 0 | 0 |"]
 
 
 # --- comparing
@@ -480,6 +641,16 @@ def test_numbers_differ_beyond_a_tolerance_and_all_else_where_it_is_not_the_same
     assert report.compare_rows(old.assign(**new), old).differing == said
 
 
+def test_more_tolerance_is_a_share_of_the_range_of_the_committed_column():
+    old = pd.DataFrame({"key": ["a", "b", "c"], "x": [0.0, 10.0, 0.0], "code": "1"})
+    assert report.compare_rows(old.assign(x=[0.9, 10.0, 0.0], code="2"), old, of_range=0.1).differing == {}
+    assert report.compare_rows(old.assign(x=[1.1, 10.0, 0.0]), old[:2], of_range=0.1).differing != {}
+    assert report.compare_rows(old.assign(x=[0.9, 10.0, 0.0]), old).differing != {}
+    last_bit = old.assign(x=[0.0, 10.000000000000002, 0.0])
+    assert report.compare_rows(last_bit, old).differing == {}
+    assert report.compare_rows(last_bit, old, rtol=0).differing != {}
+
+
 def test_a_column_that_is_gone_is_named():
     old = pd.DataFrame({"key": ["a"], "x": [1.0]})
     assert report.compare_rows(old[["key"]], old).differing == {"x": "only in the committed table"}
@@ -491,7 +662,11 @@ def test_a_column_that_is_gone_is_named():
         ([claim(measured=0.59)], []),
         ([claim(measured=0.61)], ["measured 0.61, committed 0.5 [0.4, 0.6]: Gap decides"]),
         ([claim(measured=float("nan"))], ["measured nan, committed 0.5 [0.4, 0.6]: Gap decides"]),
-        ([claim(holds="not decided")], ["verdict 'not decided', committed 'yes': Gap decides"]),
+        ([claim(low=0.2)], ["verdict 'not decided', committed 'yes': Gap decides"]),
+        ([claim(above=0.35)], ["bound '> 0.35', committed '> 0.3': Gap decides"]),
+        ([claim(kind="primary")], ["kind 'primary', committed 'exploratory': Gap decides"]),
+        ([claim(paper="Q")], ["paper 'Q', committed 'P': Gap decides"]),
+        ([claim(note="other", published="0.5")], []),
         ([], ["missing: Gap decides"]),
         ([claim(), claim(text="Width decides")], ["not committed: Width decides"]),
     ],
@@ -501,7 +676,26 @@ def test_a_claim_is_the_same_if_its_verdict_is_and_its_value_stays_in_the_commit
     assert report.compare_claims(pd.DataFrame(new, columns=old.columns), old) == said
 
 
+def test_claims_from_the_same_rows_are_the_same_in_every_column():
+    old = pd.DataFrame([claim()])
+    assert report.compare_claims(pd.DataFrame([claim(measured=0.5 + 1e-9)]), old, exact=True) == []
+    new = pd.DataFrame([claim(measured=0.59, low=0.41, note="other", n=8)])
+    assert report.compare_claims(new, old, exact=True) == [
+        "note 'other', committed '': Gap decides",
+        "measured 0.59, committed 0.5: Gap decides",
+        "low 0.41, committed 0.4: Gap decides",
+        "n 8, committed 9: Gap decides",
+    ]
+
+
+def test_a_committed_verdict_that_its_row_does_not_give_is_named_although_the_new_one_agrees():
+    wrong = pd.DataFrame([claim(holds="no")])
+    said = "committed: verdict 'no' is written, 'yes' follows from its numbers: Gap decides"
+    assert report.compare_claims(wrong, wrong) == [said]
+
+
 def test_a_committed_claim_without_an_interval_is_compared_by_its_value():
     old = pd.DataFrame([claim(low=float("nan"), high=float("nan"))])
+    assert list(old.holds) == ["not decided"]
     assert report.compare_claims(old, old) == []
     assert len(report.compare_claims(old.assign(measured=0.5001), old)) == 1

@@ -1,4 +1,4 @@
-"""Intervals, correlations and verdicts against scipy, formulas and simulated data with a known answer."""
+"""Intervals and correlations against scipy, formulas and simulated data with a known answer."""
 
 import math
 
@@ -9,16 +9,12 @@ import scipy.stats
 
 from fsp.compendium import stats
 from fsp.compendium.stats import (
-    CLAIM_COLUMNS,
-    Estimate,
-    claim,
     clustered,
     mean,
     paired_difference,
     rank_correlation,
     spearman,
     spearman_difference,
-    verdict,
 )
 
 NAN = math.nan
@@ -395,60 +391,3 @@ def test_columns_to_draw_by_must_be_there_and_filled(by):
 def test_samples_of_other_shapes_are_refused_with_their_shapes(call):
     with pytest.raises(ValueError, match=r"one-dimensional samples of one length are needed, not of shapes \[\("):
         call()
-
-
-# ---- verdicts and claims -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "above", "below"),
-    [
-        (0.6, 0.9, "yes", "no"),
-        (0.1, 0.4, "no", "yes"),
-        (0.4, 0.6, "not decided", "not decided"),
-        (0.5, 0.9, "not decided", "not decided"),  # it holds the bound
-        (0.1, 0.5, "not decided", "not decided"),
-        (0.5, 0.5, "not decided", "not decided"),
-        (NAN, NAN, "not decided", "not decided"),
-        (-math.inf, 0.4, "no", "yes"),
-    ],
-)
-def test_a_verdict_needs_the_whole_interval_on_one_side(low, high, above, below):
-    estimate = Estimate((low + high) / 2, low, high, 9)
-    assert verdict(estimate, above=0.5) == above
-    assert verdict(estimate, below=0.5) == below
-
-
-def test_a_bound_of_zero_is_a_bound():
-    assert verdict(Estimate(0.2, 0.1, 0.3, 9), above=0) == "yes"
-    assert verdict(Estimate(0.2, 0.1, 0.3, 9), below=0) == "no"
-    assert verdict(Estimate(-0.2, -0.3, -0.1, 9), below=0) == "yes"
-
-
-def test_fewer_than_three_observations_decide_nothing():
-    assert verdict(Estimate(0.8, 0.7, 0.9, 2), above=0.5) == "not decided"
-    assert verdict(Estimate(0.8, 0.7, 0.9, 3), above=0.5) == "yes"
-
-
-@pytest.mark.parametrize("bounds", [{}, {"above": 0.1, "below": 0.9}])
-def test_a_claim_has_one_bound(bounds):
-    with pytest.raises(ValueError, match="one bound"):
-        verdict(Estimate(0.5, 0.4, 0.6, 3), **bounds)
-
-
-def test_a_claim_is_a_row_with_the_columns_of_the_claims_table_in_order():
-    row = claim(
-        "A beats B", Estimate(0.8, 0.7, 0.9, 30), "yes", paper="P", section="4.2", published=".83", note="small"
-    )
-    assert tuple(row) == CLAIM_COLUMNS
-    assert CLAIM_COLUMNS == (
-        "claim", "paper", "section", "measured", "low", "high", "n", "published", "holds", "note"
-    )  # fmt: skip
-    assert tuple(row.values()) == ("A beats B", "P", "4.2", 0.8, 0.7, 0.9, 30, ".83", "yes", "small")
-    assert claim("A", Estimate(1, 1, 1, 1), "no", paper="P")["section"] == ""
-
-
-@pytest.mark.parametrize("holds", ["Yes", "", True, "undecided"])
-def test_a_claim_holds_or_not_or_is_not_decided(holds):
-    with pytest.raises(ValueError, match=r'"yes", "no" or "not decided", not '):
-        claim("A beats B", Estimate(0.8, 0.7, 0.9, 30), holds, paper="P")

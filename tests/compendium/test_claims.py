@@ -1,0 +1,176 @@
+import math
+from itertools import pairwise
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from fsp.compendium import report
+from fsp.compendium.claims import CLAIM_COLUMNS, LEAST, claim, contradictions, verdict
+from fsp.compendium.stats import Estimate
+from fsp.paths import DATA
+
+NAN, INF = math.nan, math.inf
+COMMITTED = sorted(path.name.removesuffix(".claims.csv") for path in (DATA / "results").glob("*.claims.csv"))
+
+
+def between(low, high, n=9):
+    return Estimate((low + high) / 2, low, high, n)
+
+
+# --- verdicts
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "above", "below"),
+    [
+        (0.6, 0.9, "yes", "no"),
+        (0.1, 0.4, "no", "yes"),
+        (0.4, 0.6, "not decided", "not decided"),
+        (0.5, 0.9, "not decided", "not decided"),  # it touches the bound
+        (0.1, 0.5, "not decided", "not decided"),
+        (0.5, 0.5, "not decided", "not decided"),
+        (math.nextafter(0.5, 1), 0.9, "yes", "no"),
+        (0.1, math.nextafter(0.5, 0), "no", "yes"),
+        (0.6, INF, "yes", "no"),
+        (-INF, 0.4, "no", "yes"),
+        (NAN, NAN, "not decided", "not decided"),
+        (NAN, 0.4, "not decided", "not decided"),
+        (0.6, NAN, "not decided", "not decided"),
+    ],
+)
+def test_a_one_sided_claim_needs_the_whole_interval_on_its_side(low, high, above, below):
+    assert verdict(between(low, high), "> 0.5") == above
+    assert verdict(between(low, high), "< 0.5") == below
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "holds"),
+    [
+        (0.96, 1.04, "equivalent"),
+        (0.95, 1.04, "not decided"),  # it touches a bound
+        (0.96, 1.05, "not decided"),
+        (0.90, 1.04, "not decided"),
+        (0.96, 1.10, "not decided"),
+        (0.90, 1.10, "not decided"),  # wider than the bounds: neither inside nor outside
+        (0.80, 0.94, "no"),
+        (1.06, 1.20, "no"),
+        (0.80, 0.95, "not decided"),
+        (1.05, 1.20, "not decided"),
+        (-INF, INF, "not decided"),
+        (NAN, NAN, "not decided"),
+    ],
+)
+def test_equivalence_needs_the_whole_interval_between_the_bounds_and_a_no_the_whole_outside(low, high, holds):
+    assert verdict(between(low, high), "within 0.95 … 1.05") == holds
+
+
+def test_the_ends_of_the_interval_decide_and_not_the_value_in_it():
+    assert verdict(Estimate(22.4, 19.9, 56.9, 12), "> 20") == "not decided"
+    assert verdict(Estimate(0.4, 0.6, 0.9, 12), "> 0.5") == "yes"
+
+
+@pytest.mark.parametrize("bound", ["> 0.5", "< 0.5", "within 0.1 … 0.2"])
+def test_fewer_than_three_observations_decide_nothing(bound):
+    assert LEAST == 3
+    for n in (0, 1, 2, NAN):
+        assert verdict(between(0.7, 0.8, n), bound) == "not decided"
+    assert verdict(between(0.7, 0.8, 3), bound) in ("yes", "no")
+
+
+WRONG = ["", "0.5", ">0.5", ">= 0.5", "> half", "> nan", "< inf", "> 1 2", "> 0.5 "]
+WRONG += ["within 1", "within 2 … 1", "within 1 … 1", "within 0 .. 1"]
+
+
+@pytest.mark.parametrize("bound", WRONG)
+def test_a_bound_that_cannot_be_read_is_an_error_that_shows_the_forms(bound):
+    with pytest.raises(ValueError, match=r'expected "> a", "< b" or "within a … b"'):
+        verdict(between(0.6, 0.9), bound)
+
+
+# --- claims
+
+
+def test_a_claim_is_a_row_with_the_columns_of_the_claims_table_in_order():
+    about = {"paper": "P", "section": "4.2", "published": ".83", "kind": "primary", "note": "small"}
+    row = claim("A beats B", Estimate(0.8, 0.7, 0.9, 30), above=0.5, **about)
+    assert tuple(row) == CLAIM_COLUMNS
+    assert " ".join(row) == "claim kind paper section measured low high n bound published holds note"
+    assert tuple(row.values()) == (
+        *("A beats B", "primary", "P", "4.2", 0.8, 0.7, 0.9, 30), "> 0.5", ".83", "yes", "small"
+    )  # fmt: skip
+    short = claim("A", between(1, 2), below=1, paper="P")
+    assert [short[name] for name in ("kind", "section", "published", "note")] == ["exploratory", "", "", ""]
+
+
+@pytest.mark.parametrize(
+    ("given", "bound", "holds"),
+    [
+        ({"above": 0}, "> 0", "yes"),
+        ({"below": 0}, "< 0", "no"),
+        ({"above": -0.02}, "> -0.02", "yes"),
+        ({"below": 20}, "< 20", "yes"),
+        ({"below": 1e-9}, "< 1e-09", "no"),
+        ({"above": np.float64(0.1) * 3}, "> 0.30000000000000004", "not decided"),
+        ({"above": 1e22}, "> 1e+22", "no"),
+        ({"equivalent": 0.5}, "within -0.5 … 0.5", "equivalent"),
+        ({"equivalent": (0.2, 0.5)}, "within 0.2 … 0.5", "not decided"),
+        ({"equivalent": (-1, 0)}, "within -1 … 0", "no"),
+    ],
+)
+def test_a_bound_is_stored_as_text_that_gives_the_verdict_back(given, bound, holds):
+    row = claim("A", Estimate(0.3, 0.2, 0.4, 5), **given, paper="P")
+    assert (row["bound"], row["holds"]) == (bound, holds)
+    assert verdict(Estimate(0.3, 0.2, 0.4, 5), row["bound"]) == holds
+
+
+def test_a_bound_keeps_every_bit():
+    third = 1 / 3
+    values = [math.nextafter(third, 0), third, math.nextafter(third, 1)]
+    texts = [claim("A", between(0, 1), above=value, paper="P")["bound"] for value in values]
+    assert [float(text.removeprefix("> ")) for text in texts] == values
+    assert all(a != b for a, b in pairwise(texts))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "one bound: pass above=..., below=... or equivalent=..."),
+        ({"above": 0.1, "below": 0.9}, "one bound"),
+        ({"above": 0.1, "equivalent": 0.9}, "one bound"),
+        ({"above": NAN}, "bound '> nan'"),
+        ({"below": INF}, "bound '< inf'"),
+        ({"equivalent": 0}, "bound 'within 0 … 0'|bound 'within -0 … 0'"),
+        ({"equivalent": -0.5}, "bound 'within 0.5 … -0.5'"),
+        ({"equivalent": (1, 2, 3)}, "bound 'within 1 … 2 … 3'"),
+        ({"above": 0, "kind": "secondary"}, "kind is 'secondary': expected primary or exploratory"),
+    ],
+)
+def test_a_claim_has_one_bound_of_finite_numbers_and_a_known_kind(given, message):
+    with pytest.raises(ValueError, match=message):
+        claim("A", between(0.1, 0.2), paper="P", **given)
+
+
+# --- tables of claims
+
+
+@pytest.mark.parametrize("stem", COMMITTED)
+def test_every_committed_verdict_follows_from_its_row(stem):
+    table = report.read_claims(DATA / "results", [stem])
+    assert len(table) > 0
+    assert contradictions(table) == []
+
+
+def test_a_verdict_that_its_row_does_not_give_is_named():
+    rows = [claim(text, between(0.6, 0.9), above=0.5, paper="P") for text in "ABCD"]
+    assert contradictions(pd.DataFrame(rows)) == []
+    rows[0]["holds"] = "no"
+    rows[1]["n"] = 1
+    rows[2]["bound"] = "above half"
+    rows[3]["claim"] = "A"
+    twice, *wrong = contradictions(pd.DataFrame(rows))
+    assert twice == "there is more than one claim: A"
+    assert wrong[0] == "verdict 'no' is written, 'yes' follows from its numbers: A"
+    assert wrong[1] == "verdict 'yes' is written, 'not decided' follows from its numbers: B"
+    assert wrong[2].startswith("bound 'above half': expected")
+    assert len(wrong) == 3
