@@ -196,7 +196,7 @@ def _check_finished(table: pd.DataFrame, store: Path) -> None:
         return
     first = read_record(store / f"{failed.iloc[0]}.json")["error"].strip().splitlines()[-1]
     total = table.key.nunique()
-    kept = "" if len(failed) == total else f"; the {total - len(failed)} finished ones are kept and not done again"
+    kept = "" if len(failed) == total else "; finished ones are kept and not done again"
     raise RuntimeError(f"{len(failed)} of {total} runs failed, the first with {first}{kept}")
 
 
@@ -220,7 +220,7 @@ def save_claims(rows: list[dict], given: SimpleNamespace, stem: str) -> pd.DataF
 
 def made_with(**more: object) -> pd.DataFrame:
     """What this notebook was made with: versions, commit, hardware, and what else is to be told."""
-    return pd.Series(provenance() | more).drop("code").to_frame("made with")
+    return pd.Series(provenance() | more).drop(["code", "host", "process"]).to_frame("made with")
 
 
 # ---- statistics --------------------------------------------------------------------------------------------------

@@ -157,9 +157,8 @@ def test_a_data_set_that_is_not_downloaded_is_named_with_its_folder_and_what_to_
     check(dataset="digits")
     check(dataset="synthetic")
     for name in DATASETS.keys() - {"digits", "synthetic"}:
-        with pytest.raises(
-            FileNotFoundError, match=rf'^{name}: .* not found in {tmp_path}.*load\("{name}", download=True'
-        ):
+        remedy = rf'^{name}: .* not found in {tmp_path}.*load\("{name}", download=True'
+        with pytest.raises(FileNotFoundError, match=remedy):
             check(dataset=name)
     (tmp_path / "cifar-10-python.tar.gz").touch()  # an archive is unpacked, and verified, by load
     check(dataset="cifar10")
@@ -176,7 +175,7 @@ def test_a_scheduler_that_does_not_answer_is_named_with_what_to_do(monkeypatch):
 
 @pytest.mark.parametrize("folder", [".", "data"])
 def test_an_output_folder_in_which_committed_files_lie_is_refused(folder):
-    with pytest.raises(ValueError, match="out_dir = .* would overwrite what is committed"):
+    with pytest.raises(ValueError, match=r"out_dir = .* would overwrite what is committed"):
         check(out_dir=str(ROOT / folder))
 
 
