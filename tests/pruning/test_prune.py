@@ -41,6 +41,8 @@ REFUSED = {  # where exactly that is, of `DENSITIES`
     ("resnet8", "uniform_plus"): [0.01, 1e-3, 1e-4],
     ("resnet8", "smart_ratio"): [1, 1e-3, 1e-4],
     ("resnet8", "phew"): [1e-4],
+    ("vgg16", "uniform_plus"): [1e-4],
+    ("vgg16", "smart_ratio"): [1, 1e-4],
 }
 SHAPES = {"mlp": (1, 8, 8), "resnet8": (3, 8, 8)}
 MODELS = {
