@@ -178,7 +178,10 @@ def sweep(
     known = path if given.out_dir else committed
     scheduler = None if here else given.scheduler
     options = {"store": place.runs, "table": known, "recompute": given.recompute, "scheduler": scheduler}
-    table = runs.sweep(function, configs, **options)
+    try:
+        table = runs.sweep(function, configs, **options)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped: finished runs are kept, and this cell goes on from there") from None
     _check_finished(table, place.runs)
     if known != path and known.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
