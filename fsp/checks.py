@@ -42,3 +42,11 @@ def check_generator(generator: object) -> None:
         raise ValueError(
             f"generator={generator!r}: expected a torch.Generator on the CPU, such as torch.Generator().manual_seed(0)"
         )
+
+
+def given_or_seed_0(generator: torch.Generator | None) -> torch.Generator:
+    """The generator, checked, or for None a fresh one with seed 0: no global state is read."""
+    if generator is None:
+        return torch.Generator().manual_seed(0)
+    check_generator(generator)
+    return generator

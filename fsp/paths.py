@@ -18,29 +18,50 @@ PUBLISHED = DATA / "published"
 
 
 class Outputs(NamedTuple):
-    """The three folders a notebook writes to."""
+    """Three folders: of run records, of result tables, of figures."""
 
     runs: Path
     results: Path
     figures: Path
 
 
-def outputs(out_dir: str | Path = "") -> Outputs:
-    """Folders for run records, result tables and figures.
+COMMITTED = Outputs(DATA / "runs", DATA / "results", ROOT / "figures")  # the repository's own, to be read
+
+
+def outputs(out_dir: str | Path, stem: str) -> Outputs:
+    """Folders a notebook writes to; they are the committed ones for ``make refresh`` alone.
 
     Parameters
     ----------
     out_dir : str or path
-        Empty: the repository's own ``data/runs``, ``data/results`` and ``figures``.
-        Otherwise everything goes below this folder and the repository is left as it is.
-        A relative path is taken from the working directory.
+        Everything goes below this folder; a relative path is taken from the working directory. Empty: tables and
+        figures go to ``scratch/<stem>`` in the repository, which git ignores, and run records to ``data/runs``; where
+        the environment variable ``FSP_RENEW`` is 1, all go to `COMMITTED`.
+    stem : str
+        Name of the notebook.
 
     Returns
     -------
     Outputs
         Folders need not exist yet; `fsp.files.replacing` makes them.
+
+    Raises
+    ------
+    ValueError
+        If a folder below `out_dir` is one of `COMMITTED`.
     """
-    if not str(out_dir):
-        return Outputs(DATA / "runs", DATA / "results", ROOT / "figures")
-    base = Path(out_dir).expanduser().resolve()
-    return Outputs(base / "runs", base / "results", base / "figures")
+    if str(out_dir):
+        base = Path(out_dir).expanduser().resolve()
+        found = Outputs(base / "runs", base / "results", base / "figures")
+        if set(found) & set(COMMITTED):
+            raise ValueError(f"out_dir = {str(out_dir)!r} would overwrite what is committed: choose another folder")
+        return found
+    if renewing():
+        return COMMITTED
+    base = ROOT / "scratch" / stem
+    return Outputs(COMMITTED.runs, base / "results", base / "figures")
+
+
+def renewing() -> bool:
+    """Whether notebooks may write into the committed folders, as ``make refresh`` lets them do in its copy."""
+    return os.environ.get("FSP_RENEW") == "1"

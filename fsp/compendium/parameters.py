@@ -7,6 +7,7 @@ turns a wrong name or value into an error that names the valid choices.
 import ast
 import dataclasses
 import math
+import re
 import sys
 from collections.abc import Callable, Collection
 from numbers import Real
@@ -15,10 +16,11 @@ from types import SimpleNamespace
 import torch
 import yaml
 
-from fsp.data import DATASETS, is_count
+from fsp.data import DATASETS, check_files, is_count
 from fsp.models import INITS, MODELS
+from fsp.paths import outputs
 from fsp.pruning import METHODS
-from fsp.runs.cluster import SCHEDULERS, is_scheduler
+from fsp.runs.cluster import SCHEDULERS, connect, is_scheduler
 from fsp.training import TrainConfig
 from fsp.training.dynamic import PRESETS
 
@@ -55,6 +57,10 @@ def check(**given: object) -> Given:
     ValueError
         For a value out of range, naming it and what is possible, and for a parameter that papermill injected but
         the notebook does not have.
+    FileNotFoundError
+        If the files of ``dataset`` are not there; see `fsp.data.check_files`.
+    ConnectionError
+        If no scheduler answers at the address ``scheduler``.
 
     Examples
     --------
@@ -90,6 +96,12 @@ def check(**given: object) -> Given:
             raise ValueError(f"model_options = {options!r} do not fit {model}: {error}") from error
     if given.get("device") == "auto":
         given["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    outputs(given.get("out_dir", ""), "")
+    if "dataset" in given:
+        check_files(given["dataset"])
+    if given.get("scheduler") not in (None, "local"):
+        with connect(given["scheduler"]):
+            pass
     return Given(**given)
 
 
@@ -147,7 +159,10 @@ def _is_fraction(value: object) -> bool:
 
 def _is_device(value: object) -> bool:
     """Whether a value names a device that this machine has."""
-    return str(value) in ("auto", "cpu") or (str(value).startswith("cuda") and torch.cuda.is_available())
+    if str(value) in ("auto", "cpu"):
+        return True
+    found = re.fullmatch(r"cuda(?::(\d+))?", str(value))
+    return bool(found) and torch.cuda.is_available() and int(found[1] or 0) < torch.cuda.device_count()
 
 
 COUNT = (lambda value: is_count(value, 1)), "a whole number of at least 1"
@@ -186,6 +201,6 @@ RULES: dict[str, Rule] = {
     ),
     "device": (_is_device, "auto or cpu, or cuda where there is a CUDA device"),
     "recompute": ((lambda value: isinstance(value, bool)), "True or False"),
-    "out_dir": ((lambda value: isinstance(value, str)), 'a folder, or "" for the repository'),
+    "out_dir": ((lambda value: isinstance(value, str)), 'a folder, or "" for scratch/ in the repository'),
     "scheduler": ((lambda value: value is None or (isinstance(value, str) and is_scheduler(value))), SCHEDULERS),
 }

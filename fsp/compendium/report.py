@@ -252,7 +252,7 @@ def compare_claims(ours: pd.DataFrame, committed: pd.DataFrame, *, exact: bool =
 
 def compare_committed(results: Path, stem: str) -> list[str]:
     """What differs between a notebook's tables in a folder and the committed ones, in sentences."""
-    committed = paths.outputs().results
+    committed = paths.COMMITTED.results
     if not (committed / f"{stem}.csv").exists() or not (committed / f"{stem}.claims.csv").exists():
         return ["nothing is committed to compare with"]
     rows, committed_rows = (tables.read(folder / f"{stem}.csv") for folder in (results, committed))

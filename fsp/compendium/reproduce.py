@@ -201,7 +201,7 @@ def reproduce(
     """
     from fsp.compendium import report
 
-    place = outputs(out)
+    place = outputs(out, "")
     records = len(list(place.runs.glob("*.json")))
     (out / "finished").mkdir(parents=True, exist_ok=True)
     outcomes, waiting, marks = {}, [], {}

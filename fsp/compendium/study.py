@@ -4,7 +4,9 @@ A run is ``begin`` (data, network, generator), ``prune`` and ``train``; every st
 All draws but those of the training come from one generator, in this order: initial weights, scoring examples, masks.
 """
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -15,12 +17,13 @@ from scipy.optimize import isotonic_regression
 from torch import nn
 
 from fsp import models, pruning, runs
-from fsp.compendium import stats
+from fsp.compendium import claims
 from fsp.data import Data, load, scoring_batches
 from fsp.masks import Masks
-from fsp.paths import outputs
+from fsp.paths import COMMITTED, ROOT, outputs, renewing
 from fsp.runs import tables
 from fsp.runs.provenance import provenance
+from fsp.runs.records import read_record
 from fsp.training import History, TrainConfig, fit
 
 # What a config needs for `begin` and `train`, beside its seed.
@@ -131,8 +134,20 @@ def chosen(given: SimpleNamespace, *names: str) -> dict:
     return {name: getattr(given, name) for name in names}
 
 
-def sweep(function: Callable, configs: list[dict], given: SimpleNamespace, stem: str) -> pd.DataFrame:
+def sweep(
+    function: Callable,
+    configs: list[dict],
+    given: SimpleNamespace,
+    stem: str,
+    *,
+    here: bool = False,
+    whole: bool = False,
+) -> pd.DataFrame:
     """Do the missing runs of a notebook, and put the rows of all into its table ``<stem>.csv``.
+
+    Rows of the committed table, or of the one below ``out_dir``, are taken as they are. A committed file is never
+    written, except for ``make refresh``: see `fsp.paths.outputs`. One printed line says where the results go, and
+    whether these are the runs that the text of the notebook describes.
 
     Parameters
     ----------
@@ -142,59 +157,76 @@ def sweep(function: Callable, configs: list[dict], given: SimpleNamespace, stem:
         Parameters of the notebook: ``out_dir``, ``recompute`` and ``scheduler``.
     stem : str
         Name of the notebook.
+    here : bool
+        Do the runs in this process, whatever the scheduler: for what measures workers itself.
+    whole : bool
+        Give the whole table, with the runs of other parameters that it holds.
 
     Returns
     -------
     pandas.DataFrame
-        The rows of these configs; the file may hold more, of other parameters.
+        The rows of these configs; the file may hold more.
+
+    Raises
+    ------
+    RuntimeError
+        If a run failed, with the first error and the number of failed runs. The table stays as it is; finished runs
+        are kept as records.
     """
-    place = outputs(given.out_dir)
-    path = place.results / f"{stem}.csv"
-    table = runs.sweep(
-        function, configs, store=place.runs, table=path, recompute=given.recompute, scheduler=given.scheduler
-    )
+    place = outputs(given.out_dir, stem)
+    path, committed = (folder / f"{stem}.csv" for folder in (place.results, COMMITTED.results))
+    known = path if given.out_dir else committed
+    scheduler = None if here else given.scheduler
+    options = {"store": place.runs, "table": known, "recompute": given.recompute, "scheduler": scheduler}
+    try:
+        table = runs.sweep(function, configs, **options)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped: finished runs are kept, and this cell goes on from there") from None
+    _check_finished(table, place.runs)
+    if known != path and known.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(known, path)  # the table as a refresh would make it
     tables.update(table, path)
-    return table
+    if not renewing():
+        print(_where(place.results.parent, table, committed, whole))
+    return tables.read(path) if whole else table
+
+
+def _check_finished(table: pd.DataFrame, store: Path) -> None:
+    """Raise the first error of the runs that failed, if any did."""
+    failed = table.key[table.status == "failed"]
+    if failed.empty:
+        return
+    first = read_record(store / f"{failed.iloc[0]}.json")["error"].strip().splitlines()[-1]
+    total = table.key.nunique()
+    kept = "" if len(failed) == total else "; finished ones are kept and not done again"
+    raise RuntimeError(f"{len(failed)} of {total} runs failed, the first with {first}{kept}")
+
+
+def _where(folder: Path, table: pd.DataFrame, committed: Path, whole: bool) -> str:
+    """Where the results of this run go, and whether it is the committed run."""
+    folder = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
+    text = f"table, claims and figures of this run: {folder}"
+    described = set(tables.read_cells(committed).key) if committed.exists() else set()
+    done = set(table.key)
+    if done == described or (whole and done <= described):
+        return text
+    return f"{text} (the text describes the committed run, and this is another: {len(done - described)} runs are new)"
 
 
 def save_claims(rows: list[dict], given: SimpleNamespace, stem: str) -> pd.DataFrame:
-    """Write the claims of a notebook, rows by `fsp.compendium.stats.claim`, to ``<stem>.claims.csv``; the table."""
-    claims = pd.DataFrame(rows, columns=list(stats.CLAIM_COLUMNS))
-    tables.save(claims, outputs(given.out_dir).results / f"{stem}.claims.csv")
-    return claims
+    """Write the claims of a notebook, rows by `fsp.compendium.claims.claim`, to ``<stem>.claims.csv``; the table."""
+    made = pd.DataFrame(rows, columns=list(claims.CLAIM_COLUMNS))
+    tables.save(made, outputs(given.out_dir, stem).results / f"{stem}.claims.csv")
+    return made
 
 
 def made_with(**more: object) -> pd.DataFrame:
     """What this notebook was made with: versions, commit, hardware, and what else is to be told."""
-    return pd.Series(provenance() | more).drop("code").to_frame("made with")
+    return pd.Series(provenance() | more).drop(["code", "host", "process"]).to_frame("made with")
 
 
 # ---- statistics --------------------------------------------------------------------------------------------------
-
-
-def verdict(estimate: stats.Estimate, **bounds: float) -> str:
-    """Whether an estimate's whole interval lies inside one bound, or between two.
-
-    Parameters
-    ----------
-    estimate : Estimate
-    **bounds
-        ``above``, ``below`` or both.
-
-    Returns
-    -------
-    {"yes", "no", "not decided"}
-        "no" if the whole interval lies outside; see `fsp.compendium.stats.verdict`.
-
-    Examples
-    --------
-    >>> verdict(stats.Estimate(1.0, 0.97, 1.02, 5), above=0.95, below=1.05)
-    'yes'
-    """
-    sides = {stats.verdict(estimate, **{side: bound}) for side, bound in bounds.items()}
-    if "no" in sides:
-        return "no"
-    return "yes" if sides == {"yes"} else "not decided"
 
 
 def explained(data: pd.DataFrame, x: str, y: str) -> pd.DataFrame:

@@ -2,4 +2,4 @@
 
 from fsp.checks import is_count
 from fsp.data.batching import augment, batches, scoring_batches
-from fsp.data.datasets import DATASETS, STATISTICS, Data, Split, load
+from fsp.data.datasets import DATASETS, STATISTICS, Data, Split, check_files, load

@@ -171,8 +171,22 @@ def _synthetic(
     return Split(images[:cut], labels[:cut]), Split(images[cut:], labels[cut:]), classes, False
 
 
-def _torchvision(kind: type, classes: int, augmented: bool, root: Path, download: bool) -> _Source:
-    """MNIST or CIFAR through torchvision's reader and checksums, with errors that say which folder and what to do."""
+class _Files(NamedTuple):
+    """Where the files of a torchvision dataset lie, which of them are missing, and what to do about it."""
+
+    folder: Path
+    missing: list[str]
+    archives: list[tuple[Path, str]]  # with their checksums
+    remedy: str
+
+    def check(self, name: str) -> None:
+        """Raise a FileNotFoundError unless the files are there, or the archives to unpack them from."""
+        if self.missing and not all(archive.is_file() for archive, _ in self.archives):
+            raise FileNotFoundError(f"{name}: {', '.join(self.missing)} not found in {self.folder}. {self.remedy}")
+
+
+def _look_for(kind: type, root: Path) -> _Files:
+    """Look for the files of a torchvision dataset below a folder, without reading them."""
     name = kind.__name__.lower()
     if issubclass(kind, datasets.CIFAR10):
         folder, archive_folder = root / kind.base_folder, root
@@ -188,22 +202,26 @@ def _torchvision(kind: type, classes: int, augmented: bool, root: Path, download
         f"or put {names} into {archive_folder}."
     )
     missing = [file for file in files if not (folder / file).is_file()]
-    if missing and not download:
-        if not all((archive_folder / archive).is_file() for archive, _ in archives):
-            raise FileNotFoundError(f"{name}: {', '.join(missing)} not found in {folder}. {remedy}")
-        for archive, md5 in archives:
-            if not check_integrity(archive_folder / archive, md5):
-                raise RuntimeError(
-                    f"{name}: {archive_folder / archive} does not have the checksum {md5}. Delete it. {remedy}"
-                )
+    return _Files(folder, missing, [(archive_folder / archive, md5) for archive, md5 in archives], remedy)
+
+
+def _torchvision(kind: type, classes: int, augmented: bool, root: Path, download: bool) -> _Source:
+    """MNIST or CIFAR through torchvision's reader and checksums, with errors that say which folder and what to do."""
+    name = kind.__name__.lower()
+    files = _look_for(kind, root)
+    if files.missing and not download:
+        files.check(name)
+        for archive, md5 in files.archives:
+            if not check_integrity(archive, md5):
+                raise RuntimeError(f"{name}: {archive} does not have the checksum {md5}. Delete it. {files.remedy}")
         download = True  # unpacks the archives just verified; torchvision fetches only what is absent or differs
     try:
         train, test = (kind(root, train=part, download=download) for part in (True, False))
         pool, test = (_checked_split(part, classes) for part in (train, test))
     except Exception as error:  # torchvision raises RuntimeError, URLError, AssertionError and others for bad files
         raise RuntimeError(
-            f"{name}: the files in {folder} could not be read: {str(error) or type(error).__name__}. "
-            f"If they are damaged, delete them. {remedy}"
+            f"{name}: the files in {files.folder} could not be read: {str(error) or type(error).__name__}. "
+            f"If they are damaged, delete them. {files.remedy}"
         ) from error
     return pool, test, classes, augmented
 
@@ -226,6 +244,32 @@ DATASETS = {
     "cifar100": partial(_torchvision, datasets.CIFAR100, 100, True),
     "synthetic": _synthetic,
 }
+
+
+def check_files(name: str, *, root: str | Path = paths.RAW) -> None:
+    """Look whether `load` would find a dataset, without reading it.
+
+    Parameters
+    ----------
+    name : str
+        As for `load`.
+    root : path
+        Folder of the downloaded files.
+
+    Raises
+    ------
+    ValueError
+        Unknown dataset.
+    FileNotFoundError
+        Its files are not below `root`, nor the archives they are in. The message names the folder and the remedy.
+
+    Examples
+    --------
+    >>> check_files("digits")
+    """
+    check_choice("dataset", name, DATASETS)
+    if isinstance(DATASETS[name], partial):
+        _look_for(DATASETS[name].args[0], Path(root).expanduser()).check(name)
 
 
 def load(

@@ -8,6 +8,8 @@ from numbers import Real
 import torch
 from torch import Tensor, nn
 
+from fsp.checks import check_generator, given_or_seed_0
+
 Masks = dict[str, Tensor]
 
 PRUNABLE = (nn.Linear, nn.modules.conv._ConvNd)  # _ConvNd is the only common base of the Conv* modules
@@ -122,8 +124,8 @@ def keep_top(
     Raises
     ------
     ValueError
-        For an unknown scope, a density outside (0, 1], a ``nan`` or ``+inf`` score (naming the tensor), or fewer
-        scores above ``-inf`` than have to be kept.
+        For an unknown scope, a density outside (0, 1], a ``nan`` or ``+inf`` score (naming the tensor), fewer
+        scores above ``-inf`` than have to be kept, or a generator that is not on the CPU.
 
     Examples
     --------
@@ -135,7 +137,7 @@ def keep_top(
     check_scope(scope)
     _check_scores(scores)
     flat = torch.cat([s.flatten() for s in scores.values()])
-    kept = _top(flat, kept_count(flat.numel(), density), _generator(generator), "all layers together")
+    kept = _top(flat, kept_count(flat.numel(), density), given_or_seed_0(generator), "all layers together")
     return _unflattened(kept, scores)
 
 
@@ -157,7 +159,7 @@ def keep_counts(
     Masks
     """
     _check_scores(scores)
-    generator = _generator(generator)
+    generator = given_or_seed_0(generator)
     return {name: _top(s.flatten(), counts[name], generator, name).view_as(s) for name, s in scores.items()}
 
 
@@ -188,11 +190,6 @@ def _top(flat: Tensor, k: int, generator: torch.Generator, where: str) -> Tensor
     chosen = torch.randperm(len(tied), generator=generator)[: k - int(kept.sum())]
     kept[tied[chosen.to(tied.device)]] = True
     return kept
-
-
-def _generator(generator: torch.Generator | None) -> torch.Generator:
-    """The generator, or a fresh one with seed 0: no global state is read."""
-    return torch.Generator().manual_seed(0) if generator is None else generator
 
 
 # ---- what masks look like ----------------------------------------------------------------------------------------
@@ -239,6 +236,7 @@ def shuffle(masks: Mapping[str, Tensor], *, scope: str = "layer", generator: tor
     ----------
     Frankle et al., Pruning neural networks at initialization: why are we missing the mark? ICLR 2021, section 5.
     """
+    check_generator(generator)
     if scope == "layer":
         return {name: _permuted(m.flatten(), generator).view_as(m) for name, m in masks.items()}
     check_scope(scope)

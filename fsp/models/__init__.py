@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from fsp.checks import check_choice, check_count, check_options, check_shape
+from fsp.checks import check_choice, check_count, check_options, check_shape, given_or_seed_0
 from fsp.models.initialisers import INITS, initialise_
 from fsp.models.mlp import lenet300, mlp
 from fsp.models.resnet import cifar_resnet, resnet
@@ -84,8 +84,7 @@ def build(
     check_options(name, options, [p.name for p in parameters if p.kind is p.KEYWORD_ONLY])
     check_shape(shape)
     check_count("classes", classes, 2)
-    if generator is None:
-        generator = torch.Generator("cpu").manual_seed(0)
+    generator = given_or_seed_0(generator)
     with torch.device("meta"):  # no memory, and no draw from the global generator
         model = MODELS[name](shape, classes, **options)
     return initialise_(model.to_empty(device="cpu"), init, generator=generator, bn_gamma=bn_gamma)

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy, hardsigmoid, relu6
 from torch.overrides import TorchFunctionMode
 
+from fsp.checks import given_or_seed_0
 from fsp.masks import Masks
 
 Batches = Sequence[tuple[Tensor, Tensor]]
@@ -186,7 +187,7 @@ def input_shape(shape: Sequence[int] | None, batches: Batches | None) -> Sequenc
 
 def seed_of(generator: torch.Generator | None) -> int:
     """A seed drawn from the generator, 0 without one."""
-    return 0 if generator is None else int(torch.randint(2**62, (), generator=generator))
+    return 0 if generator is None else int(torch.randint(2**62, (), generator=given_or_seed_0(generator)))
 
 
 # ---- one run of the model ----------------------------------------------------------------------------------------

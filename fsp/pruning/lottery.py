@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fsp import masks as mask_algebra
+from fsp.checks import given_or_seed_0
 from fsp.data import Data, is_count
 from fsp.files import differences, digest, load_tensors, replacing, save_tensors
 from fsp.masks import Masks, apply_, check_density, check_scope, keep_counts, kept_count, prunable
@@ -262,7 +263,7 @@ def imp(
             f"rewind={rewind!r}: expected a whole number of steps from 0 to {last_step - 1}, for a training has "
             f"{last_step} steps"
         )
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    generator = given_or_seed_0(generator)
     seed = int(torch.randint(2**31, (), generator=generator))
     folder = None if directory is None else Path(directory)
     if folder is not None:

@@ -11,7 +11,7 @@ from typing import Unpack, get_args, get_origin
 import torch
 from torch import nn
 
-from fsp.checks import check_choice, check_count, check_options
+from fsp.checks import check_choice, check_count, check_options, given_or_seed_0
 from fsp.masks import Masks, check_density, check_scope, keep_counts, keep_top, kept_count, prunable
 from fsp.pruning import allocate, scores
 from fsp.pruning.phew import phew
@@ -284,8 +284,7 @@ def prune(
             listed = "; ".join(f"{name!r} for {', '.join(settings)}" for name, settings in REFERENCES.items())
             raise ValueError(f"reference {reference!r} has no settings for method {method!r}: there is {listed}")
         options = REFERENCES[reference][method] | options
-    if generator is None:
-        generator = torch.Generator().manual_seed(0)
+    generator = given_or_seed_0(generator)
     if batches is not None and not callable(batches):
         batches = list(batches)
     masks = METHODS[method](model, density, batches=batches, generator=generator, **options)

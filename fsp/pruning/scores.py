@@ -27,6 +27,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from fsp.checks import check_generator
 from fsp.masks import Masks
 from fsp.pruning.gradients import Batches, FlowRun, LossRun, flow_gradients, input_shape, loss_gradients, seed_of
 
@@ -47,6 +48,7 @@ def random(model: nn.Module, masks: Masks, *, generator: Generator) -> Scores:
     dict of name to Tensor
         Drawn on the CPU, moved to the masks' devices.
     """
+    check_generator(generator)
     return _alive({name: torch.randn(m.shape, generator=generator).to(m.device) for name, m in masks.items()}, masks)
 
 

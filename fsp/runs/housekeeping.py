@@ -7,7 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from fsp.paths import outputs
+from fsp.paths import COMMITTED
 from fsp.runs.locks import lock, locked_by
 from fsp.runs.provenance import provenance
 from fsp.runs.records import frame, key, read_record, record_paths
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     prune.add_argument("--unfinished", action="store_true", help="also the scratch folders of unfinished runs")
     prune.add_argument("--yes", action="store_true", help="do not ask")
     for command in (listing, prune):
-        command.add_argument("--store", type=Path, default=outputs().runs, help="folder of records; here %(default)s")
+        command.add_argument("--store", type=Path, default=COMMITTED.runs, help="folder of records; here %(default)s")
     args = parser.parse_args(argv)
     if not args.store.is_dir():
         parser.error(f"no folder {args.store}: nothing was run yet, or --store is another one")

@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from fsp.files import replacing
-from fsp.paths import outputs
+from fsp.paths import COMMITTED
 from fsp.runs.tables import OWN_COLUMNS, value_of
 
 EXCLUDED = frozenset({"device", "threads", "workers", "verbose", "out_dir", "root", "download"})
@@ -162,7 +162,7 @@ def load(store: str | Path | None = None) -> pd.DataFrame:
     ValueError
         If a record is damaged or of an unknown schema; a sweep that meets it sets it aside.
     """
-    records = [read_record(path) for path in record_paths(outputs().runs if store is None else store)]
+    records = [read_record(path) for path in record_paths(COMMITTED.runs if store is None else store)]
     records.sort(key=lambda record: (record["started"], record["key"]))
     return frame([r["config"] for r in records], [r["key"] for r in records], records)
 

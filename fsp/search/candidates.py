@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fsp import masks as mask_algebra
-from fsp.checks import check_choice, check_count, check_generator
+from fsp.checks import check_choice, check_count, check_generator, given_or_seed_0
 from fsp.data import Data
 from fsp.data.batching import augment
 from fsp.data.batching import batches as cut
@@ -86,9 +86,7 @@ class CandidateSource:
     def __post_init__(self):
         check_density(self.density)
         check_randomness(self.method, self.batches, self.noise)
-        generator = torch.Generator().manual_seed(0) if self.generator is None else self.generator
-        check_generator(generator)
-        self.seed = int(torch.randint(2**31, (), generator=generator))
+        self.seed = int(torch.randint(2**31, (), generator=given_or_seed_0(self.generator)))
         self._noisy = self.method in RANDOMNESS["noise"] and self.noise > 0
         self._scored = copy.deepcopy(self.model) if self._noisy else self.model
 
@@ -213,6 +211,7 @@ def matched(
     1
     """
     check_choice("method", method, (None, *METHODS))
+    check_generator(generator)
     if method == "phew":
         raise ValueError('method "phew" walks through all layers and has no count for each: match it with method=None')
     if method is None or getattr(METHODS[method], "func", None) is not by_score or method == "random":

@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from fsp.checks import check_generator
 from fsp.masks import Masks, keep_counts
 from fsp.spectrum.definitions import PLAIN, Wiring, blocks
 
@@ -108,6 +109,7 @@ def swapped(
     Tensor of bool
         As many kept as in `mask`.
     """
+    check_generator(generator)
     draws = torch.rand(5, generator=generator, dtype=torch.float64).tolist()
     mix = [-math.log(1 - draw) for draw in draws[:4]]
     share = SHARES[0] * (SHARES[1] / SHARES[0]) ** draws[4]

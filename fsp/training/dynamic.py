@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fsp.checks import check_generator
 from fsp.data import is_count
 from fsp.files import differences
 from fsp.masks import Masks, check_masks, density, keep_counts, layer_densities
@@ -195,6 +196,7 @@ def drop_and_grow(
     >>> drop_and_grow(weight, weight != 0, 1 / 3, [gradient], generator=torch.Generator())
     [tensor([False,  True,  True, False,  True])]
     """
+    check_generator(generator)
     survivors = _after_drop(weight.detach(), mask, fraction, drop, generator)
     n = int(mask.sum() - survivors.sum())
     if exact_counts:
@@ -296,6 +298,7 @@ class DynamicTraining:
         on_update: Callable[[int, Masks], None] | None = None,
     ):
         self._parameters = check_masks(model, masks)
+        check_generator(generator)
         if config.candidates > 1 and criterion is None:
             raise ValueError(
                 f"candidates = {config.candidates} needs criterion=, such as lambda mask, weight, name: "

@@ -1,6 +1,7 @@
 """The committed notebooks: their anatomy, how they read, and one run of each with its smoke profile."""
 
 import ast
+import contextlib
 import hashlib
 import re
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+import distributed
 import nbformat
 import pandas as pd
 import papermill
@@ -16,9 +18,9 @@ import pytest
 import yaml
 from papermill.exceptions import PapermillExecutionError
 
-from fsp.compendium import parameters, report
+from fsp.compendium import parameters, report, study
 from fsp.paths import NOTEBOOKS, PROFILES, ROOT, outputs
-from fsp.runs import tables
+from fsp.runs import read_record, tables
 
 ALL = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
 NOT_YET_READABLE = ["03", "04", "05", "06", "07", "08"]  # their arguments are to be written anew
@@ -126,6 +128,46 @@ def test_after_the_check_the_parameters_are_read_from_its_result_alone(path):
     assert sorted(re.findall(r"(\w+)=\1\b", check)) == sorted(names)
     for source in (after, *(cell.source for cell in others)):
         assert read_globals(symtable.symtable(source, "cell", "exec")) & names == set(), source
+
+
+def parameters_read(code: str) -> set[str]:
+    """Parameters that code takes from ``given``, by name or through `fsp.compendium.study`."""
+    tree, names = ast.parse(code), set()
+    tuples = {"study.TRAINING": study.TRAINING}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple):
+            with contextlib.suppress(ValueError):
+                tuples[ast.unparse(node.targets[0])] = ast.literal_eval(node.value)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "given":
+            names.add(node.attr)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "study.chosen":
+            for argument in node.args[1:]:
+                starred = isinstance(argument, ast.Starred)
+                names |= set(tuples[ast.unparse(argument.value)]) if starred else {ast.literal_eval(argument)}
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "study.sweep":
+            assert ast.unparse(node.args[2]) == "given"
+            here = any(keyword.arg == "here" for keyword in node.keywords)
+            names |= {"out_dir", "recompute"} if here else {"out_dir", "recompute", "scheduler"}
+    return names
+
+
+def test_what_reads_a_parameter_is_known():
+    code = "own = ('lr', 'init')\nstudy.chosen(given, 'seeds', *own, *study.TRAINING)\ndensity + given.density"
+    assert parameters_read(code) == {"seeds", "lr", "init", "density", *study.TRAINING}
+    assert parameters_read("study.sweep(run, configs, given, STEM)") == {"out_dir", "recompute", "scheduler"}
+    assert parameters_read("study.sweep(run, configs, given, STEM, here=True)") == {"out_dir", "recompute"}
+    assert parameters_read("'seeds'; seeds; other.seeds") == set()
+
+
+@each
+def test_every_parameter_is_read_after_the_check(path):
+    first, checking, *others = code_cells(path)
+    names = {statement.target.id for statement in ast.parse(first.source).body}
+    after = checking.source.split("given = parameters.check(")[1].split("\n)\n", maxsplit=1)[1]
+    read = parameters_read("\n".join([after, *(cell.source for cell in others)]))
+    assert names - read == set(), "set, and used by nothing"
+    assert read - names == set(), "used, and no parameter"
 
 
 @each
@@ -249,17 +291,49 @@ def test_its_smoke_profile_writes_everything_to_the_given_folder_and_nothing_els
     assert list((out / "runs").glob("*.json"))
     claims = report.read_claims(out / "results", [path.stem])
     assert len(claims) >= 1
-    assert set(claims.holds) <= {"yes", "no", "not decided"}
+    assert set(claims.holds) <= {"yes", "no", "equivalent", "not decided"}
     shown = [output.get("data", {}) for cell in executed.cells for output in cell.get("outputs", [])]
     assert any("image/png" in data for data in shown), "no figure is shown in the notebook"
 
 
+@pytest.fixture(scope="module")
+def address():
+    """Of a Dask scheduler with two workers that nobody of this package has started."""
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        yield cluster.scheduler_address
+
+
+def makers(out: Path) -> list[int]:
+    """Processes that made the records of a folder, one for each."""
+    return [read_record(record)["provenance"]["process"] for record in sorted((out / "runs").glob("*.json"))]
+
+
+def placed(path: Path, where: str):
+    """A notebook on workers; one of them is enough for `make test`."""
+    marks = [] if path.stem == "02_mask_graphs" else pytest.mark.slow
+    return pytest.param(path, where, marks=marks, id=f"{path.stem}-{where}")
+
+
+AT_ADDRESS = [path for path in ALL if path.stem[:2] in ("01", "02", "04")]
+
+
 @pytest.mark.parametrize(
-    "path",
-    [pytest.param(path, marks=[] if path.stem == "02_mask_graphs" else pytest.mark.slow, id=path.stem) for path in ALL],
+    ("path", "where"), [placed(path, "local") for path in ALL] + [placed(path, "address") for path in AT_ADDRESS]
 )
-def test_local_workers_give_the_table_that_one_process_gives(path, smoked, tmp_path):
-    run(path, tmp_path, profile("smoke", path) | {"scheduler": "local"})
+def test_workers_do_the_runs_and_give_the_table_that_one_process_gives(path, where, smoked, tmp_path, request):
+    scheduler = request.getfixturevalue("address") if where == "address" else where
+    told = nbformat.read(path, as_version=4)
+    told.cells.append(nbformat.v4.new_code_cell("import os\nprint(os.getpid())"))
+    nbformat.write(told, tmp_path / "told.ipynb")
+    executed = run(tmp_path / "told.ipynb", tmp_path, profile("smoke", path) | {"scheduler": scheduler})
+    kernel, made_by = int(executed.cells[-1].outputs[0].text), makers(tmp_path)
+    if path.stem == "13_sweeps":  # measures workers, itself and in its own process
+        assert set(made_by) == {kernel}
+    else:
+        assert kernel not in made_by
+    if where == "address":
+        assert len(set(made_by)) == 2
+    assert len(set(makers(smoked(path)[0]))) == 1
     there, here = (tables.read(out / "results" / f"{path.stem}.csv") for out in (tmp_path, smoked(path)[0]))
     compared = report.compare_rows(there, here)
     assert compared[:3] == (len(here), 0, 0)
@@ -296,7 +370,8 @@ def test_a_wrong_parameter_stops_at_once_and_names_the_valid_ones(wrong, message
 
 
 @each
-def test_its_check_finds_its_own_values_and_those_of_its_profiles_right(path):
+def test_its_check_finds_its_own_values_and_those_of_its_profiles_right(path, monkeypatch):
+    monkeypatch.setattr(parameters, "check_files", lambda name: None)  # nothing need be downloaded here
     defaults = default_parameters(path)
     assert vars(parameters.check(**defaults)) == defaults
     for name in ("smoke", "paper"):

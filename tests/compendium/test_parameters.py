@@ -1,6 +1,8 @@
 """What a notebook may be given: every rule by table, and names that papermill injects in vain."""
 
+import contextlib
 import math
+import socket
 import sys
 from types import SimpleNamespace
 
@@ -10,12 +12,13 @@ import torch
 import yaml
 from papermill.translators import PythonTranslator
 
+from fsp import data
 from fsp.compendium import parameters
 from fsp.compendium.parameters import check
 from fsp.data import DATASETS
 from fsp.masks import prunable
 from fsp.models import INITS, MODELS
-from fsp.paths import PROFILES
+from fsp.paths import PROFILES, ROOT
 from fsp.pruning import METHODS
 from fsp.training.dynamic import PRESETS
 
@@ -55,7 +58,7 @@ CASES = {  # name: values that are right, values that are not, and a part of wha
     "lr": ([0.1, 1, 1e-6], [0, -0.1, math.nan, math.inf, "1e-3", None, True], "YAML reads 1e-3 as text"),
     "device": (["cpu", torch.device("cpu")], ["gpu", "", None, 0], "auto or cpu"),
     "recompute": ([True, False], [0, 1, "True", None], "True or False"),
-    "out_dir": (["", "somewhere/else"], [None, 3, ["a"]], 'a folder, or "" for the repository'),
+    "out_dir": (["", "somewhere/else"], [None, 3, ["a"]], 'a folder, or "" for scratch/'),
     "scheduler": (
         [None, "local", "tcp://10.0.0.1:8786", "tls://host:8786"],
         ["", "none", "10.0.0.1:8786", "http://host:1", "tcp://", 4],
@@ -71,12 +74,19 @@ CASES = {  # name: values that are right, values that are not, and a part of wha
 EVERY = pytest.mark.parametrize("name", CASES)
 
 
+@pytest.fixture
+def all_there(monkeypatch):
+    """Every data set is downloaded, and every scheduler answers."""
+    monkeypatch.setattr(parameters, "check_files", lambda name: None)
+    monkeypatch.setattr(parameters, "connect", contextlib.nullcontext)
+
+
 def test_the_table_above_holds_every_rule():
     assert CASES.keys() == parameters.RULES.keys()
 
 
 @EVERY
-def test_a_good_value_is_given_back_as_it_is(name):
+def test_a_good_value_is_given_back_as_it_is(name, all_there):
     for value in CASES[name][0]:
         found = vars(check(**{name: value}))
         assert found.keys() == {name}
@@ -121,7 +131,11 @@ def test_auto_is_the_best_device_there_is(monkeypatch, available, device):
 
 def test_cuda_is_accepted_where_there_is_one_and_refused_where_there_is_none(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert check(device="cuda:0").device == "cuda:0"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [check(device=name).device for name in ("cuda", "cuda:1")] == ["cuda", "cuda:1"]
+    for wrong in ("cuda:2", "cuda:", "cuda:-1", "cuda0"):
+        with pytest.raises(ValueError, match=f"device = '{wrong}': expected auto or cpu"):
+            check(device=wrong)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="device = 'cuda:0': expected auto or cpu, or cuda where there is"):
         check(device="cuda:0")
@@ -133,6 +147,36 @@ def test_cuda_is_accepted_where_there_is_one_and_refused_where_there_is_none(mon
 )
 def test_lists_and_dicts_that_papermill_gives_as_text_are_read(name, text, value):
     assert vars(check(**{name: text})) == {name: value}
+
+
+# ---- what is not there, found before any run ---------------------------------------------------------------------
+
+
+def test_a_data_set_that_is_not_downloaded_is_named_with_its_folder_and_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setattr(parameters, "check_files", lambda name: data.check_files(name, root=tmp_path))
+    check(dataset="digits")
+    check(dataset="synthetic")
+    for name in DATASETS.keys() - {"digits", "synthetic"}:
+        remedy = rf'^{name}: .* not found in {tmp_path}.*load\("{name}", download=True'
+        with pytest.raises(FileNotFoundError, match=remedy):
+            check(dataset=name)
+    (tmp_path / "cifar-10-python.tar.gz").touch()  # an archive is unpacked, and verified, by load
+    check(dataset="cifar10")
+
+
+def test_a_scheduler_that_does_not_answer_is_named_with_what_to_do(monkeypatch):
+    monkeypatch.setattr("fsp.runs.cluster.CONNECT_S", 0.5)
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # taken, and not listening
+        address = f"tcp://127.0.0.1:{nobody.getsockname()[1]}"
+        with pytest.raises(ConnectionError, match=f"no Dask scheduler answers at {address}: start one with `dask sch"):
+            check(scheduler=address)
+
+
+@pytest.mark.parametrize("folder", [".", "data"])
+def test_an_output_folder_in_which_committed_files_lie_is_refused(folder):
+    with pytest.raises(ValueError, match=r"out_dir = .* would overwrite what is committed"):
+        check(out_dir=str(ROOT / folder))
 
 
 # ---- names that papermill injects --------------------------------------------------------------------------------
@@ -185,7 +229,7 @@ def test_options_that_the_model_does_not_take_are_refused_before_any_run(model, 
         ("07_imdb_and_narc", "vgg16", {"head": "4096"}, 16),
     ],
 )
-def test_paper_profiles_take_the_other_networks_and_data_that_they_name(stem, model, options, layers):
+def test_paper_profiles_take_the_other_networks_and_data_that_they_name(stem, model, options, layers, all_there):
     profile = yaml.safe_load((PROFILES / "paper" / f"{stem}.yaml").read_text(encoding="utf-8"))
     for dataset in ("cifar10", "cifar100"):
         given = profile | {"model": model, "model_options": options, "dataset": dataset, "device": "cpu"}

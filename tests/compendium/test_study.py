@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 import torch
 
-from fsp import models, pruning
-from fsp.compendium import stats, study
+from fsp import models, paths, pruning
+from fsp.compendium import claims, stats, study
 from fsp.data import load, scoring_batches
 from fsp.runs import tables
 from fsp.training import TrainConfig, fit
@@ -70,47 +70,150 @@ def test_training_has_the_settings_of_the_config_and_keeps_the_masks():
     assert not network.get_parameter("linear1.weight")[~masks["linear1.weight"]].any()
 
 
-def test_a_sweep_puts_its_rows_into_the_table_of_the_notebook_and_keeps_others(tmp_path):
-    given = SimpleNamespace(out_dir=str(tmp_path), recompute=False, scheduler=None, lr=0.1, seeds=[0, 1])
-    assert study.chosen(given, "seeds", "lr") == {"seeds": [0, 1], "lr": 0.1}
+# ---- where the results of a notebook go --------------------------------------------------------------------------
+
+
+def square(config):
+    if config["x"] < 0:
+        raise FloatingPointError(f"no root of {config['x']}")
+    return {"square": config["x"] ** 2}
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A repository of its own, in which the runs 1 and 2 are committed; where its tables are."""
+    committed = paths.Outputs(tmp_path / "data" / "runs", tmp_path / "data" / "results", tmp_path / "figures")
+    for module in (paths, study):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+        monkeypatch.setattr(module, "COMMITTED", committed)
+    monkeypatch.setenv("FSP_RENEW", "1")
+    study.sweep(square, xs(1, 2), asked(), "99_test")
+    monkeypatch.delenv("FSP_RENEW")
+    for record in committed.runs.glob("*"):
+        record.unlink()
+    return committed.results
+
+
+def asked(out_dir="", *, recompute=False):
+    return SimpleNamespace(out_dir=str(out_dir), recompute=recompute, scheduler=None)
+
+
+def xs(*values):
+    return [{"x": value} for value in values]
+
+
+def files(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_below_a_given_folder_a_sweep_puts_its_rows_into_the_table_and_keeps_others(tmp_path, repository):
+    out, before = tmp_path / "out", files(repository)
     calls = []
 
-    def square(config):
+    def counted(config):
         calls.append(config["x"])
-        return {"square": config["x"] ** 2}
+        return square(config)
 
-    made = study.sweep(square, [{"x": 1}, {"x": 2}], given, "99_test")
+    made = study.sweep(counted, xs(1, 2), asked(out), "99_test")
     assert made.square.tolist() == [1, 4]
-    study.sweep(square, [{"x": 2}, {"x": 3}], given, "99_test")
-    assert calls == [1, 2, 3]
-    assert tables.read(tmp_path / "results" / "99_test.csv").square.tolist() == [4, 9, 1]
-    assert len(list((tmp_path / "runs").glob("*.json"))) == 3
-    study.sweep(square, [{"x": 2}], SimpleNamespace(**vars(given) | {"recompute": True}), "99_test")
+    study.sweep(counted, xs(2, 3), asked(out), "99_test")
+    assert calls == [1, 2, 3]  # the committed table is not looked at
+    assert tables.read(out / "results" / "99_test.csv").square.tolist() == [4, 9, 1]
+    assert len(list((out / "runs").glob("*.json"))) == 3
+    study.sweep(counted, xs(2), asked(out, recompute=True), "99_test")
     assert calls == [1, 2, 3, 2]
+    assert files(repository) == before
+    assert not (tmp_path / "scratch").exists()
+
+
+def test_without_a_folder_committed_rows_are_taken_and_never_written(tmp_path, repository, capsys):
+    before = files(repository)
+    assert study.sweep(square, xs(2, 3), asked(), "99_test").attrs["reused"] == 1
+    assert study.sweep(square, xs(3), asked(recompute=True), "99_test").attrs["computed"] == 1
+    rows = [claims.claim("It holds.", stats.Estimate(1.0, 0.5, 1.5, 5), above=0, paper="None")]
+    study.save_claims(rows, asked(), "99_test")
+    assert files(repository) == before
+    results = tmp_path / "scratch" / "99_test" / "results"
+    assert tables.read(results / "99_test.csv").square.tolist() == [9, 1, 4]  # as a refresh would make it
+    assert tables.read(results / "99_test.claims.csv").holds.tolist() == ["yes"]
+    assert paths.outputs("", "99_test").figures == results.parent / "figures"
+
+
+def test_one_line_says_where_results_go_and_whether_the_text_describes_them(tmp_path, repository, capsys):
+    def said(*values, **options):
+        study.sweep(square, xs(*values), asked(options.pop("out_dir", "")), "99_test", **options)
+        return capsys.readouterr().out
+
+    capsys.readouterr()
+    place = "table, claims and figures of this run: scratch/99_test"
+    assert said(1, 2) == said(2, 1) == f"{place}\n"
+    other = "(the text describes the committed run, and this is another: {} runs are new)\n"
+    assert said(1, 2, 3) == f"{place} {other.format(1)}"
+    assert said(1) == f"{place} {other.format(0)}"
+    assert said(1, out_dir=tmp_path / "out") == said(1).replace("scratch/99_test", "out")
+    assert said(1, whole=True) == f"{place}\n"  # all of the committed table is shown
+
+
+def test_a_refresh_alone_writes_the_committed_table_and_prints_nothing(monkeypatch, tmp_path, repository, capsys):
+    capsys.readouterr()
+    monkeypatch.setenv("FSP_RENEW", "1")
+    study.sweep(square, xs(3, 1), asked(), "99_test")
+    assert tables.read(repository / "99_test.csv").square.tolist() == [9, 1, 4]
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "scratch").exists()
+    monkeypatch.setenv("FSP_RENEW", "yes")
+    assert paths.outputs("", "99_test").results != repository
+
+
+@pytest.mark.filterwarnings("ignore:.* runs failed")
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ((-1, -2), "^2 of 2 runs failed, the first with FloatingPointError: no root of -1$"),
+        (
+            (3, -2),
+            "^1 of 2 runs failed, the first with FloatingPointError: no root of -2; finished ones are kept",
+        ),
+    ],
+)
+@pytest.mark.parametrize("renew", ["", "1"])
+def test_failed_runs_are_an_error_that_tells_the_first_one_and_enter_no_table(
+    monkeypatch, tmp_path, repository, values, message, renew
+):
+    monkeypatch.setenv("FSP_RENEW", renew)
+    before = files(repository)
+    with pytest.raises(RuntimeError, match=message):
+        study.sweep(square, xs(*values), asked(), "99_test")
+    assert files(repository) == before
+    assert not (tmp_path / "scratch").exists()
+    done = [value for value in values if value > 0]
+    if done:
+        assert study.sweep(square, xs(*done), asked(), "99_test").attrs["reused"] == len(done)
+
+
+def test_the_whole_table_is_given_where_it_is_asked_for_and_runs_stay_here(repository):
+    given = SimpleNamespace(out_dir="", recompute=False, scheduler="tcp://nobody:1")
+    assert study.sweep(square, xs(3), given, "99_test", here=True, whole=True).square.tolist() == [9, 1, 4]
 
 
 def test_claims_are_written_beside_the_table_in_their_columns(tmp_path):
-    row = stats.claim("It holds.", stats.Estimate(1.0, 0.5, 1.5, 5), "yes", paper="None")
-    shown = study.save_claims([row], SimpleNamespace(out_dir=str(tmp_path)), "99_test")
-    assert tuple(shown) == stats.CLAIM_COLUMNS
+    row = claims.claim("It holds.", stats.Estimate(1.0, 0.5, 1.5, 5), above=0, paper="None")
+    shown = study.save_claims([row], asked(tmp_path), "99_test")
+    assert tuple(shown) == tuple(study.save_claims([], asked(tmp_path / "none"), "99_test")) == claims.CLAIM_COLUMNS
     written = tables.read(tmp_path / "results" / "99_test.claims.csv")
     assert written.claim.tolist() == ["It holds."]
     assert written.measured.tolist() == [1.0]
+
+
+def test_some_parameters_are_chosen_by_name():
+    assert study.chosen(SimpleNamespace(lr=0.1, seeds=[0, 1], epochs=3), "seeds", "lr") == {"seeds": [0, 1], "lr": 0.1}
 
 
 def test_what_a_notebook_was_made_with_names_versions_and_what_is_added_but_no_hash_of_code():
     made = study.made_with(device="cpu")["made with"]
     assert made["torch"] == str(torch.__version__)
     assert made["device"] == "cpu"
-    assert "code" not in made
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "holds"),
-    [(0.96, 1.04, "yes"), (0.8, 0.9, "no"), (1.1, 1.2, "no"), (0.9, 1.0, "not decided"), (1.0, 1.1, "not decided")],
-)
-def test_a_claim_with_two_bounds_holds_between_them(low, high, holds):
-    assert study.verdict(stats.Estimate((low + high) / 2, low, high, 5), above=0.95, below=1.05) == holds
+    assert not {"code", "host", "process"} & set(made.index)
 
 
 def test_what_is_explained_is_judged_on_seeds_that_the_fit_has_not_seen():
