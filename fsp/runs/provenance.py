@@ -5,7 +5,6 @@ import hashlib
 import os
 import platform
 import re
-import socket
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -31,13 +30,7 @@ def provenance() -> dict:
     Code and commit are read once, at the first call, as later edits do not change what Python has loaded.
     """
     gpu = torch.cuda.get_device_name() if torch.cuda.is_initialized() else ""
-    return {
-        **_fixed_provenance(),
-        "threads": torch.get_num_threads(),
-        "gpu": gpu,
-        "host": socket.gethostname(),
-        "process": os.getpid(),
-    }
+    return {**_fixed_provenance(), "threads": torch.get_num_threads(), "gpu": gpu}
 
 
 @functools.cache
