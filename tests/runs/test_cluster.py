@@ -21,7 +21,7 @@ import pytest
 import torch
 from threadpoolctl import threadpool_info
 
-from fsp import models, runs
+from fsp import models, progress, runs
 from fsp.data import load as load_data
 from fsp.runs import attempt, cluster, key, read_record, sweep, tables
 from fsp.runs.housekeeping import orphans
@@ -283,6 +283,7 @@ def test_a_scheduler_that_goes_away_is_told_of(tmp_path):
 
 def test_the_progress_bar_counts_runs_on_workers(tmp_path, client, monkeypatch, capsys):
     monkeypatch.setenv("FSP_PROGRESS", "1")
+    monkeypatch.setattr(progress, "LINE_S", 0)
     sweep(square, XS, store=tmp_path, scheduler=client)
     shown = capsys.readouterr().err
     assert re.search(r"square: 100%.* 3/3 .*run.*finished=3, running=0, failed=0", shown)

@@ -23,7 +23,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fsp import models, paths, runs, training
+from fsp import models, paths, progress, runs, training
 from fsp.data import load as load_data
 from fsp.files import CannotResume
 from fsp.runs import attempt, key, load, locks, read_record, sweep, tables
@@ -384,6 +384,7 @@ def test_update_table_replaces_its_own_rows_and_keeps_the_others_as_they_were(tm
 
 def test_the_progress_bar_counts_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FSP_PROGRESS", "1")
+    monkeypatch.setattr(progress, "LINE_S", 0)
     sweep(square, XS[:1], store=tmp_path)
     assert "running=1" in capsys.readouterr().err
     sweep_with_a_failure(fails_at_2, store=tmp_path)
