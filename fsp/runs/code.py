@@ -17,8 +17,11 @@ from contextlib import suppress
 from pathlib import Path
 from types import CodeType, FunctionType, MethodType, ModuleType, NoneType, SimpleNamespace
 
+import numpy as np
+import pandas as pd
 import torch
 
+from fsp.files import digest
 from fsp.paths import PACKAGE
 
 PLAIN = (NoneType, bool, int, float, complex, str, bytes, range, torch.dtype)
@@ -35,9 +38,9 @@ def run_code(function: Callable) -> str:
 
     These count:
 
-    * the function, and the functions, classes and plain constants (numbers, text, None, and lists, tuples, sets and
-      dicts of these) that it reaches by name, by closure or as arguments of a partial, wherever they are defined: in
-      other cells of a notebook, in a script, in a module of one's own;
+    * the function, and the functions, classes and constants (numbers, text, None, arrays, tensors, tables, and lists,
+      tuples, sets and dicts of these) that it reaches by name, by closure or as arguments of a partial, wherever they
+      are defined: in other cells of a notebook, in a script, in a module of one's own;
     * the modules of fsp that any of these name or import, and those that these import in turn, except `BESIDE` ones,
       which count only where the function itself uses something of them.
 
@@ -51,9 +54,9 @@ def run_code(function: Callable) -> str:
     Notes
     -----
     Constants count with the value they have now: a function that changes its own globals has another digest
-    afterwards. Other objects, such as tensors and tables, count by their class alone, and modules of one's own that
-    are imported inside a function not at all: what decides a result belongs into the config. A function whose source
-    cannot be had counts as its bytecode and constants, which differ between versions of Python.
+    afterwards. Other objects, such as paths and generators, count by their class alone, and modules of one's own
+    that are imported inside a function not at all: what decides a result belongs into the config. A function whose
+    source cannot be had counts as its bytecode and constants, which differ between versions of Python.
 
     Examples
     --------
@@ -90,6 +93,8 @@ class _Reached:
             described = self._container(value, sorted(names))
             self._open.pop()
             return described
+        if isinstance(value, torch.Tensor | np.ndarray | pd.DataFrame | pd.Series):
+            return [type(value).__name__, _content(value)]
         if id(value) in self._known:
             return f"object {self._known[id(value)][0]}"
         self._known[id(value)] = len(self._known), value  # alive, so that no other object gets its id
@@ -166,6 +171,17 @@ class _Reached:
         if _is_installed(kind.__module__) and not _is_fsp(kind.__module__):
             return [*described, self.describe(own.get("__wrapped__"))]  # by functools.cache, for one
         return [*described, self.describe(dict(own))]
+
+
+def _content(value: torch.Tensor | np.ndarray | pd.DataFrame | pd.Series) -> str:
+    """What an array or a table holds, as text or as a digest."""
+    if isinstance(value, torch.Tensor):
+        plain = value.layout == torch.strided and value.device.type != "meta"
+        return digest({"": value}) if plain else ""
+    if isinstance(value, np.ndarray):
+        held = repr(value.tolist()).encode() if value.dtype.hasobject else np.ascontiguousarray(value).tobytes()
+        return f"{value.dtype} {value.shape} {hashlib.sha256(held).hexdigest()}"
+    return value.to_csv()
 
 
 def _parts(code: CodeType) -> Iterator[CodeType]:

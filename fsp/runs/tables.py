@@ -137,7 +137,8 @@ def read_published(path: str | Path, columns: Mapping[str, str], *, optional: Co
 
 def read(path: str | Path) -> pd.DataFrame:
     """Read a CSV table with floats exact to the last bit; only an empty cell is a missing value."""
-    return pd.read_csv(path, keep_default_na=False, na_values=[""], **EXACT_FLOATS)
+    digits = {"code": str}  # hexadecimal ones, some of which look like numbers
+    return pd.read_csv(path, keep_default_na=False, na_values=[""], dtype=digits, **EXACT_FLOATS)
 
 
 def read_cells(source: str | Path | io.StringIO) -> pd.DataFrame:

@@ -12,7 +12,10 @@ import sys
 import time
 from types import ModuleType, SimpleNamespace
 
+import numpy as np
+import pandas as pd
 import pytest
+import torch
 
 from fsp import paths
 from fsp.runs import code, sweep
@@ -101,6 +104,22 @@ def test_the_digest_is_the_same_in_every_process_and_script(tmp_path):
         assert done.stdout.strip() == run_code(in_notebook(CELLS))
 
 
+KERNEL = """
+import re
+import sys
+from IPython.core.interactiveshell import InteractiveShell
+shell = InteractiveShell()
+for cell in re.split(r"\\n\\n(?=\\S)", sys.argv[1]):
+    shell.run_cell(cell).raise_error()
+shell.run_cell("from fsp.runs.code import run_code; print(run_code(run))")
+"""
+
+
+def test_the_digest_is_the_same_in_a_notebook_whatever_its_cells_are():
+    done = subprocess.run([sys.executable, "-c", KERNEL, CELLS], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == run_code(in_notebook(CELLS))
+
+
 def numbered(number):
     return lambda config: {"y": config["x"] + number}
 
@@ -128,6 +147,10 @@ def test_closures_partials_methods_and_lambdas_count_with_what_they_hold():
         "default": lambda number: eval("lambda config, more=number: more", {"number": number}),
         "namespace": lambda number: eval("lambda config: given.more", {"given": SimpleNamespace(more=number)}),
         "plain": lambda number: eval(f"lambda config: {number}"),
+        "array": lambda number: eval("lambda config: held", {"held": np.array([0.1, number])}),
+        "texts": lambda number: eval("lambda config: held", {"held": np.array(["a", number], dtype=object)}),
+        "tensor": lambda number: eval("lambda config: held", {"held": torch.tensor([0.1, number])}),
+        "table": lambda number: eval("lambda config: held", {"held": pd.DataFrame({"x": [0.1, number]})}),
         "built-in": lambda number: (math.sqrt, math.exp)[number - 1],
     }
     digests = {(name, number): run_code(make(number)) for name, make in ways.items() for number in (1, 2)}

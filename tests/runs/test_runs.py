@@ -367,6 +367,15 @@ def test_a_saved_table_has_plain_line_ends_and_empty_cells_for_nan(tmp_path):
     assert tables.read(path)["c"].tolist()[0] == "NA"
 
 
+def test_a_digest_that_looks_like_a_number_stays_text(tmp_path):
+    digests = ["001234567890", "12345678e123"]
+    frame = pd.DataFrame({"x": [1, 2], "y": [0.5, 1], "status": "finished", "key": ["A", "B"], "code": digests})
+    path = tables.update(frame, tmp_path / "a.csv")
+    assert tables.read(path)["code"].tolist() == digests
+    known = tables.rows_by_key(path, {"x"})
+    assert [known[name]["provenance"]["run_code"] for name in "AB"] == digests
+
+
 def test_update_table_replaces_its_own_rows_and_keeps_the_others_as_they_were(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("z,seed,gone,status,key\n1.50,3,,finished,C\n7,1,2,finished,A\n2,3,,failed,C\n1,0,1,finished,B\n")
