@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PROFILE ?= quick
 ARGS ?=
 
-.PHONY: reproduce test lint units notebooks faults lab lock refresh clean
+.PHONY: reproduce test lint units notebooks faults cluster lab lock refresh clean
 
 reproduce: $(VENV)/installed          ## run every notebook from nothing, one a core, and print the report
 	$(BIN)/python -m fsp.compendium.reproduce --profile $(PROFILE) $(ARGS)
@@ -24,6 +24,12 @@ notebooks: $(VENV)/installed          ## the committed notebooks still give the 
 
 faults: $(VENV)/installed             ## kill a long sweep some fifty times (ten minutes) and write what happened
 	FSP_PROGRESS=0 FSP_FAULTS=data/results/faults.md $(BIN)/python -m pytest -q -m slow -k fifty_kills tests/runs/test_cluster.py
+
+# Needs programs of the system: on Debian, apt-get install openssh-server munge slurm-wlm.  Without them it says so.
+cluster: $(VENV)/installed            ## sweep through an SSH server and a one-node Slurm of its own, and write what happened
+	@$(BIN)/python -c "import dask_jobqueue, paramiko" 2>/dev/null || \
+	  $(BIN)/python -m pip install --disable-pip-version-check -e ".[cluster]"
+	FSP_PROGRESS=0 FSP_CLUSTER=data/results/cluster.md $(BIN)/python -m pytest -q -rs -m services tests/runs/test_services.py
 
 lab: $(VENV)/installed                ## open the notebooks
 	$(BIN)/jupyter lab --notebook-dir=notebooks

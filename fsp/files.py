@@ -24,6 +24,10 @@ class DamagedFile(ValueError):
     """A file that is not whole, or not of the kind that was asked for."""
 
 
+class CannotResume(ValueError):
+    """Files of earlier work from which this work cannot go on: of other settings, or damaged."""
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Write a file atomically: readers see the old content or the new, never a part.

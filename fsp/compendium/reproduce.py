@@ -294,6 +294,7 @@ def _code(selected: list[Path]) -> str:
 
 
 if __name__ == "__main__":
-    # A job scheduler's polite stop means the same as Ctrl-C.
+    # A job scheduler's polite stop means the same as Ctrl-C; and a shell starts its background jobs deaf to that.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -223,7 +223,7 @@ def save_claims(rows: list[dict], given: SimpleNamespace, stem: str) -> pd.DataF
 
 def made_with(**more: object) -> pd.DataFrame:
     """What this notebook was made with: versions, commit, hardware, and what else is to be told."""
-    return pd.Series(provenance() | more).drop(["code", "host", "process"]).to_frame("made with")
+    return pd.Series(provenance() | more).drop("code").to_frame("made with")
 
 
 # ---- statistics --------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fsp import masks as mask_algebra
 from fsp.checks import given_or_seed_0
 from fsp.data import Data, is_count
-from fsp.files import differences, digest, load_tensors, replacing, save_tensors
+from fsp.files import CannotResume, differences, digest, load_tensors, replacing, save_tensors
 from fsp.masks import Masks, apply_, check_density, check_scope, keep_counts, kept_count, prunable
 from fsp.progress import bar
 from fsp.pruning.scores import magnitude
@@ -216,9 +216,11 @@ def imp(
     ------
     ValueError
         Before any training: both or neither of `levels` and `density`, one of them, `rate` or `rewind` out of range,
-        a level that would prune nothing, an unknown scope or excluded name, no prunable weight; a directory with
-        levels of other settings, data or initial weights (naming what differs).  While levels are read: a damaged
-        file, or a level that does not follow from the one before it (naming the file and what to delete).
+        a level that would prune nothing, an unknown scope or excluded name, no prunable weight.
+    fsp.files.CannotResume
+        A ValueError.  Before any training: a directory with levels of other settings, data or initial weights (naming
+        what differs).  While levels are read: a damaged file, or a level that does not follow from the one before it
+        (naming the file and what to delete).
 
     Notes
     -----
@@ -344,7 +346,7 @@ def _check_settings(folder: Path, settings: dict[str, object]) -> None:
     path = folder / "settings.json"
     if not path.exists():
         if levels := sorted(folder.glob("level_*")):
-            raise ValueError(
+            raise CannotResume(
                 f"{levels[0]} was made with unknown settings, as {path} is missing: choose another directory"
             )
         with replacing(path) as temporary:
@@ -353,9 +355,9 @@ def _check_settings(folder: Path, settings: dict[str, object]) -> None:
     try:
         different = differences(json.loads(path.read_text(encoding="utf-8")), settings)
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}): choose another directory, or delete this one") from error
+        raise CannotResume(f"{path} is damaged ({error!r}): choose another directory, or delete this one") from error
     if different:
-        raise ValueError(
+        raise CannotResume(
             f"{folder} holds levels of another run: {different}. Choose another directory, or give the same settings, "
             "data and model, with the weights it had before the first call"
         )
@@ -392,13 +394,13 @@ def _read(folder: Path, number: int, masks: Masks, rewound: State) -> tuple[Hist
         if number == 0:
             rewound, _ = load_tensors(rewound_path, "rewind point")
     except (OSError, ValueError) as error:
-        raise ValueError(f"{error}: {remedy}") from error
+        raise CannotResume(f"{error}: {remedy}") from error
     if not digest(masks) == about["masks"] == digest(stored):
         kept, asked = (sum(int(m.sum()) for m in each.values()) for each in (stored, masks))
-        raise ValueError(
+        raise CannotResume(
             f"{masks_path} keeps {kept} weights, and not the {asked} that follow from the level before it: it was made "
             f"with another density, or is damaged. Choose another directory, or {remedy}"
         )
     if digest(rewound) != about["rewound"]:
-        raise ValueError(f"{path} was not made from the weights in {rewound_path}: {remedy}")
+        raise CannotResume(f"{path} was not made from the weights in {rewound_path}: {remedy}")
     return History(**about["history"]), weights, rewound

@@ -5,7 +5,6 @@ import gc
 import math
 import os
 import shutil
-import socket
 import sys
 import time
 import traceback
@@ -13,10 +12,12 @@ import warnings
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from socket import gethostname
 from typing import NamedTuple
 
 import torch
 
+from fsp.files import CannotResume
 from fsp.runs.deadline import GRACE, OutOfTime, deadline
 from fsp.runs.locks import lock
 from fsp.runs.provenance import provenance
@@ -35,6 +36,7 @@ class Task(NamedTuple):
     # When the failed record was started that was there before the sweep. A later one is from this sweep, or from
     # another at the same time, and counts.
     failed_before: str | None
+    code: str = ""  # digest of the function, see `fsp.runs.code.run_code`
 
 
 class Outcome(NamedTuple):
@@ -98,7 +100,7 @@ def _compute(function: Callable, task: Task, die: Callable[[], None] | None) -> 
             "rows": rows,
             "kind": kind,
             "error": error,
-            "provenance": provenance() | {"host": socket.gethostname(), "process": os.getpid()},
+            "provenance": provenance() | {"run_code": task.code, "host": gethostname(), "process": os.getpid()},
             "started": started.isoformat(),
             "wall_s": time.perf_counter() - clock,
             "peak_memory_bytes": _peak_memory_bytes(),
@@ -126,7 +128,7 @@ def _compute(function: Callable, task: Task, die: Callable[[], None] | None) -> 
         spoiled = kind == "exception" and isinstance(raised, torch.AcceleratorError)
     if kind is None:
         record = write(check_rows(result, task.config, task.entries))
-        shutil.rmtree(scratch_folder(task.path), ignore_errors=True)
+        shutil.rmtree(scratch_folder(task.path, task.code), ignore_errors=True)
         return Outcome("computed", record)
     record = write([], kind, error)
     if spoiled and die:
@@ -139,7 +141,7 @@ def _compute(function: Callable, task: Task, die: Callable[[], None] | None) -> 
 
 def _call(function: Callable, task: Task) -> object:
     """What the function returns; if it cannot go on from its scratch, it starts again without."""
-    folder = scratch_folder(task.path)
+    folder = scratch_folder(task.path, task.code)
     if task.recompute:
         shutil.rmtree(folder, ignore_errors=True)
     resumes = folder.is_dir() and any(folder.iterdir())
@@ -147,7 +149,7 @@ def _call(function: Callable, task: Task) -> object:
     try:
         try:
             return function(copy.deepcopy(task.config))
-        except ValueError as error:  # such as a checkpoint of other masks, which scoring on a GPU may give next time
+        except CannotResume as error:  # a checkpoint of other masks, for one, which scoring on a GPU may give next time
             if not resumes:
                 raise
             text = f"{task.path.stem[:12]} cannot go on from its scratch, and starts again without: {error}"

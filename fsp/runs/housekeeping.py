@@ -11,12 +11,12 @@ from fsp.paths import COMMITTED
 from fsp.runs.locks import lock, locked_by
 from fsp.runs.provenance import provenance
 from fsp.runs.records import frame, key, read_record, record_paths
-from fsp.runs.scratching import MARK, scratch_folder
+from fsp.runs.scratching import MARK
 
 TEMPORARY = "temporary files of killed processes"
 DAMAGED = "damaged records that were set aside"
-USELESS = "scratch folders of runs that finished, or that another version of this package began"
-UNFINISHED = "scratch folders of unfinished runs, which would go on from there"
+USELESS = "scratch folders of finished runs"
+UNFINISHED = "scratch folders of unfinished runs, which go on from there if their code is still the same"
 OTHER_CODE = "records made by other versions of this package"
 
 
@@ -69,7 +69,7 @@ def _what(path: Path, records: dict[Path, dict]) -> str | None:
     if MARK not in path.name:
         return TEMPORARY
     is_done = record in records and records[record]["status"] == "finished"
-    return USELESS if is_done or path != scratch_folder(record) else UNFINISHED
+    return USELESS if is_done else UNFINISHED
 
 
 def _prune(found: dict[str, list[Path]], *, yes: bool) -> int:

@@ -9,8 +9,11 @@ import json
 import math
 import os
 import re
+import reprlib
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 
 import pandas as pd
@@ -22,8 +25,7 @@ from fsp.runs.tables import OWN_COLUMNS, value_of
 EXCLUDED = frozenset({"device", "threads", "workers", "verbose", "out_dir", "root", "download"})
 SCHEMA = 2  # of the records; a change of EXCLUDED or of `key` is a change of schema
 KINDS = ("exception", "timeout", "non-finite", "out of memory", "worker died")
-FIELDS = {"schema", "key", "config", "status", "rows", "kind", "error", "provenance", "started", "wall_s"}
-FIELDS |= {"peak_memory_bytes", "peak_cuda_bytes"}
+CODE_DIGITS = 12  # of the digest of its code, in a table
 ADDED = {1: {"kind"}}  # fields that records of an older schema do not have yet
 
 
@@ -90,22 +92,14 @@ def read_record(path: str | Path) -> dict:
     """
     path = Path(path)
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(record, dict) or record.get("schema") not in (SCHEMA, *ADDED):
-            raise ValueError(f"expected a record of schema {', '.join(map(str, (*ADDED, SCHEMA)))}")
-        if set(record) != FIELDS - ADDED.get(record["schema"], set()):
-            raise ValueError("its entries are not those of its schema")
-        if key(record["config"]) != path.stem or record["key"] != path.stem:
+        record = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once, parse_constant=_refuse)
+        _check_record(record)
+        if record["key"] != path.stem or key(record["config"]) != path.stem:
             raise ValueError("its config does not fit its name")
-        rows = [{name: _known(value) for name, value in row.items()} for row in record["rows"]]
-        if record["status"] != ("finished" if rows else "failed"):
-            raise ValueError(f"status {record['status']!r} with {len(rows)} rows")
-        kind = record.get("kind", None if rows else "exception")
-        if kind not in (KINDS if not rows else (None,)):
-            raise ValueError(f"status {record['status']!r} of kind {kind!r}")
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not a whole run record: {error}") from error
-    return {**record, "kind": kind, "rows": rows}
+    rows = [{name: math.nan if value is None else value for name, value in row.items()} for row in record["rows"]]
+    return {**record, "kind": record.get("kind", None if rows else "exception"), "rows": rows}
 
 
 def write_record(path: Path, record: dict, *, replace: bool) -> dict:
@@ -167,14 +161,21 @@ def load(store: str | Path | None = None) -> pd.DataFrame:
     return frame([r["config"] for r in records], [r["key"] for r in records], records)
 
 
+def code_of(run: dict) -> str | None:
+    """First digits of the digest of the code that made a run; None if its record does not say."""
+    code = run["provenance"].get("run_code")
+    return None if code is None else code[:CODE_DIGITS]
+
+
 def frame(configs: list[dict], keys: list[str], runs: list[dict]) -> pd.DataFrame:
-    """Tidy table: config entries, metrics, status and key, each column with the type its values give it."""
+    """Tidy table: config entries, metrics, status, key and code, each column with the type its values give it."""
     entries = [name for config in configs for name in config if name not in EXCLUDED]
     metrics = [name for run in runs for row in run["rows"] for name in row]
     lines = []
     for config, name, run in zip(configs, keys, runs, strict=True):
         own = {entry: _cell(config[entry], entry) for entry in config if entry not in EXCLUDED}
-        lines += [{**own, **row, "status": run["status"], "key": name} for row in run["rows"] or [{}]]
+        about = {"status": run["status"], "key": name, "code": code_of(run)}
+        lines += [own | row | about for row in run["rows"] or [{}]]
     columns = dict.fromkeys([*entries, *metrics, *OWN_COLUMNS])  # unique, in order of first appearance
     return pd.DataFrame({column: _column([line.get(column) for line in lines]) for column in columns})
 
@@ -211,6 +212,85 @@ def stored(value: object, name: str) -> object:
         return str(value)
 
 
+# ---- what a record holds -----------------------------------------------------------------------------------------
+
+
+def _is_amount(value: object) -> bool:
+    """Whether this is a finite number of at least 0."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
+def _is_memory(value: object) -> bool:
+    """Whether this is a number of bytes, or None."""
+    return value is None or (_is_amount(value) and isinstance(value, int))
+
+
+def _is_time(value: object) -> bool:
+    """Whether this is a time with its zone, ISO 8601."""
+    try:
+        return isinstance(value, str) and datetime.fromisoformat(value).tzinfo is not None
+    except ValueError:
+        return False
+
+
+def _is_provenance(value: object) -> bool:
+    """Whether this is a dict of texts and some numbers, with a digest if there is one."""
+    if not isinstance(value, dict) or not all(type(value[name]) is NUMBERS.get(name, str) for name in value):
+        return False
+    return re.fullmatch("[0-9a-f]*", value.get("run_code", "")) is not None
+
+
+def _is_rows(value: object) -> bool:
+    """Whether this is a list of rows."""
+    return isinstance(value, list) and all(isinstance(row, dict) for row in value)
+
+
+NUMBERS = {"threads": int, "process": int}  # in provenance; all else is text
+FIELDS: dict[str, Callable[[object], bool]] = {
+    "schema": lambda value: type(value) is int and value in (*ADDED, SCHEMA),
+    "key": lambda value: isinstance(value, str),
+    "config": lambda value: isinstance(value, dict),
+    "status": lambda value: value in ("finished", "failed"),
+    "rows": _is_rows,
+    "kind": lambda value: value is None or value in KINDS,
+    "error": lambda value: value is None or isinstance(value, str),
+    "provenance": _is_provenance,
+    "started": _is_time,
+    "wall_s": _is_amount,
+    "peak_memory_bytes": _is_memory,
+    "peak_cuda_bytes": _is_memory,
+}
+
+
+def _check_record(record: object) -> None:
+    """Raise a ValueError or a TypeError on anything that `fsp.runs` has not written in this form."""
+    if not isinstance(record, dict) or not FIELDS["schema"](record.get("schema")):
+        raise ValueError(f"expected a record of schema {', '.join(map(str, (*ADDED, SCHEMA)))}")
+    if set(record) != set(FIELDS) - ADDED.get(record["schema"], set()):
+        raise ValueError("its entries are not those of its schema")
+    if wrong := [name for name in record if not FIELDS[name](record[name])]:
+        raise ValueError(f"{wrong[0]!r} is {reprlib.repr(record[wrong[0]])}")
+    finished = record["status"] == "finished"
+    told = [record.get("kind", record["error"]), record["error"]]  # of a failure
+    if finished != bool(record["rows"]) or [text is None for text in told] != [finished, finished]:
+        raise ValueError(f"status {record['status']!r} does not fit its rows, kind and error")
+    for row in record["rows"]:
+        for name in row:
+            _check_metric(name, row[name], record["config"], set(record["config"]))
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object; raises if a name is there twice."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a name is there twice")
+    return dict(pairs)
+
+
+def _refuse(constant: str) -> None:
+    """Raise for NaN and Infinity, which are no JSON."""
+    raise ValueError(f"{constant} is no JSON")
+
+
 def check_rows(result: object, config: dict, entries: set[str]) -> list[dict]:
     """Rows that `function` returned, nan as None; raises on what a record or a table cannot hold."""
     rows = result if isinstance(result, list) else [result]
@@ -231,13 +311,6 @@ def _check_metric(name: object, value: object, config: dict, entries: set[str]) 
     if isinstance(value, float) and math.isinf(value):
         raise ValueError(f"{where}: expected a finite number, or nan where it is undefined")
     return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _known(value: object) -> object:
-    """A metric from a record: null is nan, and nothing is nested."""
-    if isinstance(value, list | dict):
-        raise ValueError(f"metric {value!r} is no scalar")
-    return math.nan if value is None else value
 
 
 def _number(text: str) -> int | float:

@@ -3,9 +3,7 @@
 from contextvars import ContextVar
 from pathlib import Path
 
-from fsp.runs.provenance import provenance
-
-MARK = ".scratch-"  # between a run's key and the version of the package
+MARK = ".scratch-"  # between a run's key and the digest of its code
 FOLDER: ContextVar[Path | None] = ContextVar("scratch folder of the run at work", default=None)
 
 
@@ -13,9 +11,10 @@ def scratch(name: str) -> Path | None:
     """Path of a file or folder that the run at work may keep until it is finished.
 
     For use in a function that `fsp.runs.sweep` calls.  A run that is killed, fails or exceeds its time finds there
-    what it left when it is done again by the same version of this package; if it then raises a `ValueError`, as a
-    checkpoint that does not fit does, it starts again without.  All is deleted once the run is finished, and before it
-    with ``recompute=True``.  Functions that resume by themselves take the path as it is::
+    what it left when it is done again by the same code (see `fsp.runs.code.run_code`); if it then raises
+    `fsp.files.CannotResume`, as a checkpoint that does not fit does, it starts again without.  All is deleted once the
+    run is finished, and before it with ``recompute=True``.  Functions that resume by themselves take the path as it
+    is::
 
         fit(net, data, config, checkpoint=runs.scratch("training.safetensors"))
         search(net, "snip", 0.05, population=200, directory=runs.scratch("search"))
@@ -34,6 +33,6 @@ def scratch(name: str) -> Path | None:
     return None if folder is None else folder / name
 
 
-def scratch_folder(record: Path) -> Path:
-    """Scratch of a run, by its record's path; another version of this package has another folder."""
-    return record.with_name(f"{record.stem}{MARK}{provenance()['code'][:8]}")
+def scratch_folder(record: Path, code: str) -> Path:
+    """Scratch of a run, by its record's path and the digest of its code: other code has another folder."""
+    return record.with_name(f"{record.stem}{MARK}{code[:8]}")

@@ -3,6 +3,7 @@
 import functools
 import math
 import os
+import shlex
 import tempfile
 import time
 import warnings
@@ -17,8 +18,8 @@ import pandas as pd
 from fsp.progress import bar
 from fsp.runs import cluster
 from fsp.runs.attempt import Outcome, Task, attempt, on_record
-from fsp.runs.provenance import provenance
-from fsp.runs.records import frame, key, whole_record
+from fsp.runs.code import run_code
+from fsp.runs.records import CODE_DIGITS, code_of, frame, key, whole_record
 from fsp.runs.tables import OWN_COLUMNS, rows_by_key
 
 BUSY_S = 0.2  # between looks at runs that another process is doing
@@ -76,9 +77,10 @@ def sweep(
     pandas.DataFrame
         For each config in the given order its row or rows. Columns: the config's entries except `EXCLUDED` ones
         (lists, dicts and unprintable text as compact JSON), the metrics, ``status`` ("finished" or "failed"; a
-        failed run has missing metrics) and ``key``. A column is bool or int where every value is, float64 where
-        all are numbers or missing. ``attrs`` counts ``reused``, ``computed`` and ``failed`` runs, and the reused
-        records made by another version of this package as ``other_code``.
+        failed run has missing metrics), ``key`` and ``code``, the first twelve digits of the digest of the code that
+        made the row (see `fsp.runs.code.run_code`; missing where nobody knows it). A column is bool or int where
+        every value is, float64 where all are numbers or missing. ``attrs`` counts ``reused``, ``computed`` and
+        ``failed`` runs, and lists as ``stale`` the keys of the reused ones that other code made.
 
     Raises
     ------
@@ -87,8 +89,8 @@ def sweep(
         is not JSON, or what `function` returned is not made of the types above.
     ValueError
         If `configs` is empty or holds one run twice, a number in a config is nan or infinite, an entry is called
-        ``status`` or ``key``, another argument is out of its range, `table` is no such table, a metric is infinite,
-        reads back from a CSV file as something else, or has the name of a config entry.
+        ``status``, ``key`` or ``code``, another argument is out of its range, `table` is no such table, a metric is
+        infinite, reads back from a CSV file as something else, or has the name of a config entry.
     OSError
         If a run is missing and `store` cannot be written to, checked before the first run; if a record cannot be
         written later, as on a full disk; if a worker does not see `store`. Records written before are kept.
@@ -101,7 +103,8 @@ def sweep(
     -----
     UserWarning
         For a damaged record (set aside as ``<key>.json.corrupt`` and computed again), failed runs (the sweep goes
-        on), a store without file locks, and records made by another version of this package.
+        on), a store without file locks, and reused rows that other code made: `function`, or something that it reaches,
+        has been edited since.
 
     Notes
     -----
@@ -125,6 +128,7 @@ def sweep(
     [[2, 4], [3, 9]]
     """
     by_key = _check_sweep(function, configs)
+    code = run_code(function)
     _check_options(scheduler, workers, per_gpu, timeout, retries)
     entries = {name for config in configs for name in config}
     store = Path(store).absolute()
@@ -137,9 +141,9 @@ def sweep(
         if record and not recompute and not (failed_before and retry_failed):
             outcomes[name] = on_record(record, config, entries)
         elif name in rows_in_table:
-            outcomes[name] = on_record({"status": "finished", "rows": rows_in_table[name]}, config, entries)
+            outcomes[name] = on_record(rows_in_table[name], config, entries)
         else:
-            tasks[name] = Task(config, path, entries, recompute, timeout, failed_before)
+            tasks[name] = Task(config, path, entries, recompute, timeout, failed_before, code)
     if tasks:
         _check_writable(store)
         with ExitStack() as stack:
@@ -160,16 +164,19 @@ def sweep(
         kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(error["kind"] for error in errors).items())
         warnings.warn(
             f"{len(errors)} of {len(configs)} runs failed, the first with {first} ({kinds}); tracebacks: "
-            f"python -m fsp.runs list --status failed --store {store}",
+            f"python -m fsp.runs list --status failed --store {shlex.quote(str(store))}",
             stacklevel=2,
         )
-    reused = [outcome.record for outcome in ended if outcome.word == "reused" and "provenance" in outcome.record]
-    other_code = sum(record["provenance"].get("code") != provenance()["code"] for record in reused)
-    if other_code:
-        text = f"{other_code} reused runs were made by another version of fsp; recompute=True redoes them"
-        warnings.warn(text, stacklevel=2)
+    reused = [name for name in by_key if outcomes[name].word == "reused"]
+    stale = [name for name in reused if code_of(outcomes[name].record) != code[:CODE_DIGITS]]
+    if stale:
+        warnings.warn(
+            f"{len(stale)} of {len(configs)} runs were reused that other code made: the function, or something that it "
+            "reaches, has been edited since; recompute=True does them again",
+            stacklevel=2,
+        )
     made = frame(configs, list(by_key), [outcome.record for outcome in ended])
-    made.attrs = {word: counts[word] for word in ("computed", "reused", "failed")} | {"other_code": other_code}
+    made.attrs = {word: counts[word] for word in ("computed", "reused", "failed")} | {"stale": stale}
     return made
 
 

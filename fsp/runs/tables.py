@@ -11,7 +11,8 @@ import pandas as pd
 
 from fsp.files import replacing
 
-OWN_COLUMNS = ("status", "key")  # of every table of runs, beside config entries and metrics
+OWN_COLUMNS = ("status", "key", "code")  # of every table of runs, beside config entries and metrics
+REQUIRED = ("status", "key")  # tables written before there was the third have no more
 # Since pandas 3.1 every CSV float is read exactly, and the option that asked for it is deprecated.
 OLD_PANDAS = tuple(map(int, pd.__version__.split(".")[:2])) < (3, 1)
 EXACT_FLOATS = {"float_precision": "round_trip"} if OLD_PANDAS else {}
@@ -56,7 +57,7 @@ def update(frame: pd.DataFrame, path: str | Path) -> Path:
     ValueError
         If `frame` or the file has no columns ``status`` and ``key``.
     """
-    if missing := [name for name in OWN_COLUMNS if name not in frame]:
+    if missing := [name for name in REQUIRED if name not in frame]:
         raise ValueError(f"frame has no column {missing[0]!r}: expected the table that sweep returned")
     if not Path(path).exists():
         return save(frame, path)
@@ -136,27 +137,30 @@ def read_published(path: str | Path, columns: Mapping[str, str], *, optional: Co
 
 def read(path: str | Path) -> pd.DataFrame:
     """Read a CSV table with floats exact to the last bit; only an empty cell is a missing value."""
-    return pd.read_csv(path, keep_default_na=False, na_values=[""], **EXACT_FLOATS)
+    digits = {"code": str}  # hexadecimal ones, some of which look like numbers
+    return pd.read_csv(path, keep_default_na=False, na_values=[""], dtype=digits, **EXACT_FLOATS)
 
 
 def read_cells(source: str | Path | io.StringIO) -> pd.DataFrame:
     """A table of runs as text, cell for cell."""
     cells = pd.read_csv(source, dtype=str, keep_default_na=False)
-    if missing := [name for name in OWN_COLUMNS if name not in cells]:
+    if missing := [name for name in REQUIRED if name not in cells]:
         raise ValueError(f"{source} has no column {missing[0]!r}: expected a table written by fsp.runs.tables.update")
     return cells
 
 
-def rows_by_key(path: Path, entries: set[str]) -> dict[str, list[dict]]:
-    """Metrics of the finished runs in a table; none if there is no table."""
+def rows_by_key(path: Path, entries: set[str]) -> dict[str, dict]:
+    """What a table knows of its finished runs, as their records say it; none if there is no table."""
     if not path.exists():
         return {}
     cells = read_cells(path)
-    rows: dict[str, list[dict]] = {}
+    runs: dict[str, dict] = {}
     for line in cells[cells["status"] == "finished"].to_dict("records"):
         metrics = {n: value_of(cell) for n, cell in line.items() if n not in entries and n not in OWN_COLUMNS}
-        rows.setdefault(line["key"], []).append(metrics)
-    return rows
+        made_by = {"run_code": line.get("code") or None}
+        run = runs.setdefault(line["key"], {"status": "finished", "rows": [], "provenance": made_by})
+        run["rows"].append(metrics)
+    return runs
 
 
 def value_of(cell: str) -> object:

@@ -13,7 +13,7 @@ from torch import Tensor
 from fsp import masks as mask_algebra
 from fsp import spectrum
 from fsp.checks import check_choice, check_count
-from fsp.files import digest
+from fsp.files import CannotResume, digest
 from fsp.masks import Masks
 from fsp.progress import bar
 from fsp.search.acceptance import ACCEPTANCE, norms
@@ -96,7 +96,7 @@ def judge_candidates(
 
     Raises
     ------
-    ValueError
+    CannotResume
         If the directory holds another search, a longer one, or a damaged file.
     """
     written = state = None
@@ -106,7 +106,7 @@ def judge_candidates(
     if state is None:
         state = _first(plan, source)
     if state.candidate > plan.population:
-        raise ValueError(
+        raise CannotResume(
             f"{plan.directory} holds a search of {state.candidate} candidates already, more than "
             f"population={plan.population}: choose another directory, or a population at least as large"
         )

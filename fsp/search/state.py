@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fsp import masks as mask_algebra
-from fsp.files import differences, digest, load_tensors, save_tensors
+from fsp.files import CannotResume, DamagedFile, differences, digest, load_tensors, save_tensors
 from fsp.masks import Masks
 
 KIND = "search"
@@ -96,17 +96,21 @@ def read(folder: Path, settings: dict[str, object], model: nn.Module) -> State |
 
     Raises
     ------
-    ValueError
+    CannotResume
         If the settings differ, naming each; if a file is damaged or missing, naming it.
     """
     path = folder / "state.safetensors"
     if not path.exists():
         if left := sorted(folder.glob("ticket_*.masks.safetensors")):
-            raise ValueError(f"{left[0]} is there without {path}, which holds its settings: choose another directory")
+            raise CannotResume(f"{left[0]} is there without {path}, which holds its settings: choose another directory")
         return None
-    tensors, content = load_tensors(path, KIND)
+    try:
+        tensors, content = load_tensors(path, KIND)
+    except DamagedFile as error:
+        raise CannotResume(f"{error}: choose another directory, or delete this one") from error
     if different := differences(content["settings"], settings):
-        raise ValueError(f"{folder} holds another search: {different}. Choose another directory, or the same settings")
+        text = f"{folder} holds another search: {different}. Choose another directory, or the same settings"
+        raise CannotResume(text)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     device = {name: parameters[name].device for name in content["layers"]}
     return State(
@@ -125,8 +129,12 @@ def _read_tickets(folder: Path, candidates: list[int], device: Mapping[str, torc
     for candidate in candidates:
         path = _ticket_path(folder, candidate)
         if not path.exists():
-            raise ValueError(f"{path} is missing: choose another directory, or delete this one")
-        loaded = {name: m.to(device[name]) for name, m in mask_algebra.load(path).items()}
+            raise CannotResume(f"{path} is missing: choose another directory, or delete this one")
+        try:
+            masks = mask_algebra.load(path)
+        except ValueError as error:
+            raise CannotResume(f"{error}: choose another directory, or delete this one") from error
+        loaded = {name: m.to(device[name]) for name, m in masks.items()}
         last = {n: last[n] if n in last and torch.equal(last[n], m) else m for n, m in loaded.items()}
         tickets[candidate] = last
     return tickets

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fsp.data import Data
-from fsp.files import DamagedFile, differences, digest, leftovers, load_tensors, save_tensors
+from fsp.files import CannotResume, DamagedFile, differences, digest, leftovers, load_tensors, save_tensors
 from fsp.masks import Masks
 from fsp.training.settings import is_number
 
@@ -172,7 +172,7 @@ class Checkpoint:
 
         Raises
         ------
-        ValueError
+        CannotResume
             If the file is the checkpoint of another training; the message names what differs.
         TypeError
             If ``state_dict()`` of a hook holds what is neither a tensor nor JSON.
@@ -193,7 +193,7 @@ class Checkpoint:
             os.replace(self.path, aside)
             return
         if different := differences(content["training"], self.training):
-            raise ValueError(
+            raise CannotResume(
                 f"{self.path} is the checkpoint of another training: {different}. Choose another path, delete the "
                 "file, or give the same settings, data, masks and model, with the weights it had before the first call"
             )

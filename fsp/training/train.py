@@ -188,9 +188,11 @@ def fit(
     ------
     ValueError
         If a mask fits no parameter; `start_step` leaves no step to train; a hook has none of the methods of a hook or
-        only one of ``state_dict`` and ``load_state_dict``; two hooks have ``take_step``; `checkpoint` is the file of
-        another training (the message names what differs: a setting, the data, the initial weights or masks ...);
-        `checkpoint_every_s` is out of range.
+        only one of ``state_dict`` and ``load_state_dict``; two hooks have ``take_step``; `checkpoint_every_s` is out
+        of range.
+    fsp.files.CannotResume
+        A ValueError: `checkpoint` is the file of another training (the message names what differs: a setting, the
+        data, the initial weights or masks ...).
     TypeError
         If ``state_dict()`` of a hook holds what is neither a tensor nor JSON, and there is a `checkpoint`.
     OSError

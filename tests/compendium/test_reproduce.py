@@ -386,7 +386,13 @@ def test_ctrl_c_stops_everything_and_the_same_command_continues(root, tmp_path):
     command += ["-p", "pretrain"]
     environment = {**os.environ, "FSP_ROOT": str(root)}
     first = subprocess.Popen(
-        [*command, "2"], env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+        [*command, "2"],
+        env=environment,
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # as a shell starts a background job
     )
     wait_until(lambda: (out / "runs" / "0.json").exists() or first.poll() is not None, 120)
     started = {process.pid for process in psutil.Process(first.pid).children(recursive=True)}

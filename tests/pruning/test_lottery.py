@@ -18,7 +18,7 @@ from torch import nn
 
 from fsp import progress
 from fsp.data import load
-from fsp.files import load_tensors, save_tensors
+from fsp.files import CannotResume, load_tensors, save_tensors
 from fsp.masks import kept_count, prunable
 from fsp.masks import load as load_masks
 from fsp.models import build
@@ -507,7 +507,7 @@ def test_more_levels_go_on_where_fewer_ended(monkeypatch, tmp_path, finished):
 
 def test_a_level_made_with_another_density_is_not_taken_for_this_one(tmp_path):
     again(tmp_path, levels=None, density=0.6)
-    with pytest.raises(ValueError, match=r"level_03\.masks.* keeps 740 weights, and not the 632"):
+    with pytest.raises(CannotResume, match=r"level_03\.masks.* keeps 740 weights, and not the 632"):
         again(tmp_path, levels=None, density=0.3)
 
 
@@ -537,7 +537,7 @@ def test_a_directory_of_other_settings_is_refused_by_name_and_left_as_it_is(monk
     before = {path: path.read_bytes() for path in directory.iterdir()}
     monkeypatch.setattr(lottery, "fit", no_training)
     first = {"model": net(), "data": DATA, "config": CONFIG, "levels": LAST, "rewind": 4, "directory": directory}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(CannotResume, match=message):
         imp(**(first | changed))
     assert {path: path.read_bytes() for path in directory.iterdir()} == before
 
@@ -561,7 +561,7 @@ def test_a_damaged_file_is_named_and_its_level_is_trained_again_when_the_named_f
     directory = shutil.copytree(finished[0], tmp_path / "run")
     damage(directory / file)
     if (directory / level).exists():
-        with pytest.raises(ValueError, match=rf"{file} .*delete .*{level}"):
+        with pytest.raises(CannotResume, match=rf"{file} .*delete .*{level}"):
             again(directory)
         (directory / level).unlink()
     starts = watched(monkeypatch)
@@ -577,7 +577,7 @@ def test_a_level_that_does_not_follow_from_the_one_before_is_refused(tmp_path, f
         shutil.copy(path, directory)
     shutil.copy(tmp_path / "other" / "rewind.safetensors", directory)
     with pytest.raises(
-        ValueError, match=r"level_01\.masks\.safetensors keeps 986 weights, and not the 986 that follow"
+        CannotResume, match=r"level_01\.masks\.safetensors keeps 986 weights, and not the 986 that follow"
     ):
         again(directory)
 
@@ -586,7 +586,7 @@ def test_a_rewind_point_of_another_run_is_refused(tmp_path, finished):
     directory = shutil.copytree(finished[0], tmp_path / "run")
     weights, about = load_tensors(directory / "level_02.safetensors", "level")
     save_tensors(directory / "level_02.safetensors", "level", weights, about | {"rewound": "0" * 64})
-    with pytest.raises(ValueError, match=r"level_02\.safetensors was not made from the weights in .*rewind"):
+    with pytest.raises(CannotResume, match=r"level_02\.safetensors was not made from the weights in .*rewind"):
         again(directory)
 
 
@@ -595,7 +595,7 @@ def test_levels_without_readable_settings_are_refused(monkeypatch, tmp_path, fin
     directory = shutil.copytree(finished[0], tmp_path / "run")
     damage(directory / "settings.json")
     monkeypatch.setattr(lottery, "fit", no_training)
-    with pytest.raises(ValueError, match=r"settings\.json is (damaged|missing)"):
+    with pytest.raises(CannotResume, match=r"settings\.json is (damaged|missing)"):
         again(directory)
 
 

@@ -7,10 +7,12 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from types import SimpleNamespace
@@ -21,9 +23,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fsp import paths, progress, runs
-from fsp.runs import attempt, key, load, locks, read_record, scratching, sweep, tables
+from fsp import models, paths, progress, runs, training
+from fsp.data import load as load_data
+from fsp.files import CannotResume
+from fsp.runs import attempt, key, load, locks, read_record, sweep, tables
 from fsp.runs import provenance as provenance_module
+from fsp.runs.code import run_code
 from fsp.runs.locks import lock, locked_by
 from fsp.runs.provenance import provenance
 
@@ -35,6 +40,10 @@ CHILDREN.set_forkserver_preload(["fsp.runs", "pytest", "hypothesis"])
 @pytest.fixture(autouse=True)
 def _quiet(monkeypatch):
     monkeypatch.setenv("FSP_PROGRESS", "0")
+
+
+def counts(frame):
+    return [frame.attrs[word] for word in ("computed", "reused", "failed")]
 
 
 def square(config):
@@ -52,6 +61,8 @@ def fails_at_2(config):
 
 
 XS = [{"x": x} for x in (1, 2, 3)]
+# Tests show what is reused by another function in its place.
+pytestmark = pytest.mark.filterwarnings("ignore:[0-9]+ of [0-9]+ runs were reused")
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 values = st.recursive(
@@ -109,12 +120,13 @@ def test_key_refuses_what_json_cannot_hold_and_names_it(config, error, named):
 def test_a_table_has_the_config_the_metrics_the_status_and_the_key(tmp_path):
     config = {"name": "a\n", "widths": (8, 4), "options": {"k": 1}, "device": torch.device("cpu"), "none": None}
     frame = sweep(lambda c: [{"step": i, "ok": i > 0} for i in range(2)], [config], store=tmp_path)
-    assert list(frame) == ["name", "widths", "options", "none", "step", "ok", "status", "key"]
+    assert list(frame) == ["name", "widths", "options", "none", "step", "ok", "status", "key", "code"]
+    code = read_record(tmp_path / f"{key(config)}.json")["provenance"]["run_code"]
     assert frame.drop(columns="none").values.tolist() == [
-        ['"a\\n"', "[8,4]", '{"k":1}', 0, False, "finished", key(config)],
-        ['"a\\n"', "[8,4]", '{"k":1}', 1, True, "finished", key(config)],
+        ['"a\\n"', "[8,4]", '{"k":1}', 0, False, "finished", key(config), code[:12]],
+        ['"a\\n"', "[8,4]", '{"k":1}', 1, True, "finished", key(config), code[:12]],
     ]
-    assert frame.attrs == {"computed": 1, "reused": 0, "failed": 0, "other_code": 0}
+    assert counts(frame) == [1, 0, 0]
 
 
 def test_a_column_has_the_type_its_values_have_together(tmp_path):
@@ -130,8 +142,11 @@ def test_a_column_has_the_type_its_values_have_together(tmp_path):
 def test_a_record_tells_all_about_its_run(tmp_path):
     config = {"x": 0.5, "widths": [1, 2], "device": torch.device("cpu"), "out_dir": tmp_path}
     store = tmp_path / "made" / "here"
-    # the function cannot change the config
-    sweep(lambda c: {"y": math.nan, "z": time.sleep(c["widths"].pop() / 100)}, [config], store=store)
+
+    def run(config):  # it cannot change the config of the record
+        return {"y": math.nan, "z": time.sleep(config["widths"].pop() / 100)}
+
+    sweep(run, [config], store=store)
     (path,) = store.iterdir()
     raw = json.loads(path.read_text())
     assert path.name == f"{key(config)}.json"
@@ -139,7 +154,8 @@ def test_a_record_tells_all_about_its_run(tmp_path):
     assert raw["rows"] == [{"y": None, "z": None}]
     assert (raw["schema"], raw["key"], raw["status"]) == (2, key(config), "finished")
     assert (raw["kind"], raw["error"]) == (None, None)
-    assert raw["provenance"] == provenance()
+    about = {"run_code": run_code(run), "host": os.uname().nodename, "process": os.getpid()}
+    assert raw["provenance"] == provenance() | about
     assert pd.Timestamp(raw["started"]).utcoffset().total_seconds() == 0
     assert 0.02 <= raw["wall_s"] < 10
     assert 10e6 < raw["peak_memory_bytes"] <= 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -153,7 +169,7 @@ def test_a_finished_run_is_not_computed_again_and_only_missing_ones_are(tmp_path
     frame = sweep(lambda c: calls.append(c["x"]) or square(c), XS, store=tmp_path)
     assert calls == [1, 3]
     assert frame["x"].tolist() == [1, 2, 3]
-    assert frame.attrs == {"computed": 2, "reused": 1, "failed": 0, "other_code": 0}
+    assert counts(frame) == [2, 1, 0]
     assert frame.equals(sweep(never, XS, store=tmp_path))
 
 
@@ -194,13 +210,15 @@ def test_a_failed_run_is_tried_again_unless_told_otherwise(tmp_path):
     frame = sweep_with_a_failure(fails_at_2, store=tmp_path)
     assert frame["status"].tolist() == ["finished", "failed", "finished"]
     assert frame["square"].isna().tolist() == [False, True, False]
-    assert frame.attrs == {"computed": 2, "reused": 0, "failed": 1, "other_code": 0}
+    assert counts(frame) == [2, 0, 1]
     left = sweep_with_a_failure(never, store=tmp_path, retry_failed=False)
     assert left.equals(load(tmp_path))
-    assert left.attrs == {"computed": 0, "reused": 2, "failed": 1, "other_code": 0}
+    assert counts(left) == [0, 2, 1]
     again = sweep(square, XS, store=tmp_path)
-    assert again.attrs == {"computed": 1, "reused": 2, "failed": 0, "other_code": 0}
-    assert again.equals(sweep(square, XS, store=tmp_path / "undisturbed"))
+    assert counts(again) == [1, 2, 0]
+    undisturbed = sweep(square, XS, store=tmp_path / "undisturbed")
+    assert again.drop(columns="code").equals(undisturbed.drop(columns="code"))
+    assert again["code"].tolist() == [run_code(function)[:12] for function in (fails_at_2, square, fails_at_2)]
 
 
 def test_a_failure_never_replaces_a_result(tmp_path):
@@ -238,13 +256,44 @@ def test_a_damaged_record_is_set_aside_and_computed_again(tmp_path, old, new):
     assert len(load(tmp_path)) == 3
 
 
-def test_records_of_other_code_are_reused_counted_and_told_of(tmp_path):
-    sweep(square, XS, store=tmp_path)
-    path = tmp_path / f"{key({'x': 2})}.json"
-    path.write_text(path.read_text().replace(provenance()["code"], "0" * 64))
-    with pytest.warns(UserWarning, match=r"1 reused runs .* recompute=True redoes them"):
-        frame = sweep(never, XS, store=tmp_path)
-    assert frame.attrs == {"computed": 0, "reused": 3, "failed": 0, "other_code": 1}
+def times(factor):
+    def run(config):
+        return {"y": factor * config["x"]}
+
+    return run
+
+
+@pytest.mark.parametrize("source", ["records", "table", "table without the column"])
+def test_rows_that_other_code_made_are_reused_listed_and_told_of(tmp_path, source):
+    table, store = tmp_path / "a.csv", tmp_path / "runs"
+    first = sweep(times(1), XS[:2], store=store)
+    tables.save(first if source == "table" else first.drop(columns="code"), table)
+    if source != "records":
+        store = tmp_path / "empty"
+    with pytest.warns(UserWarning, match=r"2 of 3 runs were reused that other code made.* recompute=True does them ag"):
+        frame = sweep(times(2), XS, store=store, table=table)
+    assert frame["y"].tolist() == [1, 2, 6]
+    assert frame.attrs == {"computed": 1, "reused": 2, "failed": 0, "stale": [key(c) for c in XS[:2]]}
+    known = first["code"][0] if source != "table without the column" else None
+    assert frame["code"].fillna("").tolist() == [known or "", known or "", run_code(times(2))[:12]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = sweep(times(2), XS, store=store, table=table, recompute=True)
+        assert again.equals(sweep(times(2), XS, store=store, table=table))
+    assert again.attrs["stale"] == []
+    assert again["y"].tolist() == [2, 4, 6]
+
+
+def test_records_without_a_digest_count_as_of_other_code(tmp_path):
+    sweep(square, XS[:1], store=tmp_path)
+    path = tmp_path / f"{key(XS[0])}.json"
+    raw = json.loads(path.read_text())
+    del raw["provenance"]["run_code"]
+    path.write_text(json.dumps(raw))
+    with pytest.warns(UserWarning, match="1 of 1 runs were reused that other code made"):
+        frame = sweep(square, XS[:1], store=tmp_path)
+    assert frame.attrs["stale"] == [key(XS[0])]
+    assert frame["code"].isna().all()
 
 
 def test_finished_rows_of_a_committed_table_stand_in_for_missing_records(tmp_path):
@@ -254,7 +303,7 @@ def test_finished_rows_of_a_committed_table_stand_in_for_missing_records(tmp_pat
     finished = [XS[0], XS[2]]
     frame = sweep(never, finished, store=table / "no folder", table=table)
     assert frame["square"].tolist() == [1, 9]
-    assert frame.attrs == {"computed": 0, "reused": 2, "failed": 0, "other_code": 0}
+    assert counts(frame) == [0, 2, 0]
     sweep(lambda c: {"square": 100}, XS[:1], store=tmp_path / "two")
     frame = sweep(lambda c: {"square": 200}, XS, store=tmp_path / "two", table=table)
     assert frame["square"].tolist() == [100, 200, 9]
@@ -316,6 +365,15 @@ def test_a_saved_table_has_plain_line_ends_and_empty_cells_for_nan(tmp_path):
     path = tables.save(frame, tmp_path / "new" / "a.csv")
     assert path.read_bytes() == b"a,b,c\n0.1,1,NA\n,2,\n"
     assert tables.read(path)["c"].tolist()[0] == "NA"
+
+
+def test_a_digest_that_looks_like_a_number_stays_text(tmp_path):
+    digests = ["001234567890", "12345678e123"]
+    frame = pd.DataFrame({"x": [1, 2], "y": [0.5, 1], "status": "finished", "key": ["A", "B"], "code": digests})
+    path = tables.update(frame, tmp_path / "a.csv")
+    assert tables.read(path)["code"].tolist() == digests
+    known = tables.rows_by_key(path, {"x"})
+    assert [known[name]["provenance"]["run_code"] for name in "AB"] == digests
 
 
 def test_update_table_replaces_its_own_rows_and_keeps_the_others_as_they_were(tmp_path):
@@ -573,7 +631,7 @@ def test_what_another_process_finished_or_failed_in_meanwhile_counts(tmp_path):
 
     frame = sweep_with_a_failure(ahead, store=tmp_path)
     assert frame["status"].tolist() == ["finished", "failed", "finished"]
-    assert frame.attrs == {"computed": 1, "reused": 1, "failed": 1, "other_code": 0}
+    assert counts(frame) == [1, 1, 1]
 
 
 # ---- locks -------------------------------------------------------------------------------------------------------
@@ -638,7 +696,7 @@ def test_a_run_that_another_process_has_locked_is_left_to_it_and_the_others_are_
             os.replace(tmp_path / "other" / path.name, path)  # the other process finishes
         frame = sweeping.result(60)
     assert frame["square"].tolist() == [100, 4, 9]
-    assert frame.attrs == {"computed": 2, "reused": 1, "failed": 0, "other_code": 0}
+    assert counts(frame) == [2, 1, 0]
 
 
 @pytest.mark.parametrize("lack", [OSError(errno.ENOLCK, "no locks"), None])
@@ -717,7 +775,7 @@ def test_records_of_schema_1_are_read_reused_and_retried_as_ever(tmp_path):
         path.write_text(json.dumps({**raw, "schema": 1}, indent=1))
     assert load(tmp_path).equals(before)
     assert [read_record(tmp_path / f"{key(c)}.json")["kind"] for c in XS] == [None, "exception", None]
-    assert sweep(square, XS, store=tmp_path).attrs == {"computed": 1, "reused": 2, "failed": 0, "other_code": 0}
+    assert counts(sweep(square, XS, store=tmp_path)) == [1, 2, 0]
 
 
 def test_load_gives_all_records_of_the_repository_s_own_store_or_another_and_nothing_else(tmp_path, monkeypatch):
@@ -771,43 +829,72 @@ def test_a_run_finds_its_scratch_after_a_failure_and_loses_it_when_finished(tmp_
     assert runs.scratch("count") is None  # outside a sweep
 
 
-def test_two_runs_two_versions_and_a_recomputation_share_no_scratch(tmp_path, monkeypatch):
-    def keeping(config):
-        if config["x"] == 1:
+def test_two_runs_two_versions_and_a_recomputation_share_no_scratch(tmp_path):
+    def version(number):
+        def run(config):
+            found = kept()["kept"]
             keep()
-            raise RuntimeError("stop")
-        return kept()
+            if config["x"] == 1 and number == 1 and not found:
+                raise RuntimeError("stop")
+            return {"kept": found}
 
-    def looking(config):
-        return kept()
+        return run
 
     with pytest.warns(UserWarning, match="1 of 3 runs failed"):
-        assert sweep(keeping, XS, store=tmp_path)["kept"].tolist()[1:] == [False, False]
-    with monkeypatch.context() as patch:
-        patch.setattr(scratching, "provenance", lambda: {"code": "another version"})
-        assert sweep(looking, XS[:1], store=tmp_path)["kept"].tolist() == [False]
-    assert list(tmp_path.glob("*.scratch-*"))
-    assert sweep(looking, XS[:1], store=tmp_path, recompute=True)["kept"].tolist() == [False]
+        assert sweep(version(1), XS, store=tmp_path)["kept"].tolist()[1:] == [False, False]
+    (left,) = tmp_path.glob("*.scratch-*")
+    shutil.copytree(left, tmp_path / "saved")
+    assert sweep(version(2), XS[:1], store=tmp_path)["kept"].tolist() == [False]
+    assert left.exists()
+    (tmp_path / f"{key(XS[0])}.json").unlink()
+    assert sweep(version(1), XS[:1], store=tmp_path)["kept"].tolist() == [True]
+    shutil.copytree(tmp_path / "saved", left)
+    with pytest.warns(UserWarning, match="1 of 1 runs failed"):
+        sweep(version(1), XS[:1], store=tmp_path, recompute=True)
 
 
-def test_a_run_starts_again_without_its_scratch_if_that_does_not_fit_and_only_if_there_is_some(tmp_path):
-    seen = []
+def refusing(config, log):
+    """A run that keeps something and fails; with its scratch, cannot go on from there; without, ends well then."""
+    starts = log.read_text().splitlines() if log.exists() else []
+    with log.open("a") as file:
+        file.write(f"{kept()['kept']}\n")
+    runs.scratch("kept").parent.mkdir(exist_ok=True)  # as a training does before its first checkpoint
+    if kept()["kept"]:
+        raise CannotResume("this is the checkpoint of another training")
+    if len(starts) == 0:
+        raise CannotResume("at first")
+    if len(starts) == 1:
+        keep()
+        raise ValueError("later")
+    return {"done": True}
 
-    def refusing(config):
-        seen.append(kept()["kept"])
-        runs.scratch("kept").parent.mkdir(exist_ok=True)  # as a training does before its first checkpoint
-        if seen[-1]:
-            raise ValueError("this is the checkpoint of another training")
-        if len(seen) == 2:
-            keep()
-        if len(seen) <= 2:
-            raise ValueError("at first")
-        return {"done": True}
 
-    for calls in (1, 2):
-        with pytest.warns(UserWarning, match="1 of 1 runs failed, the first with ValueError: at first"):
-            sweep(refusing, XS[:1], store=tmp_path)
-        assert len(seen) == calls
+def test_a_run_that_cannot_go_on_from_its_scratch_starts_again_without_if_there_is_some(tmp_path):
+    log = tmp_path / "log"
+    run = functools.partial(refusing, log=log)
+    for message in ("CannotResume: at first", "ValueError: later"):
+        with pytest.warns(UserWarning, match=f"1 of 1 runs failed, the first with .*{message}"):
+            sweep(run, XS[:1], store=tmp_path)
     with pytest.warns(UserWarning, match="cannot go on from its scratch, and starts again without: this is the checkp"):
-        assert sweep(refusing, XS[:1], store=tmp_path)["done"].tolist() == [True]
-    assert seen == [False, False, True, False]
+        assert sweep(run, XS[:1], store=tmp_path)["done"].tolist() == [True]
+    assert log.read_text().split() == ["False", "False", "True", "False"]
+
+
+def test_an_ordinary_error_after_a_checkpoint_is_a_failure_done_once_that_keeps_the_scratch(tmp_path):
+    log = tmp_path / "log"
+
+    def run(config):
+        digits = load_data("digits", seed=0)
+        network = models.build("mlp", digits.shape, digits.classes, generator=torch.Generator().manual_seed(0))
+        settings = training.TrainConfig(epochs=1)
+        training.fit(network, digits, settings, checkpoint=runs.scratch("training.safetensors"))
+        keep()
+        with log.open("a") as file:
+            file.write("trained ")
+        raise ValueError("this analysis is wrong")
+
+    for times_done in (1, 2):
+        with pytest.warns(UserWarning, match="1 of 1 runs failed, the first with ValueError: this analysis is wrong"):
+            sweep(run, XS[:1], store=tmp_path)
+        assert log.read_text().split() == ["trained"] * times_done
+        assert list(tmp_path.glob("*.scratch-*/kept")) != []

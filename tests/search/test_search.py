@@ -14,7 +14,7 @@ from torch import nn
 
 from fsp import models, progress, spectrum
 from fsp.data import load
-from fsp.files import DamagedFile, load_content, load_tensors
+from fsp.files import CannotResume, load_content, load_tensors
 from fsp.masks import density as density_of
 from fsp.masks import kept_count
 from fsp.masks import load as load_masks
@@ -348,7 +348,7 @@ def test_a_finished_search_is_read_back_without_drawing_and_a_larger_one_goes_on
 
 def test_a_search_that_has_gone_further_than_asked_is_refused(tmp_path):
     quick(directory=tmp_path)
-    with pytest.raises(ValueError, match="12 candidates already, more than population=11"):
+    with pytest.raises(CannotResume, match="12 candidates already, more than population=11"):
         quick(directory=tmp_path, population=11)
 
 
@@ -378,7 +378,7 @@ def test_a_directory_of_another_search_is_refused_by_name_and_left_as_it_is(tmp_
     quick(directory=tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     for message, changed in OTHERS.items():
-        with pytest.raises(ValueError, match=f"holds another search: .*{message}"):
+        with pytest.raises(CannotResume, match=f"holds another search: .*{message}"):
             quick(directory=tmp_path, **changed)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -388,14 +388,17 @@ def test_a_directory_with_a_damaged_or_missing_file_is_refused_by_its_name(tmp_p
     state, ticket = tmp_path / "state.safetensors", tmp_path / "ticket_000004.masks.safetensors"
     content = state.read_bytes()
     state.write_bytes(content[:-1])
-    with pytest.raises(DamagedFile, match=r"state\.safetensors"):
+    with pytest.raises(CannotResume, match=r"state\.safetensors"):
         quick(directory=tmp_path)
     state.unlink()
-    with pytest.raises(ValueError, match=r"ticket_000000.* without .*state\.safetensors"):
+    with pytest.raises(CannotResume, match=r"ticket_000000.* without .*state\.safetensors"):
         quick(directory=tmp_path)
     state.write_bytes(content)
     ticket.unlink()
-    with pytest.raises(ValueError, match=r"ticket_000004.* is missing"):
+    with pytest.raises(CannotResume, match=r"ticket_000004.* is missing"):
+        quick(directory=tmp_path)
+    ticket.write_bytes(b"")
+    with pytest.raises(CannotResume, match=r"ticket_000004.* is no whole file"):
         quick(directory=tmp_path)
 
 

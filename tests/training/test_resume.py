@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fsp.data import Split, load
+from fsp.files import CannotResume
 from fsp.masks import save as save_masks
 from fsp.pruning.methods import prune
 from fsp.training import resume, train
@@ -363,7 +364,7 @@ def test_a_checkpoint_of_another_training_is_refused_by_the_name_of_what_differs
     vars(other).update(OTHERS[name](other))
     weights = copy.deepcopy(other.net.state_dict())
     with pytest.raises(
-        ValueError, match=rf"is the checkpoint of another training: .*\b{name} is .* there and"
+        CannotResume, match=rf"is the checkpoint of another training: .*\b{name} is .* there and"
     ) as error:
         other.run(path)
     if name.startswith(("config", "start")):

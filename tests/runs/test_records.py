@@ -1,0 +1,96 @@
+"""Records of any shape: whatever stands in the file, it is a whole record or the run is done again."""
+
+import copy
+import json
+import random
+import warnings
+
+import pandas as pd
+import pytest
+
+from fsp.runs import key, load, read_record, sweep
+
+CONFIG = {"x": 2, "widths": [8, 4], "options": {"on": True, "lr": 0.5}, "device": "cpu"}
+OTHERS = [None, True, False, 0, -1, 7, 0.5, 1e400, "", "text", [], [1], [[]], {}, {"a": 1}, {"a": [None]}]
+
+
+def run(config):
+    return [{"step": step, "y": config["x"] / 3 + step, "word": "good", "gap": None, "on": True} for step in range(2)]
+
+
+def fails(config):
+    raise ArithmeticError("two is too many")
+
+
+def nodes(tree):
+    """Every dict or list of a tree, with each of the names or places in it."""
+    inner = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else []
+    for place, value in inner:
+        yield tree, place
+        yield from nodes(value)
+
+
+def corrupted(text, chance):
+    """A record as text with one thing changed: a node of its tree, or some bytes."""
+    if chance.random() < 0.25:
+        raw = bytearray(text.encode())
+        for _ in range(chance.choice([1, 1, 3])):
+            place = chance.randrange(len(raw))
+            raw[place : place + chance.choice([0, 1, 20])] = bytes([chance.randrange(256)])
+        return bytes(raw)
+    tree = [json.loads(text)]
+    parent, place = chance.choice(list(nodes(tree)))
+    what = chance.choice(["replace", "replace", "delete", "duplicate", "move"])
+    if what == "replace":
+        parent[place] = copy.deepcopy(chance.choice(OTHERS))
+    elif what == "delete":
+        del parent[place]
+    elif what == "duplicate":
+        other, there = chance.choice(list(nodes(tree)))
+        value = copy.deepcopy(parent[place])
+        if isinstance(other, list):
+            other.insert(there, value)
+        else:
+            other[f"{there}"] = value
+    elif isinstance(parent, dict):
+        parent[f"{place}2"] = parent.pop(place)
+    else:
+        parent.reverse()
+    return json.dumps(tree[0] if tree else None).replace("Infinity", "1e400").encode()
+
+
+@pytest.mark.parametrize("status", ["finished", "failed"])
+def test_whatever_is_changed_in_a_record_the_sweep_heals_and_its_table_says_what_the_record_says(tmp_path, status):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sweep(run if status == "finished" else fails, [CONFIG], store=tmp_path / "whole")
+    (path,) = (tmp_path / "whole").iterdir()
+    text = path.read_text()
+    chance = random.Random(14)
+    clean = sweep(run, [CONFIG], store=tmp_path / "clean").drop(columns="code")
+    set_aside = 0
+    for number in range(300):
+        store = tmp_path / str(number)
+        store.mkdir()
+        damaged = corrupted(text, chance)
+        (store / path.name).write_bytes(damaged)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            table = sweep(run, [CONFIG], store=store).drop(columns="code")
+        messages = [str(warning.message) for warning in told]
+        assert all("not a whole run record" in m or "runs were reused that other code" in m for m in messages), messages
+        assert table["status"].eq("finished").all()
+        aside = store / f"{path.name}.corrupt"
+        assert aside.exists() == any("not a whole" in message for message in messages)
+        if aside.exists():
+            set_aside += 1
+            assert aside.read_bytes() == damaged
+        if aside.exists() or status == "failed":
+            assert table.equals(clean)
+        else:
+            held = pd.DataFrame(json.loads(damaged)["rows"], dtype=object)
+            shown = table[list(held)].astype(object)
+            assert shown.where(shown.notna(), None).equals(held.where(held.notna(), None))
+        assert read_record(store / path.name)["key"] == key(CONFIG)
+        assert load(store)["status"].tolist() == table["status"].tolist()
+    assert 150 < set_aside < 300
