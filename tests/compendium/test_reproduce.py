@@ -84,6 +84,8 @@ def root(tmp_path, monkeypatch):
     for module in (reproduce, renew, paths):
         monkeypatch.setattr(module, "ROOT", root)
     monkeypatch.setattr(paths, "DATA", root / "data")
+    places = paths.Outputs(root / "data" / "runs", root / "data" / "results", root / "figures")
+    monkeypatch.setattr(paths, "COMMITTED", places, raising=False)
     monkeypatch.setattr(reproduce, "NOTEBOOKS", root / "notebooks")
     monkeypatch.setattr(reproduce, "PROFILES", root / "notebooks" / "profiles")
     monkeypatch.setenv("FSP_PROGRESS", "0")
