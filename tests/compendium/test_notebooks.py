@@ -287,7 +287,7 @@ def _kernels_as_reproduce_starts_them(monkeypatch):
 def test_its_smoke_profile_writes_everything_to_the_given_folder_and_nothing_else(path, smoked):
     out, executed, changed = smoked(path)
     assert not changed
-    assert report.broken_promise(outputs(out), path.stem) == ""
+    assert report.broken_promise(outputs(out, path.stem), path.stem) == ""
     assert list((out / "runs").glob("*.json"))
     claims = report.read_claims(out / "results", [path.stem])
     assert len(claims) >= 1
