@@ -29,7 +29,7 @@ faults: $(VENV)/installed             ## kill a long sweep some fifty times (ten
 cluster: $(VENV)/installed            ## sweep through an SSH server and a one-node Slurm of its own, and write what happened
 	@$(BIN)/python -c "import dask_jobqueue, paramiko" 2>/dev/null || \
 	  $(BIN)/python -m pip install --disable-pip-version-check -e ".[cluster]"
-	FSP_PROGRESS=0 FSP_CLUSTER=data/results/cluster.md $(BIN)/python -m pytest -q -rs -m services tests/runs/test_services.py
+	FSP_PROGRESS=0 FSP_CLUSTER=data/results/cluster.md $(BIN)/python -m pytest -q -rs --show-capture=no -m services tests/runs/test_services.py
 
 lab: $(VENV)/installed                ## open the notebooks
 	$(BIN)/jupyter lab --notebook-dir=notebooks

@@ -263,16 +263,20 @@ def test_on_slurm_a_job_that_is_ended_in_the_middle_is_replaced_and_the_table_is
     from dask_jobqueue import SLURMCluster
     from distributed import Client
 
+    def running():
+        return said("squeue", "-h", "-t", "R", "-o", "%i").split()
+
     def kill():
-        job = said("squeue", "-h", "-t", "R", "-o", "%i").split()[0]
-        said("scancel", "--signal=KILL", job)
+        job = running()[0]
+        said("scancel", "--full", "--signal=KILL", job)
+        until(lambda: job not in running())
         return "a job"
 
     cluster = SLURMCluster(
         queue="main",
         cores=1,
         processes=1,
-        memory="1GB",
+        memory="3GB",  # its nanny ends a worker that has more, and torch alone takes half a gigabyte
         walltime="00:30:00",
         python=sys.executable,
         log_directory=str(slurm / "logs"),
