@@ -63,9 +63,10 @@ def augment(
         raise ValueError(f"padding={padding}: a {height}x{width} image reflects at most {min(height, width) - 1}")
     check_generator(generator)
 
-    draws = torch.randint(2 * padding + 1, (2, n), generator=generator)
+    of_draws = {"generator": generator, "dtype": torch.int64, "device": "cpu"}
+    draws = torch.randint(2 * padding + 1, (2, n), **of_draws)
     if flip:
-        draws = torch.cat([draws, torch.randint(2, (1, n), generator=generator)])
+        draws = torch.cat([draws, torch.randint(2, (1, n), **of_draws)])
     rows, columns, *coins = draws.to(images.device)  # one transfer
     if mode == "zeros":
         padded = F.pad(images, (padding,) * 4)
@@ -128,7 +129,7 @@ def batches(
     if generator is None:
         return ((images[start : start + size], labels[start : start + size]) for start in starts)
     check_generator(generator)
-    order = torch.randperm(len(labels), generator=generator).to(images.device)
+    order = _permutation(len(labels), generator).to(images.device)
     chosen = (order[start : start + size] for start in starts)
     return ((images[index], labels[index]) for index in chosen)
 
@@ -198,16 +199,21 @@ def scoring_batches(
                     f"per_class={per_class}, but class {label} of {data.name} has {len(members)} training examples: "
                     "lower per_class or pass balanced=False"
                 )
-        drawn = [member[torch.randperm(len(member), generator=generator)[:per_class]] for member in by_class]
-        chosen = torch.cat(drawn)[torch.randperm(total, generator=generator)]
+        drawn = [member[_permutation(len(member), generator)[:per_class]] for member in by_class]
+        chosen = torch.cat(drawn)[_permutation(total, generator)]
     else:
         if total > len(labels):
             raise ValueError(
                 f"per_class={per_class} asks for {total} examples, but {data.name} has {len(labels)} for training"
             )
-        chosen = torch.randperm(len(labels), generator=generator)[:total]
+        chosen = _permutation(len(labels), generator)[:total]
     chosen = chosen.to(images.device)
     images, labels = images[chosen], labels[chosen]
     if augmented:
         images = augment(images, generator=generator)
     return list(batches((data.normalise(images), labels), batch_size))
+
+
+def _permutation(n: int, generator: torch.Generator) -> Tensor:
+    """Random order of n things, on the CPU whatever torch's default device is."""
+    return torch.randperm(n, generator=generator, dtype=torch.int64, device="cpu")

@@ -282,6 +282,8 @@ class DynamicTraining:
     [(0, False), (1500, True)]
     """
 
+    dense_gradients = True  # growth ranks those of pruned weights
+
     def __init__(
         self,
         model: nn.Module,

@@ -12,7 +12,8 @@ no hook.
 ``load_state_dict(state)``            takes such a dict back, with tensors on the CPU and tuples as lists
 ====================================  ================================================================================
 
-A hook has both of the last two methods or neither.  Hooks are called in the order in which they are given.
+A hook has both of the last two methods or neither.  Gradients of pruned weights are 0, unless a hook of the training
+has the attribute ``dense_gradients = True``.  Hooks are called in the order in which they are given.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
