@@ -1,6 +1,7 @@
 """What a notebook may be given: every rule by table, and names that papermill injects in vain."""
 
 import math
+import re
 import sys
 from types import SimpleNamespace
 
@@ -135,6 +136,33 @@ def test_lists_and_dicts_that_papermill_gives_as_text_are_read(name, text, value
     assert vars(check(**{name: text})) == {name: value}
 
 
+@pytest.mark.parametrize(
+    ("given", "text", "number"),
+    [
+        ({"densities": "[1e-1]"}, "1e-1", "1.0e-1"),
+        ({"densities": [0.5, "5E-2"]}, "5E-2", "5.0e-2"),
+        ({"lr": "1e-3"}, "1e-3", "1.0e-3"),
+        ({"epochs": "2e3"}, "2e3", "2.0e+3"),
+        ({"train_options": "{weight_decay: 5e-4}"}, "5e-4", "5.0e-4"),
+        ({"model": "mlp", "model_options": "{hidden: [1.5e2]}"}, "1.5e2", "1.5e+2"),
+    ],
+)
+def test_a_number_that_yaml_reads_as_text_is_refused_with_how_to_write_it(given, text, number):
+    with pytest.raises(
+        ValueError, match=f"^{list(given)[-1]} = .*YAML reads {re.escape(text)} as text: write (.*)$"
+    ) as e:
+        check(**given)
+    assert str(e.value).endswith(f"write {number}")
+    assert yaml.safe_load(number) == float(text)
+
+
+@pytest.mark.parametrize("text", ["snipe", "1e", "e5", "inf", "one"])
+def test_text_that_is_no_number_gets_no_such_hint(text):
+    with pytest.raises(ValueError, match="densities = ") as error:
+        check(densities=[text])
+    assert "YAML" not in str(error.value)
+
+
 # ---- names that papermill injects --------------------------------------------------------------------------------
 
 
@@ -150,6 +178,15 @@ def test_an_injected_name_that_the_notebook_does_not_have_is_refused_before_any_
     message = r"no parameter is called learning_rate, modle: this notebook has epochs, lr, model$"
     with pytest.raises(ValueError, match=message):
         check(epochs=0, lr=0.1, model="mlp")
+
+
+def test_names_that_papermill_gives_itself_are_welcome(monkeypatch):
+    own = dict.fromkeys(["PAPERMILL_INPUT_PATH", "PAPERMILL_OUTPUT_PATH", "PAPERMILL_WORKFLOW"], "a.ipynb")
+    running(monkeypatch, PythonTranslator.codify({"epochs": 2} | own), PythonTranslator.codify(own))
+    assert vars(check(epochs=2)) == {"epochs": 2}
+    running(monkeypatch, PythonTranslator.codify(own | {"papermill_input_path": ""}))
+    with pytest.raises(ValueError, match="no parameter is called papermill_input_path:"):
+        check(epochs=2)
 
 
 def test_names_that_the_notebook_has_and_cells_that_nobody_injected_are_fine(monkeypatch):
