@@ -53,7 +53,7 @@ CASES = {  # name: values that are right, values that are not, and a part of wha
     "pretrain": ([0, 14, 500], [-1, 0.5, "14", None], "a whole number of steps"),
     "rewind": ([0, 500], [-1, 0.5, None], "a whole number of steps"),
     "imp_rate": ([0, 0.2, 0.6], [1, -0.1, None, True, "0.2"], "a number in [0, 1)"),
-    "lr": ([0.1, 1, 1e-6], [0, -0.1, math.nan, math.inf, "1e-3", None, True], "YAML reads 1e-3 as text"),
+    "lr": ([0.1, 1, 1e-6], [0, -0.1, math.nan, math.inf, "1e-3", None, True], "a number above 0"),
     "device": (["cpu", torch.device("cpu")], ["gpu", "", None, 0], "auto or cpu"),
     "recompute": ([True, False], [0, 1, "True", None], "True or False"),
     "out_dir": (["", "somewhere/else"], [None, 3, ["a"]], 'a folder, or "" for the repository'),
@@ -142,17 +142,15 @@ def test_lists_and_dicts_that_papermill_gives_as_text_are_read(name, text, value
         ({"densities": "[1e-1]"}, "1e-1", "1.0e-1"),
         ({"densities": [0.5, "5E-2"]}, "5E-2", "5.0e-2"),
         ({"lr": "1e-3"}, "1e-3", "1.0e-3"),
-        ({"epochs": "2e3"}, "2e3", "2.0e+3"),
+        ({"epochs": "2e3"}, "2e3", "2000"),
         ({"train_options": "{weight_decay: 5e-4}"}, "5e-4", "5.0e-4"),
-        ({"model": "mlp", "model_options": "{hidden: [1.5e2]}"}, "1.5e2", "1.5e+2"),
+        ({"model": "mlp", "model_options": "{hidden: [1.5e2]}"}, "1.5e2", "150"),
     ],
 )
 def test_a_number_that_yaml_reads_as_text_is_refused_with_how_to_write_it(given, text, number):
-    with pytest.raises(
-        ValueError, match=f"^{list(given)[-1]} = .*YAML reads {re.escape(text)} as text: write (.*)$"
-    ) as e:
+    with pytest.raises(ValueError, match=f"^{list(given)[-1]} = .*; YAML reads {re.escape(text)} as text") as error:
         check(**given)
-    assert str(e.value).endswith(f"write {number}")
+    assert str(error.value).endswith(f" as text: write {number}")
     assert yaml.safe_load(number) == float(text)
 
 
