@@ -197,8 +197,10 @@ def command(*words, **environment):
     }
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize("words", [["list", "--store"], ["prune", "--yes", "--store"], ["--help"]])
+@pytest.mark.parametrize(
+    ("words", "unbuffered"),
+    [(["list", "--store"], ""), (["list", "--store"], "1"), (["prune", "--yes", "--store"], ""), (["--help"], "")],
+)
 def test_a_reader_that_stops_early_ends_the_command_without_a_traceback(store, words, unbuffered):
     (store / f"{key(CONFIGS[0])}.json.corrupt").write_text("{")
     given = [*words, *([store] if "--store" in words else [])]
@@ -206,16 +208,16 @@ def test_a_reader_that_stops_early_ends_the_command_without_a_traceback(store, w
     os.close(reading)  # as head does, when it has its lines
     done = subprocess.run(**command(*given, PYTHONUNBUFFERED=unbuffered), stdout=writing)
     os.close(writing)
-    assert done.stderr == ""
-    assert done.returncode in ({141, 0} if words == ["--help"] else {141})  # argparse may note nothing
+    assert (done.stderr, done.returncode) == ("", 141)
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
 def test_text_that_the_stream_cannot_encode_is_written_with_escapes(tmp_path, encoding):
     sweep(run, [{"seed": 0, "density": 0.5, "method": "Maß 層"}], store=tmp_path)
     (tmp_path / f"{'c' * 64}.json").write_text("{")
     words = ["list", "method=Maß 層", "--store", tmp_path]
-    done = subprocess.run(**command(*words, PYTHONIOENCODING=encoding, PYTHONUTF8="0"), stdout=subprocess.PIPE)
+    given = command(*words, PYTHONIOENCODING=encoding, PYTHONUTF8="0") | {"encoding": encoding}
+    done = subprocess.run(**given, stdout=subprocess.PIPE)
     assert done.returncode == 0
     assert "1 records, 0 failed" in done.stdout
     assert ("層" if encoding == "utf-8" else "\\u5c64") in done.stdout
