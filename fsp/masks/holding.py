@@ -146,6 +146,12 @@ def hold_(optimizer: optim.Optimizer, model: nn.Module, masks: Masks, *, dense_g
     return handle
 
 
+def gradients_are_masked(parameter: nn.Parameter) -> bool:
+    """Whether `hold_` sets the gradients of pruned weights of a parameter to 0, so that growth cannot rank them."""
+    holds = _HOLDS.get(parameter)
+    return bool(holds) and not holds[-1].dense_gradients
+
+
 class Handle(ExitStack):
     """What `hold_` returns; the end of a ``with`` block lets go, too."""
 

@@ -260,8 +260,8 @@ def fit(
     Bit-repeatable on the CPU for one seed and one number of threads, whatever is set for the whole process: default
     dtype and device, gradients, autocast.  Without a validation split the best epoch is the last one.
 
-    A hook that looks at gradients (``before_step``, ``take_step``) finds 0 at pruned weights, so it may clip them by
-    norm, unless a hook has the attribute ``dense_gradients = True``, as dynamic sparse training has.
+    What hooks find in the gradients of pruned weights, before they clip them by norm for example: see
+    `fsp.training.hooks`.
 
     A training that is killed and goes on from its checkpoint is, on the CPU, bit-equal to one that is not: also with
     momentum, batch norm, dropout (the global random state of torch, and that of the CUDA device, are put back to what
@@ -306,7 +306,7 @@ def fit(
         saved.restore(at)
         generator.set_state(at.order)
     nobody_looks = not (methods(hooks, "before_step") or methods(hooks, "take_step"))
-    dense = nobody_looks or any(getattr(hook, "dense_gradients", False) for hook in hooks)
+    dense = nobody_looks or any(getattr(hook, "dense_gradients", hasattr(hook, "take_step")) for hook in hooks)
     held = hold_(optimizer, model, masks or {}, dense_gradients=dense)
 
     start = time.perf_counter() - history.seconds
