@@ -1,13 +1,15 @@
-"""One progress bar for all long work."""
+"""What long work shows: one progress bar, and command lines whose output may go anywhere."""
 
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import NoReturn
 
 from tqdm import tqdm
 
 LINE_S = 10  # into a file: seconds between two lines, of whatever bars
+READER_GONE = 141  # exit status of a command that writes to nobody, as a shell gives it
 
 
 def bar(iterable: Iterable | None = None, **options) -> tqdm:
@@ -39,6 +41,37 @@ def bar(iterable: Iterable | None = None, **options) -> tqdm:
         opened = kind(iterable, file=sys.stderr, disable=disable, **look, **options)
     opened.refresh()
     return opened
+
+
+def command_line(main: Callable[[], int | None]) -> NoReturn:
+    """End the process with the exit status of a command line, wherever its output goes.
+
+    A character that a stream cannot encode is written as an escape.  Where the reader of the output has stopped
+    reading, as ``head`` does, the command ends without a word, with the exit status 141.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            status = main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_has_gone():  # it was another pipe
+            raise
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())  # for what Python still writes when it ends
+        status = READER_GONE
+    sys.exit(status)
+
+
+def _reader_has_gone() -> bool:
+    """Whether nobody reads this process's standard output any more."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        return True
+    return False
 
 
 class _NotebookBar(tqdm):

@@ -82,18 +82,20 @@ def check(**given: object) -> Given:
             given[name] = value = _parsed(value)
         fits, expected = RULES[name]
         if not fits(value):
-            raise ValueError(f"{name} = {value!r}: expected {expected}")
+            raise ValueError(f"{name} = {value!r}: expected {expected}{_hint(value)}")
     try:
         TrainConfig(1, **given.get("train_options", {}))
     except ValueError as error:
-        raise ValueError(f"train_options = {given['train_options']!r}: expected valid settings ({error})") from error
+        options = given["train_options"]
+        message = f"train_options = {options!r}: expected valid settings ({error}){_hint(options)}"
+        raise ValueError(message) from error
     if {"model", "model_options"} <= given.keys():
         model, options = given["model"], given["model_options"]
         try:
             with torch.device("meta"):  # no memory, no random numbers
                 MODELS[model]((3, 32, 32), 10, **options)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"model_options = {options!r} do not fit {model}: {error}") from error
+            raise ValueError(f"model_options = {options!r} do not fit {model}: {error}{_hint(options)}") from error
     if given.get("device") == "auto":
         given["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     outputs(given.get("out_dir", ""), "")
@@ -113,8 +115,23 @@ def _parsed(text: str) -> object:
         return text
 
 
+def _hint(value: object) -> str:
+    """What to write instead of a number that YAML reads as text, such as 1e-1, anywhere in a value; "" without one."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return next(filter(None, map(_hint, value)), "")
+    if not isinstance(value, str) or not re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value):
+        return ""
+    number = float(value)
+    mantissa, exponent = value.lower().split("e")
+    mantissa += "" if "." in mantissa else ".0"
+    right = str(int(number)) if number.is_integer() else f"{mantissa}e{int(exponent):+d}"
+    return f"; YAML reads {value} as text: write {right}"
+
+
 def _injected() -> set[str]:
-    """Names that the cell injected by papermill assigns, in a running notebook."""
+    """Names that the cell injected by papermill assigns, in a running notebook; without papermill's own."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
     cells = shell.user_ns.get("In", []) if shell else []
@@ -123,7 +140,7 @@ def _injected() -> set[str]:
         if cell.startswith("# Parameters\n"):
             variables = [node for node in ast.walk(ast.parse(cell)) if isinstance(node, ast.Name)]
             names |= {variable.id for variable in variables if isinstance(variable.ctx, ast.Store)}
-    return names
+    return {name for name in names if not name.startswith("PAPERMILL_")}  # of --inject-paths
 
 
 def _one_of(choices: Collection[str]) -> Rule:
@@ -193,7 +210,7 @@ RULES: dict[str, Rule] = {
     "imp_rate": ((lambda value: _is_number(value) and 0 <= value < 1), "a number in [0, 1), such as 0.2"),
     "lr": (
         (lambda value: _is_number(value) and 0 < value < math.inf),
-        "a number above 0, such as 0.001 (YAML reads 1e-3 as text)",
+        "a number above 0, such as 0.001",
     ),
     "train_options": (
         (lambda value: isinstance(value, dict) and value.keys() <= TRAIN_OPTIONS),

@@ -22,6 +22,7 @@ from papermill.iorw import NoDatesSafeLoader
 
 from fsp.compendium import execute, renew
 from fsp.paths import NOTEBOOKS, PROFILES, ROOT, outputs
+from fsp.progress import command_line
 
 # Imports inside functions are of modules that load torch, which the process of a notebook has no use for.
 VERSIONS = ("code", "python", "torch", "torchvision", "numpy", "scipy", "pandas")
@@ -297,4 +298,4 @@ if __name__ == "__main__":
     # A job scheduler's polite stop means the same as Ctrl-C; and a shell starts its background jobs deaf to that.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.exit(main())
+    command_line(main)

@@ -1,5 +1,5 @@
 """Data sets as tensors on the device, and the batches made of them."""
 
 from fsp.checks import is_count
-from fsp.data.batching import augment, batches, scoring_batches
+from fsp.data.batching import augment, batch_size, batches, scoring_batches
 from fsp.data.datasets import DATASETS, STATISTICS, Data, Split, check_files, load

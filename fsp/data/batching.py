@@ -3,11 +3,13 @@
 Every random choice is drawn on the CPU from a `torch.Generator`, so that it does not depend on the device.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from fsp.checks import check_choice, check_count, check_generator
 from fsp.data.datasets import Data, Split
@@ -63,9 +65,10 @@ def augment(
         raise ValueError(f"padding={padding}: a {height}x{width} image reflects at most {min(height, width) - 1}")
     check_generator(generator)
 
-    draws = torch.randint(2 * padding + 1, (2, n), generator=generator)
+    of_draws = {"generator": generator, "dtype": torch.int64, "device": "cpu"}
+    draws = torch.randint(2 * padding + 1, (2, n), **of_draws)
     if flip:
-        draws = torch.cat([draws, torch.randint(2, (1, n), generator=generator)])
+        draws = torch.cat([draws, torch.randint(2, (1, n), **of_draws)])
     rows, columns, *coins = draws.to(images.device)  # one transfer
     if mode == "zeros":
         padded = F.pad(images, (padding,) * 4)
@@ -128,7 +131,7 @@ def batches(
     if generator is None:
         return ((images[start : start + size], labels[start : start + size]) for start in starts)
     check_generator(generator)
-    order = torch.randperm(len(labels), generator=generator).to(images.device)
+    order = _permutation(len(labels), generator).to(images.device)
     chosen = (order[start : start + size] for start in starts)
     return ((images[index], labels[index]) for index in chosen)
 
@@ -198,16 +201,114 @@ def scoring_batches(
                     f"per_class={per_class}, but class {label} of {data.name} has {len(members)} training examples: "
                     "lower per_class or pass balanced=False"
                 )
-        drawn = [member[torch.randperm(len(member), generator=generator)[:per_class]] for member in by_class]
-        chosen = torch.cat(drawn)[torch.randperm(total, generator=generator)]
+        drawn = [member[_permutation(len(member), generator)[:per_class]] for member in by_class]
+        chosen = torch.cat(drawn)[_permutation(total, generator)]
     else:
         if total > len(labels):
             raise ValueError(
                 f"per_class={per_class} asks for {total} examples, but {data.name} has {len(labels)} for training"
             )
-        chosen = torch.randperm(len(labels), generator=generator)[:total]
+        chosen = _permutation(len(labels), generator)[:total]
     chosen = chosen.to(images.device)
     images, labels = images[chosen], labels[chosen]
     if augmented:
         images = augment(images, generator=generator)
     return list(batches((data.normalise(images), labels), batch_size))
+
+
+def batch_size(batch: object) -> int:
+    """Number of examples in a batch, whatever its inputs and labels are made of.
+
+    Parameters
+    ----------
+    batch : (inputs, labels)
+        Where the labels are one tensor, or a list with a dict for each example, their length counts; otherwise that of
+        the first tensor of the inputs, which may lie in a dict, list or tuple, or of the labels.
+
+    Returns
+    -------
+    int
+        At least 1.
+
+    Raises
+    ------
+    TypeError
+        If the batch is no pair, the labels are None, or nothing in it is a tensor.
+    ValueError
+        If the batch has no example, or no dimension for the examples.
+
+    Examples
+    --------
+    >>> batch_size((torch.zeros(36, 3), {"class": torch.zeros(36), "box": torch.zeros(36, 4)}))
+    36
+    """
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        several = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
+        raise TypeError(f"a batch is {type(batch).__name__}{several}: expected batches=[(inputs, labels), ...]")
+    inputs, labels = batch
+    if labels is None:
+        raise TypeError(
+            "the labels of a batch are None: expected what the loss compares the outputs with, such as "
+            "batches=[(inputs, inputs)] for an autoencoder"
+        )
+    if isinstance(labels, list | tuple) and labels and all(isinstance(one, Mapping) for one in labels):
+        return len(labels)
+    if isinstance(inputs, PackedSequence) and not isinstance(labels, Tensor):
+        return int(inputs.batch_sizes[0])
+    found = [_first_tensor(inputs), _first_tensor(labels)]
+    shapes = [tensor.shape for tensor in found if tensor is not None]
+    if not shapes:
+        raise TypeError("neither inputs nor labels of a batch hold a tensor: how many examples it has is unknown")
+    counted = labels.shape if isinstance(labels, Tensor) else shapes[0]
+    if len(counted) == 0 or len(shapes[0]) == 0:
+        raise ValueError(
+            f"a batch has inputs of shape {tuple(shapes[0])} and labels of shape {tuple(shapes[-1])}: expected several "
+            "examples along the first dimension, or inputs[None] and labels[None] for a single one"
+        )
+    if counted[0] == 0:
+        raise ValueError(f"a batch holds no example (inputs of shape {tuple(shapes[0])}): leave it out")
+    return counted[0]
+
+
+@contextmanager
+def explained(batch: tuple[object, object]) -> Iterator[None]:
+    """Say of an error which batch a model met it on, and what to do about a batch of one under batch norm.
+
+    Raises
+    ------
+    ValueError
+        If batch norm is given one number a channel, because there is one example.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError, IndexError) as error:
+        if batch_size(batch) == 1 and "more than 1 value per channel" in str(error):
+            raise ValueError(
+                "a batch holds one example, which batch norm cannot normalise in train mode: add it to another batch, "
+                f"leave it out, or pass training=False ({error})"
+            ) from error
+        shapes = [f"{name} of {_described(part)}" for name, part in zip(("inputs", "labels"), batch, strict=True)]
+        error.add_note(f"This was a batch with {' and '.join(shapes)}; does the model take such inputs?")
+        raise
+
+
+def _described(part: object) -> str:
+    """Shape of a tensor, or the type of something else."""
+    return f"shape {tuple(part.shape)}" if isinstance(part, Tensor) else f"type {type(part).__name__}"
+
+
+def _first_tensor(value: object) -> Tensor | None:
+    """The first tensor in nested dicts, lists and tuples; None if there is none."""
+    if isinstance(value, Tensor):
+        return value
+    parts = list(value.values()) if isinstance(value, Mapping) else value
+    for part in parts if isinstance(parts, list | tuple) else ():
+        found = _first_tensor(part)
+        if found is not None:
+            return found
+    return None
+
+
+def _permutation(n: int, generator: torch.Generator) -> Tensor:
+    """Random order of n things, on the CPU whatever torch's default device is."""
+    return torch.randperm(n, generator=generator, dtype=torch.int64, device="cpu")

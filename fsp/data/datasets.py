@@ -127,7 +127,7 @@ class Data:
 def _channel_constants(mean: tuple, std: tuple, device: torch.device) -> tuple[Tensor, Tensor]:
     """Both as (C, 1, 1) tensors; kept, because copying them anew for each batch would stall a GPU."""
     with torch.inference_mode(False):  # a first call inside inference mode must not spoil later gradients
-        return tuple(torch.tensor(values, device=device).view(-1, 1, 1) for values in (mean, std))
+        return tuple(torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1) for values in (mean, std))
 
 
 # What a loader returns: everything that may be trained on, the fixed test split, classes, augmented; all on the CPU
@@ -163,10 +163,11 @@ def _synthetic(
         raise ValueError(f"noise={noise!r}: expected a finite standard deviation of at least 0")
     _check_seed("task", task)
     generator = torch.Generator().manual_seed(int(task))
-    coarse = torch.randn(classes, shape[0], 4, 4, generator=generator)
+    of_draws = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
+    coarse = torch.randn(classes, shape[0], 4, 4, **of_draws)
     prototypes = F.interpolate(coarse, size=shape[1:], mode="bilinear")  # (classes, C, H, W)
-    labels = torch.arange(size) % classes
-    images = prototypes[labels] + noise * torch.randn(size, *shape, generator=generator)
+    labels = torch.arange(size, device="cpu") % classes
+    images = prototypes[labels] + noise * torch.randn(size, *shape, **of_draws)
     cut = size - size // 5
     return Split(images[:cut], labels[:cut]), Split(images[cut:], labels[cut:]), classes, False
 
@@ -228,7 +229,8 @@ def _torchvision(kind: type, classes: int, augmented: bool, root: Path, download
 
 def _checked_split(dataset: datasets.VisionDataset, classes: int) -> Split:
     """Tensors (N, C, H, W) and (N,) of a torchvision dataset; MNIST's unpacked files have no checksum."""
-    images, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets).long()
+    images = torch.as_tensor(dataset.data, device="cpu")
+    labels = torch.as_tensor(dataset.targets, dtype=torch.int64, device="cpu")
     images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
     if len(images) != len(labels) or not len(images):
         raise ValueError(f"{len(images)} images and {len(labels)} labels")
@@ -272,6 +274,7 @@ def check_files(name: str, *, root: str | Path = paths.RAW) -> None:
         _look_for(DATASETS[name].args[0], Path(root).expanduser()).check(name)
 
 
+@torch.inference_mode(False)
 def load(
     name: str,
     *,
@@ -361,7 +364,8 @@ def load(
         std, mean = torch.std_mean(pool.images.double(), dim=(0, 2, 3), correction=0)
         mean, std = tuple(mean.tolist()), tuple(std.tolist())
 
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(int(seed)))
+    shuffled = torch.Generator().manual_seed(int(seed))
+    order = torch.randperm(count, generator=shuffled, dtype=torch.int64, device="cpu")
     held, kept = order[:held_out].sort().values, order[held_out:].sort().values
     splits = [(pool.images[kept], pool.labels[kept]), (pool.images[held], pool.labels[held]), test]
     on_device = [Split(images.to(device), labels.to(device)) for images, labels in splits]

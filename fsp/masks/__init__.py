@@ -24,4 +24,4 @@ from fsp.masks.algebra import (
 )
 from fsp.masks.exchange import from_torch, to_torch_
 from fsp.masks.files import load, metadata, save
-from fsp.masks.holding import apply_, hold_
+from fsp.masks.holding import apply_, gradients_are_masked, hold_

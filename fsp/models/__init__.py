@@ -29,6 +29,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
+@torch.inference_mode(False)
 def build(
     name: str,
     shape: tuple[int, int, int],
@@ -63,7 +64,8 @@ def build(
     Returns
     -------
     nn.Module
-        On the CPU, in training mode. Its input has shape (N, channels, height, width), its output (N, classes).
+        On the CPU, in float32, in training mode. Its input has shape (N, channels, height, width), its output
+        (N, classes).
 
     Raises
     ------
@@ -87,4 +89,5 @@ def build(
     generator = given_or_seed_0(generator)
     with torch.device("meta"):  # no memory, and no draw from the global generator
         model = MODELS[name](shape, classes, **options)
-    return initialise_(model.to_empty(device="cpu"), init, generator=generator, bn_gamma=bn_gamma)
+    model = model.float().to_empty(device="cpu")  # float32 whatever torch's default is
+    return initialise_(model, init, generator=generator, bn_gamma=bn_gamma)

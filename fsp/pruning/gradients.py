@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy, hardsigmoid, relu6
 from torch.overrides import TorchFunctionMode
 
 from fsp.checks import given_or_seed_0
+from fsp.data.batching import batch_size, explained
 from fsp.masks import Masks
 
 Batches = Sequence[tuple[Tensor, Tensor]]
@@ -68,6 +69,7 @@ def loss_gradients(
     model : nn.Module
     masks : Masks
     batches : sequence of (inputs, labels)
+        Of whatever `forward` and `loss` take; `fsp.data.batching.batch_size` counts the examples.
     seed : int
         Of dropout.
     average : bool
@@ -90,27 +92,26 @@ def loss_gradients(
     Raises
     ------
     ValueError
-        Without batches, or if the loss is no scalar.
+        Without batches; if a batch has no example, or one that batch norm cannot normalise in train mode; if the loss
+        is no scalar.
     TypeError
-        If a batch is no pair, or the outputs are no tensor.
+        If a batch is no pair, its labels are None, or the outputs are no tensor.
     """
     batches = list(batches or [])
     if not batches:
         raise ValueError("this method scores on data: pass batches, see fsp.data.scoring_batches")
-    for batch in batches:
-        if not isinstance(batch, tuple | list) or len(batch) != 2:
-            raise TypeError(f"a batch is {type(batch).__name__}: expected batches=[(inputs, labels), ...]")
-    sizes = [len(labels) for _, labels in batches]
+    sizes = [batch_size(batch) for batch in batches]
     weights, rest = _weights(model, masks, dtype), _rest(model, masks, dtype)
     total = {name: torch.zeros_like(w) for name, w in weights.items()}
     with undisturbed(model, training=training, seed=seed):
         for batch, size in zip(batches, sizes, strict=True):
             share = size / sum(sizes) if average else 1.0
             batch_loss = partial(_loss, share, model, rest | weights, batch, forward, loss)
-            if hessian_times is None:
-                parts = torch.autograd.grad(batch_loss(), list(weights.values()), materialize_grads=True)
-            else:
-                parts = _hessian_times(hessian_times, batch_loss, weights)
+            with explained(batch):
+                if hessian_times is None:
+                    parts = torch.autograd.grad(batch_loss(), list(weights.values()), materialize_grads=True)
+                else:
+                    parts = _hessian_times(hessian_times, batch_loss, weights)
             for name, part in zip(weights, parts, strict=True):
                 total[name] += part
     return {name: w.detach() for name, w in weights.items()}, total

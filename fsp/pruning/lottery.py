@@ -25,7 +25,7 @@ from fsp.pruning.scores import magnitude
 from fsp.training.hooks import Snapshots
 from fsp.training.resume import identity
 from fsp.training.settings import is_number
-from fsp.training.train import History, TrainConfig, fit, steps
+from fsp.training.train import History, TrainConfig, check_last_batch, fit, steps
 
 State = dict[str, Tensor]
 
@@ -216,7 +216,8 @@ def imp(
     ------
     ValueError
         Before any training: both or neither of `levels` and `density`, one of them, `rate` or `rewind` out of range,
-        a level that would prune nothing, an unknown scope or excluded name, no prunable weight.
+        a level that would prune nothing, an unknown scope or excluded name, no prunable weight; a last batch of one
+        example that the model cannot be trained on.
     fsp.files.CannotResume
         A ValueError.  Before any training: a directory with levels of other settings, data or initial weights (naming
         what differs).  While levels are read: a damaged file, or a level that does not follow from the one before it
@@ -265,8 +266,9 @@ def imp(
             f"rewind={rewind!r}: expected a whole number of steps from 0 to {last_step - 1}, for a training has "
             f"{last_step} steps"
         )
+    check_last_batch(model, data, config)
     generator = given_or_seed_0(generator)
-    seed = int(torch.randint(2**31, (), generator=generator))
+    seed = int(torch.randint(2**31, (), generator=generator, dtype=torch.int64, device="cpu"))
     folder = None if directory is None else Path(directory)
     if folder is not None:
         settings = {"rate": float(rate), "rewind": int(rewind), "scope": scope, "prunable": list(masks)}

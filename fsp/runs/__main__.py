@@ -1,7 +1,6 @@
 """``python -m fsp.runs``: see `fsp.runs.housekeeping`."""
 
-import sys
-
+from fsp.progress import command_line
 from fsp.runs.housekeeping import main
 
-sys.exit(main())
+command_line(main)

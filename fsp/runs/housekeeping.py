@@ -79,7 +79,7 @@ def _prune(found: dict[str, list[Path]], *, yes: bool) -> int:
     for what, paths in found.items():
         files = [file for path in paths for file in (path, *path.rglob("*")) if file.is_file()]
         print(f"{len(paths)} {what} ({sum(file.stat().st_size for file in files) / 1e6:.2f} MB)")
-        if not yes and input("delete them? [y/N] ").strip().lower() not in ("y", "yes"):
+        if not yes and not _agreed():
             continue
         for path in paths:
             if path.is_dir():
@@ -91,6 +91,15 @@ def _prune(found: dict[str, list[Path]], *, yes: bool) -> int:
                     pass
         print("deleted")
     return 0
+
+
+def _agreed() -> bool:
+    """Whether somebody says yes."""
+    try:
+        return input("delete them? [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:
+        print("\nnobody answers: pass --yes to delete")
+        return False
 
 
 def _list(store: Path, wanted: dict[str, str], status: str | None) -> int:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from fsp.checks import check_generator
 from fsp.data import is_count
 from fsp.files import differences
-from fsp.masks import Masks, check_masks, density, keep_counts, layer_densities
+from fsp.masks import Masks, check_masks, density, gradients_are_masked, keep_counts, layer_densities
 from fsp.training.settings import check_settings, is_number
 
 GROWTHS = ("random", "gradient", "momentum", "random_unfired")
@@ -327,8 +327,21 @@ class DynamicTraining:
         return {name: initial[name].detach().to(p.device, p.dtype, copy=True) for name, p in self._parameters.items()}
 
     def take_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
-        """Take one step, counted from 1, with the gradients in place."""
+        """Take one step, counted from 1, with the gradients in place.
+
+        Raises
+        ------
+        ValueError
+            If growth ranks gradients, and `fsp.masks.hold_` masks those of pruned weights.
+        """
         config = self.config
+        ranked = self._parameters.items() if config.grow in ("gradient", "momentum") else ()
+        for name, parameter in ranked:
+            if gradients_are_masked(parameter):
+                raise ValueError(
+                    f"grow = {config.grow!r} ranks the gradients of pruned weights, and those of {name!r} are masked: "
+                    "pass dense_gradients=True to fsp.masks.hold_"
+                )
         for name, average in self._momentum.items():  # the optimiser's own is 0 at pruned weights
             if self._parameters[name].grad is not None:
                 average.mul_(MOMENTUM).add_(self._parameters[name].grad)

@@ -13,6 +13,10 @@ no hook.
 ====================================  ================================================================================
 
 A hook has both of the last two methods or neither.  Hooks are called in the order in which they are given.
+
+Gradients of pruned weights are 0 for hooks with ``before_step``, so that one may clip gradients by norm.  They are
+dense as soon as a hook has ``take_step``, as dynamic sparse training has; an attribute ``dense_gradients`` of a hook,
+True or False, says otherwise.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

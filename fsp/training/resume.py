@@ -189,7 +189,7 @@ class Checkpoint:
             return
         except DamagedFile as error:
             aside = self.path.with_name(self.path.name + ".corrupt")
-            warnings.warn(f"{error}; set aside as {aside.name}, training starts anew", stacklevel=3)  # caller of fit
+            warnings.warn(f"{error}; set aside as {aside.name}, training starts anew", stacklevel=4)  # caller of fit
             os.replace(self.path, aside)
             return
         if different := differences(content["training"], self.training):

@@ -1,8 +1,10 @@
 """One training loop, visible from top to bottom."""
 
+import copy
+import functools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -145,6 +147,56 @@ def steps(data: Data, config: TrainConfig) -> int:
     return config.epochs * math.ceil(len(data.train.labels) / config.batch_size)
 
 
+def check_last_batch(model: nn.Module, data: Data, config: TrainConfig) -> None:
+    """Raise a ValueError if the last batch of an epoch has one example, and the model cannot be trained on one.
+
+    Batch norm cannot where it is given one number a channel.  Tried out on a copy of the model, and only where there
+    is such a batch; model and random states stay as they are.
+
+    Parameters
+    ----------
+    model : nn.Module
+    data : fsp.data.Data
+    config : TrainConfig
+    """
+    n = len(data.train.labels)
+    if n % config.batch_size != 1 and config.batch_size != 1:
+        return
+    error = _error_on(1, model, data)
+    if error is None or _error_on(2, model, data) is not None:  # what is wrong for two is not the batch's fault
+        return
+    better = next((size for size in range(config.batch_size + 1, n + 1) if n % size != 1), "one of more examples")
+    raise ValueError(
+        f"the last batch of every epoch, with batch_size={config.batch_size}, has one of {n} training examples, and "
+        f"the model cannot be trained on one alone: choose another batch_size, such as {better} ({error})"
+    ) from error
+
+
+def _error_on(count: int, model: nn.Module, data: Data) -> Exception | None:
+    """What goes wrong where a copy of the model is trained on so many examples; None if nothing does."""
+    images = data.train.images[:1].repeat_interleave(count, dim=0)
+    labels = data.train.labels[:1].repeat_interleave(count, dim=0)
+    with torch.random.fork_rng([images.device] if images.is_cuda else []):
+        try:
+            cross_entropy(copy.deepcopy(model).train()(data.normalise(images)), labels).backward()
+        except Exception as error:  # whatever a model raises
+            return error
+    return None
+
+
+def _in_own_modes(function: Callable) -> Callable:
+    """Gradients on and autocast off inside a function of a model, whatever is switched on or off around the call."""
+
+    @functools.wraps(function)
+    def run(model, *args, **options):
+        kind = next(model.parameters()).device.type
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(kind, enabled=False):
+            return function(model, *args, **options)
+
+    return run
+
+
+@_in_own_modes
 def fit(
     model: nn.Module,
     data: Data,
@@ -161,7 +213,8 @@ def fit(
     Parameters
     ----------
     model : nn.Module
-        Maps inputs to logits; trained in place, left in eval mode with the weights of the last epoch.
+        Maps inputs to logits; trained in place, left in eval mode with the weights of the last epoch.  May be compiled
+        or in ``DataParallel``.
     data : fsp.data.Data
         On the model's device.
     config : TrainConfig
@@ -187,9 +240,9 @@ def fit(
     Raises
     ------
     ValueError
-        If a mask fits no parameter; `start_step` leaves no step to train; a hook has none of the methods of a hook or
-        only one of ``state_dict`` and ``load_state_dict``; two hooks have ``take_step``; `checkpoint_every_s` is out
-        of range.
+        If a mask fits no parameter; the last batch of an epoch has one example and the model cannot be trained on one
+        (batch norm); `start_step` leaves no step to train; a hook has none of the methods of a hook or only one of
+        ``state_dict`` and ``load_state_dict``; two hooks have ``take_step``; `checkpoint_every_s` is out of range.
     fsp.files.CannotResume
         A ValueError: `checkpoint` is the file of another training (the message names what differs: a setting, the
         data, the initial weights or masks ...).
@@ -205,8 +258,11 @@ def fit(
 
     Notes
     -----
-    Bit-repeatable on the CPU for one seed and one number of threads.  Without a validation split the best epoch is
-    the last one.
+    Bit-repeatable on the CPU for one seed and one number of threads, whatever is set for the whole process: default
+    dtype and device, gradients, autocast.  Without a validation split the best epoch is the last one.
+
+    What hooks find in the gradients of pruned weights, before they clip them by norm for example: see
+    `fsp.training.hooks`.
 
     A training that is killed and goes on from its checkpoint is, on the CPU, bit-equal to one that is not: also with
     momentum, batch norm, dropout (the global random state of torch, and that of the CUDA device, are put back to what
@@ -225,6 +281,7 @@ def fit(
             f"{last_step} steps"
         )
     check_hooks(hooks)
+    check_last_batch(model, data, config)
     take_step = methods(hooks, "take_step") or [lambda step, optimizer: optimizer.step()]
     at_each_step = methods(hooks, "before_step") + take_step + methods(hooks, "after_step")
 
@@ -237,7 +294,7 @@ def fit(
     schedule = _schedule(optimizer, config, last_step)
     generator = torch.Generator().manual_seed(config.seed)
     augmented = data.augmented if config.augmented is None else config.augmented
-    history, total_loss = History(), torch.zeros((), device=device)
+    history, total_loss = History(), torch.zeros((), dtype=torch.float32, device=device)
     at = State(model, optimizer, schedule, masks, hooks, history, generator.get_state(), total_loss)
     saved = None
     if checkpoint is not None:  # before the masks are applied: it asks for the initial weights
@@ -249,7 +306,9 @@ def fit(
         saved = Checkpoint(checkpoint, checkpoint_every_s, training)
         saved.restore(at)
         generator.set_state(at.order)
-    held = hold_(optimizer, model, masks or {})
+    nobody_looks = not (methods(hooks, "before_step") or methods(hooks, "take_step"))
+    dense = nobody_looks or any(getattr(hook, "dense_gradients", hasattr(hook, "take_step")) for hook in hooks)
+    held = hold_(optimizer, model, masks or {}, dense_gradients=dense)
 
     start = time.perf_counter() - history.seconds
     size, steps_an_epoch = len(data.train.labels), last_step // config.epochs
@@ -272,7 +331,7 @@ def fit(
                     schedule.step()
                     continue
                 inputs = data.normalise(images).to(memory_format=layout)
-                with torch.autocast("cuda", torch.bfloat16, enabled=config.bfloat16 and on_cuda):
+                with torch.autocast(device.type, torch.bfloat16, enabled=config.bfloat16 and on_cuda):
                     loss = cross_entropy(model(inputs), labels, label_smoothing=config.label_smoothing)
                 loss.backward()
                 for call in at_each_step:
@@ -321,6 +380,7 @@ def fit(
     return history
 
 
+@_in_own_modes
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Data, split: str | Split, *, batch_size: int = 1000) -> dict[str, float]:
     """Accuracy and loss of a model on one split; leaves the model in eval mode.
@@ -351,6 +411,7 @@ def evaluate(model: nn.Module, data: Data, split: str | Split, *, batch_size: in
     return {"accuracy": correct / n, "loss": loss / n}
 
 
+@_in_own_modes
 @torch.no_grad()
 def predict(model: nn.Module, data: Data, split: str | Split | Tensor, *, batch_size: int = 1000) -> Tensor:
     """Class probabilities; leaves the model in eval mode.

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import re
 import socket
 import sys
 from types import SimpleNamespace
@@ -55,7 +56,7 @@ CASES = {  # name: values that are right, values that are not, and a part of wha
     "pretrain": ([0, 14, 500], [-1, 0.5, "14", None], "a whole number of steps"),
     "rewind": ([0, 500], [-1, 0.5, None], "a whole number of steps"),
     "imp_rate": ([0, 0.2, 0.6], [1, -0.1, None, True, "0.2"], "a number in [0, 1)"),
-    "lr": ([0.1, 1, 1e-6], [0, -0.1, math.nan, math.inf, "1e-3", None, True], "YAML reads 1e-3 as text"),
+    "lr": ([0.1, 1, 1e-6], [0, -0.1, math.nan, math.inf, "1e-3", None, True], "a number above 0"),
     "device": (["cpu", torch.device("cpu")], ["gpu", "", None, 0], "auto or cpu"),
     "recompute": ([True, False], [0, 1, "True", None], "True or False"),
     "out_dir": (["", "somewhere/else"], [None, 3, ["a"]], 'a folder, or "" for scratch/'),
@@ -179,6 +180,31 @@ def test_an_output_folder_in_which_committed_files_lie_is_refused(folder):
         check(out_dir=str(ROOT / folder))
 
 
+@pytest.mark.parametrize(
+    ("given", "text", "number"),
+    [
+        ({"densities": "[1e-1]"}, "1e-1", "1.0e-1"),
+        ({"densities": [0.5, "5E-2"]}, "5E-2", "5.0e-2"),
+        ({"lr": "1e-3"}, "1e-3", "1.0e-3"),
+        ({"epochs": "2e3"}, "2e3", "2000"),
+        ({"train_options": "{weight_decay: 5e-4}"}, "5e-4", "5.0e-4"),
+        ({"model": "mlp", "model_options": "{hidden: [1.5e2]}"}, "1.5e2", "150"),
+    ],
+)
+def test_a_number_that_yaml_reads_as_text_is_refused_with_how_to_write_it(given, text, number):
+    with pytest.raises(ValueError, match=f"^{list(given)[-1]} = .*; YAML reads {re.escape(text)} as text") as error:
+        check(**given)
+    assert str(error.value).endswith(f" as text: write {number}")
+    assert yaml.safe_load(number) == float(text)
+
+
+@pytest.mark.parametrize("text", ["snipe", "1e", "e5", "inf", "one"])
+def test_text_that_is_no_number_gets_no_such_hint(text):
+    with pytest.raises(ValueError, match="densities = ") as error:
+        check(densities=[text])
+    assert "YAML" not in str(error.value)
+
+
 # ---- names that papermill injects --------------------------------------------------------------------------------
 
 
@@ -194,6 +220,15 @@ def test_an_injected_name_that_the_notebook_does_not_have_is_refused_before_any_
     message = r"no parameter is called learning_rate, modle: this notebook has epochs, lr, model$"
     with pytest.raises(ValueError, match=message):
         check(epochs=0, lr=0.1, model="mlp")
+
+
+def test_names_that_papermill_gives_itself_are_welcome(monkeypatch):
+    own = dict.fromkeys(["PAPERMILL_INPUT_PATH", "PAPERMILL_OUTPUT_PATH", "PAPERMILL_WORKFLOW"], "a.ipynb")
+    running(monkeypatch, PythonTranslator.codify({"epochs": 2} | own), PythonTranslator.codify(own))
+    assert vars(check(epochs=2)) == {"epochs": 2}
+    running(monkeypatch, PythonTranslator.codify(own | {"papermill_input_path": ""}))
+    with pytest.raises(ValueError, match="no parameter is called papermill_input_path:"):
+        check(epochs=2)
 
 
 def test_names_that_the_notebook_has_and_cells_that_nobody_injected_are_fine(monkeypatch):

@@ -18,7 +18,7 @@ from torchvision import datasets
 
 from fsp import paths
 from fsp.data import DATASETS, STATISTICS, Data, Split, load
-from fsp.data.batching import augment, batches, scoring_batches
+from fsp.data.batching import augment, batch_size, batches, scoring_batches
 
 
 def seeded(seed=0):
@@ -531,3 +531,22 @@ def test_the_device_changes_no_random_choice(mode, dtype):
     for (images_here, labels_here), (images_there, labels_there) in pairs:
         torch.testing.assert_close(images_there.cpu(), images_here)
         assert torch.equal(labels_there.cpu(), labels_here)
+
+
+# ---- how many examples a batch has -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("inputs", "labels", "n"),
+    [
+        (torch.zeros(7, 3), torch.zeros(7), 7),
+        (torch.zeros(2, 7, 3), torch.zeros(7), 7),  # time first: the labels know
+        ({"ids": torch.zeros(7, 3), "mask": torch.zeros(7)}, {"class": torch.zeros(9)}, 7),
+        ([{"deep": (torch.zeros(7, 3),)}], (torch.zeros(7), torch.zeros(7)), 7),
+        ([torch.zeros(3, 8, 8)] * 7, [{"boxes": torch.zeros(2, 4)}] * 7, 7),  # detection: one entry an image
+        ("a sentence", {"class": torch.zeros(7)}, 7),
+        (torch.zeros(7, 3), object(), 7),
+    ],
+)
+def test_examples_of_a_batch_are_counted_whatever_it_is_made_of(inputs, labels, n):
+    assert batch_size((inputs, labels)) == batch_size([inputs, labels]) == n

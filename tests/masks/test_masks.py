@@ -1,8 +1,10 @@
 """`fsp.masks`: exact counts, honest ties, weights that stay pruned, files that come back."""
 
+import copy
 import hashlib
 import json
 import math
+import pickle
 from fractions import Fraction
 
 import numpy as np
@@ -418,6 +420,283 @@ def test_holding_costs_no_randomness_and_no_gradient_graph():
     train(model, optimizer, steps=1)
     assert torch.equal(state, torch.get_rng_state())
     assert all(p.is_leaf and p.grad_fn is None for p in model.parameters())
+
+
+# ---- holding: optimisers that mix coordinates, copies and wrappers -----------------------------------------------
+
+
+def dense_network():
+    """Three matrices, because Muon takes nothing else; the same weights at every call."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        layers = [nn.Linear(36, 8, bias=False), nn.Tanh(), nn.Linear(8, 8, bias=False), nn.Tanh()]
+        return nn.Sequential(nn.Flatten(), *layers, nn.Linear(8, 3, bias=False))
+
+
+class Masked(nn.Module):
+    """Weights that are masked in the forward pass: a masked network without any trick."""
+
+    def __init__(self, mask):
+        super().__init__()
+        self.register_buffer("mask", mask)
+
+    def forward(self, weight):
+        return weight * self.mask
+
+
+def masked_network(model, kept):
+    """The oracle: the model with every weight multiplied by its mask in the forward pass."""
+    masks.apply_(model, kept)
+    for name, mask in kept.items():
+        nn.utils.parametrize.register_parametrization(model.get_submodule(name.split(".")[0]), "weight", Masked(mask))
+    return model
+
+
+MIXING = {
+    "Adafactor": lambda p: torch.optim.Adafactor(p, lr=0.05),
+    "Muon": lambda p: torch.optim.Muon(p, lr=0.05),
+    "LBFGS": lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=5),
+    "LBFGS with line search": lambda p: torch.optim.LBFGS(p, max_iter=5, line_search_fn="strong_wolfe"),
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.3, momentum=0.9),  # with clipping, which mixes too
+}
+
+
+def losses(model, optimizer, *, clip, steps=8, watch=lambda: None):
+    """Losses of a training in which `watch` is called whenever the loss is asked for."""
+    rng, found = generator(5), []
+    for _ in range(steps):
+        x, y = torch.randn(12, 1, 6, 6, generator=rng), torch.randint(3, (12,), generator=rng)
+
+        def closure(x=x, y=y):
+            watch()
+            optimizer.zero_grad()
+            loss = cross_entropy(model(x), y)
+            loss.backward()
+            if clip:
+                nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+            return loss
+
+        found.append(optimizer.step(closure).item())
+    return found
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("name", MIXING)
+def test_optimisers_that_mix_coordinates_and_clipping_train_the_masked_network(name, clip):
+    if not hasattr(torch.optim, name.split()[0]):
+        pytest.skip(f"this torch has no {name}")
+    ours, kept = dense_network(), half_masks(dense_network())
+    optimizer = MIXING[name](ours.parameters())
+    masks.hold_(optimizer, ours, kept)
+
+    def pruned_weights_are_zero():
+        assert not pruned_entries(ours, kept).any()
+
+    found = losses(ours, optimizer, clip=clip, watch=pruned_weights_are_zero)
+    pruned_weights_are_zero()
+    theirs = masked_network(dense_network(), kept)
+    expected = losses(theirs, MIXING[name](theirs.parameters()), clip=clip)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert found[-1] != found[0]
+
+
+def test_accumulated_gradients_and_those_that_are_set_by_hand_are_masked_too():
+    model, kept = dense_network(), half_masks(dense_network())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    masks.hold_(optimizer, model, kept)
+    for seed in (0, 1):
+        cross_entropy(model(torch.randn(4, 36, generator=generator(seed))), torch.arange(4) % 3).backward()
+    for name, p in model.named_parameters():
+        assert not p.grad[~kept[name]].any()
+        assert p.grad[kept[name]].any()
+        p.grad = torch.ones_like(p)
+    optimizer.register_step_pre_hook(lambda *_: [seen.append(p.grad.clone()) for p in model.parameters()] and None)
+    seen = []
+    optimizer.step()
+    assert all(torch.equal(g != 0, mask) for g, mask in zip(seen, kept.values(), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
+def test_a_weight_that_is_frozen_when_it_is_held_has_masked_gradients_once_it_trains():
+    model, kept = dense_network(), half_masks(dense_network())
+    model[1].requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    masks.hold_(optimizer, model, kept)
+    assert not model[1].weight.requires_grad
+    model[1].requires_grad_(True)
+    model(torch.ones(2, 36)).square().sum().backward(create_graph=True)
+    assert not model[1].weight.grad[~kept["1.weight"]].any()
+    model[1].weight.grad.square().sum().backward()  # a gradient of a gradient goes the same way
+    assert not model[1].weight.grad[~kept["1.weight"]].any()
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adafactor", "Muon", "LBFGS"])
+def test_gradients_stay_dense_when_asked_for_and_the_step_is_of_the_masked_network_all_the_same(name):
+    if not hasattr(torch.optim, name):
+        pytest.skip(f"this torch has no {name}")
+    results = []
+    for dense in (False, True):
+        model, kept = dense_network(), half_masks(dense_network())
+        optimizer = MIXING[name](model.parameters())
+        masks.hold_(optimizer, model, kept, dense_gradients=dense)
+        results.append(losses(model, optimizer, clip=False))
+        outside = torch.cat([p.grad[~kept[key]] for key, p in model.named_parameters()])
+        assert outside.any() == dense
+        assert not pruned_entries(model, kept).any()
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("how", ["it had made steps before", "a mask was replaced"])
+def test_lbfgs_is_refused_where_its_history_holds_pruned_weights(how):
+    model, kept = dense_network(), half_masks(dense_network())
+    optimizer = MIXING["LBFGS"](model.parameters())
+    if how == "it had made steps before":
+        losses(model, optimizer, clip=False)
+    masks.hold_(optimizer, model, kept)
+    if how == "a mask was replaced":
+        losses(model, optimizer, clip=False)
+        kept["1.weight"] = ~kept["1.weight"]
+    with pytest.raises(ValueError, match=r"LBFGS remembers directions .* make a new optimiser"):
+        losses(model, optimizer, clip=False)
+
+
+def test_momentum_from_before_the_masks_is_forgotten_at_pruned_weights_before_the_first_step():
+    model, kept = dense_network(), half_masks(dense_network())
+    optimizer = MIXING["SGD"](model.parameters())
+    losses(model, optimizer, clip=False)
+    dense = copy.deepcopy(optimizer.state_dict())
+
+    def momentum():
+        buffers = {name: optimizer.state[p]["momentum_buffer"] for name, p in model.named_parameters()}
+        return torch.cat([buffers[name][~mask] for name, mask in kept.items()])
+
+    assert momentum().all()
+    masks.hold_(optimizer, model, kept)
+    assert not momentum().any()
+    optimizer.load_state_dict(dense)
+    assert not momentum().any()
+
+
+def test_the_newest_hold_of_a_weight_decides_its_gradient_and_one_that_is_over_leaves_it_alone():
+    model, kept = dense_network(), half_masks(dense_network())
+    other = {name: ~mask for name, mask in kept.items()}
+
+    def outside(some):
+        model.zero_grad()
+        model(torch.ones(2, 36)).square().sum().backward()
+        return torch.cat([p.grad[~some[name]] for name, p in model.named_parameters()]).any()
+
+    start = copy.deepcopy(model.state_dict())
+    first = torch.optim.SGD(model.parameters(), lr=0.1)
+    masks.hold_(first, model, kept)
+    second = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = masks.hold_(second, model, other)
+    model.load_state_dict(start)
+    assert outside(kept)
+    assert not outside(other)
+    with pytest.raises(ValueError, match="held with other masks by a later optimiser"):
+        first.step()
+    handle.remove()
+    assert not outside(kept)
+    first.step()
+    model.load_state_dict(start)
+    del first
+    assert outside(kept)  # the optimiser is gone, and the weights train densely
+
+
+def test_two_optimisers_share_a_held_model():
+    model, kept = dense_network(), half_masks(dense_network())
+    matrices, rest = list(model.parameters())[:2], list(model.parameters())[2:]
+    optimizers = [torch.optim.SGD(matrices, lr=0.1), torch.optim.AdamW(rest, lr=0.1)]
+    for optimizer in optimizers:
+        masks.hold_(optimizer, model, dict(kept))
+    cross_entropy(model(torch.ones(4, 36)), torch.arange(4) % 3).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    assert not pruned_entries(model, kept).any()
+
+
+def test_an_optimiser_of_another_model_is_refused():
+    model, kept = dense_network(), half_masks(dense_network())
+    twin = copy.deepcopy(model)
+    with pytest.raises(ValueError, match="trains no parameter of this model"):
+        masks.hold_(torch.optim.SGD(twin.parameters(), lr=0.1), model, kept)
+
+
+@pytest.mark.parametrize("how", ["assigned", "replaced"])
+def test_weights_that_the_optimiser_has_lost_are_named_at_the_next_step(how):
+    model, kept = dense_network(), half_masks(dense_network())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    masks.hold_(optimizer, model, kept)
+    if how == "assigned":
+        model.load_state_dict({name: p + 1 for name, p in model.state_dict().items()}, assign=True)
+    else:
+        model[1].weight = nn.Parameter(torch.ones(8, 36))
+    with pytest.raises(ValueError, match=r"'1\.weight' is no longer the weight .*\(assign=True\)"):
+        optimizer.step()
+
+
+def pair(model):
+    return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
+def test_copies_of_model_and_optimiser_are_free_until_they_are_held_again(copied):
+    (model, optimizer), kept = pair(dense_network()), half_masks(dense_network())
+    masks.hold_(optimizer, model, kept)
+    losses(model, optimizer, clip=True)
+    twin, again = copied((model, optimizer))
+    free, loose = copied((model, optimizer))
+    losses(free, loose, clip=True)
+    assert pruned_entries(free, kept).all()
+    masks.hold_(again, twin, kept)
+    assert losses(twin, again, clip=True) == losses(model, optimizer, clip=True)
+    assert same(twin.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("average", [{}, {"multi_avg_fn": torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)}])
+def test_averages_of_a_held_model_are_zero_where_it_is(average):
+    (model, optimizer), kept = pair(dense_network()), half_masks(dense_network())
+    averaged = torch.optim.swa_utils.AveragedModel(model, **average)  # before the masks: with dense weights
+    masks.hold_(optimizer, model, kept)
+    for _ in range(3):
+        losses(model, optimizer, clip=False, steps=1)
+        averaged.update_parameters(model)
+    assert not pruned_entries(averaged.module, kept).any()
+
+
+WRAPPERS = {
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "DataParallel": nn.DataParallel,
+    "averaged": torch.optim.swa_utils.AveragedModel,
+    "twice": lambda model: nn.DataParallel(torch.compile(model, backend="eager")),
+    "inside": lambda model: nn.Sequential(*[torch.compile(layer, backend="eager") for layer in model]),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_masks_fit_a_model_in_a_wrapper_and_masks_of_a_wrapper_fit_the_model(name):
+    model, kept = dense_network(), half_masks(dense_network())
+    wrapped = WRAPPERS[name](model)
+    masks.apply_(wrapped, kept)
+    assert not pruned_entries(getattr(wrapped, "module", model) if name == "averaged" else model, kept).any()
+    if name == "averaged":
+        return
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.3, momentum=0.9)
+    masks.hold_(optimizer, wrapped, kept)
+    found = losses(wrapped, optimizer, clip=True)
+    assert not pruned_entries(model, kept).any()
+    of_wrapper = dict(zip(dict(wrapped.named_parameters()), kept.values(), strict=True))
+    plain = dense_network()
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.3, momentum=0.9)
+    masks.hold_(optimizer, plain, of_wrapper)
+    assert losses(plain, optimizer, clip=True) == found
+
+
+def test_a_name_that_only_looks_like_that_of_a_wrapper_is_refused():
+    model = nn.Sequential(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"'module\.1\.weight' belongs to no parameter"):
+        masks.apply_(model, {"module.1.weight": torch.ones(2, 2, dtype=torch.bool)})
 
 
 # ---- shuffles ----------------------------------------------------------------------------------------------------

@@ -610,3 +610,12 @@ def test_the_bar_shows_density_and_validation_accuracy(monkeypatch, capsys):
     accuracy = levels[-1].history.epochs[-1]["validation_accuracy"]
     assert f"density={levels[-1].density:.3g}, validation={accuracy:.3f}" in shown
     assert "3/3" in shown
+
+
+def test_a_last_batch_of_one_is_refused_before_anything_is_written(tmp_path):
+    model = net()  # with batch norm
+    before = state(model)
+    with pytest.raises(ValueError, match="last batch of every epoch"):
+        imp(model, DATA, TrainConfig(1, len(DATA.train.labels) - 1), levels=1, directory=tmp_path / "levels")
+    assert same(before, state(model))
+    assert not list(tmp_path.iterdir())

@@ -5,6 +5,7 @@ import inspect
 import itertools
 import warnings
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -387,6 +388,94 @@ def test_inputs_that_are_token_numbers_stay_whole_numbers(score):
     model = nn.Sequential(nn.Embedding(5, 4), nn.Flatten(), nn.Linear(12, 3))
     tokens, labels = torch.randint(5, (6, 3), generator=generator()), torch.arange(6) % 3
     assert score(model, all_kept(model), batches=[(tokens, labels)])["2.weight"].any()
+
+
+# ---- batches that are no pair of tensors -------------------------------------------------------------------------
+
+
+def two_headed_loss(outputs, targets):
+    return cross_entropy(outputs, targets["class"]) + cross_entropy(outputs * 2, targets["class"])
+
+
+LABELS = {
+    "dict": (lambda y: {"class": y, "again": y}, two_headed_loss),
+    "pair": (lambda y: (y, y), lambda outputs, pair: cross_entropy(outputs, pair[0])),
+    "list of dicts": (
+        lambda y: [{"class": label} for label in y],
+        lambda outputs, found: cross_entropy(outputs, torch.stack([one["class"] for one in found])),
+    ),
+    "object": (lambda y: SimpleNamespace(y=y), lambda outputs, held: cross_entropy(outputs, held.y)),
+}
+
+
+@pytest.mark.parametrize("score", AVERAGED.values(), ids=AVERAGED)
+@pytest.mark.parametrize("kind", LABELS)
+def test_batches_weigh_by_their_examples_whatever_the_labels_are(score, kind):
+    (x, y), model = examples(n=40), two_layers()
+    wrapped, loss = LABELS[kind]
+    parts = [(x[:36], wrapped(y[:36])), (x[36:], wrapped(y[36:]))]
+    whole = score(model, all_kept(model), batches=[(x, wrapped(y))], loss=loss)
+    near(score(model, all_kept(model), batches=parts, loss=loss), whole, rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["dict", "pair", "time first", "packed"])
+def test_batches_weigh_by_their_examples_whatever_the_inputs_are(kind):
+    (x, y), model = examples(n=40), two_layers()
+
+    def wrapped(x):
+        if kind == "time first":
+            return x[None].expand(2, -1, -1)
+        if kind == "packed":
+            return nn.utils.rnn.pack_sequence([row[None].expand(2, -1) for row in x])
+        return {"x": x} if kind == "dict" else (x, x)
+
+    def forward(model, inputs):
+        unpacked = nn.utils.rnn.pad_packed_sequence(inputs)[0] if kind == "packed" else inputs
+        return model(unpacked["x" if kind == "dict" else 0])
+
+    kept, expected = all_kept(model), snip(model, all_kept(model), batches=[(x, y)])
+    parts = [(wrapped(x[:36]), {"class": y[:36]}), (wrapped(x[36:]), {"class": y[36:]})]
+    if kind == "time first":  # the labels alone know
+        parts = [(inputs, labels["class"]) for inputs, labels in parts]
+        found = snip(model, kept, batches=parts, forward=forward)
+    else:
+        parts_loss = lambda outputs, targets: cross_entropy(outputs, targets["class"])  # noqa: E731
+        found = snip(model, kept, batches=parts, forward=forward, loss=parts_loss)
+    near(found, expected, rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("score", ON_DATA.values(), ids=ON_DATA)
+@pytest.mark.parametrize(
+    ("batch", "error", "message"),
+    [
+        ((torch.zeros(4, 3), None), TypeError, r"labels .* None: .*batches=\[\(inputs, inputs\)\]"),
+        ((torch.zeros(0, 3), torch.zeros(0)), ValueError, r"no example .*\(0, 3\).*: leave it out"),
+        (([], {}), TypeError, "neither inputs nor labels .* hold a tensor"),
+        ((torch.zeros(3), torch.tensor(1)), ValueError, r"inputs of shape \(3,\) .* inputs\[None\]"),
+        ((torch.zeros(4, 3), torch.zeros(4), torch.zeros(4)), TypeError, r"tuple of 3: expected batches=\[\("),
+        ({"x": torch.zeros(4, 3)}, TypeError, r"a batch is dict.*: expected batches=\[\("),
+    ],
+)
+def test_batches_that_cannot_be_weighed_are_refused_with_the_remedy(score, batch, error, message):
+    model = two_layers()
+    with pytest.raises(error, match=message):
+        score(model, all_kept(model), batches=[examples(), batch])
+
+
+def test_an_error_inside_a_model_says_in_which_batch():
+    model = two_layers()
+    with pytest.raises(RuntimeError, match=r"(?s)cannot be multiplied.*inputs of shape \(8, 5\) .* shape \(8,\)"):
+        snip(model, all_kept(model), batches=[examples(), examples((5,))])
+
+
+@pytest.mark.parametrize("score", ON_DATA.values(), ids=ON_DATA)
+def test_a_batch_of_one_under_batch_norm_is_refused_with_the_remedy(score):
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).double()
+    x, y = examples(n=5)
+    parts = [(x[:4], y[:4]), (x[4:], y[4:])]
+    with pytest.raises(ValueError, match=r"one example, .* batch norm .* training=False"):
+        score(model, all_kept(model), batches=parts)
+    assert score(model, all_kept(model), batches=parts, training=False)["0.weight"].isfinite().all()
 
 
 # ---- other outputs, other losses ---------------------------------------------------------------------------------

@@ -183,3 +183,49 @@ def test_the_command_line_starts_as_a_module(store):
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     assert "2 records, 0 failed" in done.stdout
     assert done.stderr == ""
+
+
+def command(*words, **environment):
+    return {
+        "args": [sys.executable, "-m", "fsp.runs", *map(str, words)],
+        "env": os.environ | environment,
+        "stderr": subprocess.PIPE,
+        "text": True,
+        "encoding": "utf-8",
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "unbuffered"),
+    [(["list", "--store"], ""), (["list", "--store"], "1"), (["prune", "--yes", "--store"], ""), (["--help"], "")],
+)
+def test_a_reader_that_stops_early_ends_the_command_without_a_traceback(store, words, unbuffered):
+    (store / f"{key(CONFIGS[0])}.json.corrupt").write_text("{")
+    given = [*words, *([store] if "--store" in words else [])]
+    reading, writing = os.pipe()
+    os.close(reading)  # as head does, when it has its lines
+    done = subprocess.run(**command(*given, PYTHONUNBUFFERED=unbuffered), stdout=writing)
+    os.close(writing)
+    assert (done.stderr, done.returncode) == ("", 141)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_text_that_the_stream_cannot_encode_is_written_with_escapes(tmp_path, encoding):
+    sweep(run, [{"seed": 0, "density": 0.5, "method": "Maß 層"}], store=tmp_path)
+    (tmp_path / f"{'c' * 64}.json").write_text("{")
+    words = ["list", "method=Maß 層", "--store", tmp_path]
+    given = command(*words, PYTHONIOENCODING=encoding, PYTHONUTF8="0") | {"encoding": encoding}
+    done = subprocess.run(**given, stdout=subprocess.PIPE)
+    assert done.returncode == 0
+    assert "1 records, 0 failed" in done.stdout
+    assert ("層" if encoding == "utf-8" else "\\u5c64") in done.stdout
+    assert "is not a whole run record" in done.stderr
+
+
+def test_prune_without_anybody_to_answer_deletes_nothing(store):
+    left = store / f"{key(CONFIGS[0])}.json.corrupt"
+    left.write_text("{")
+    done = subprocess.run(**command("prune", "--store", store), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    assert (done.stderr, done.returncode) == ("", 0)
+    assert "nobody answers: pass --yes to delete" in done.stdout
+    assert left.exists()

@@ -14,7 +14,7 @@ from torch import nn
 
 from fsp import spectrum
 from fsp.data import load
-from fsp.masks import density, layer_densities
+from fsp.masks import density, hold_, layer_densities
 from fsp.pruning.methods import prune
 from fsp.training.dynamic import GROWTHS, PRESETS, DynamicConfig, DynamicTraining, drop_and_grow, zeta
 from fsp.training.train import TrainConfig, fit
@@ -464,6 +464,23 @@ def test_every_layer_keeps_its_count_at_each_step_of_a_long_training(preset):
     assert updates == [step for step in range(3, 1000, 3) if step < config.t_end_frac * 1000]
     moved = any(not torch.equal(masks[name], started[name]) for name in masks)
     assert moved == (preset != "static")
+
+
+@pytest.mark.parametrize("grow", ["gradient", "momentum", "random"])
+def test_growth_by_gradients_that_a_loop_of_ones_own_masks_is_refused(grow):
+    net, config = small(), DynamicConfig(2, 0.5, t_end_frac=1.0, grow=grow)
+    masks = prune(net, "erk", 0.3, generator=seeded())
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    moving = DynamicTraining(net, masks, config, 10, generator=seeded())
+    handle = hold_(optimizer, net, masks)
+    if grow == "random":
+        moving.take_step(1, optimizer)
+    else:
+        with pytest.raises(ValueError, match=r"those of '1\.weight' are masked: pass dense_gradients=True"):
+            moving.take_step(1, optimizer)
+    handle.remove()
+    with hold_(optimizer, net, masks, dense_gradients=True):
+        moving.take_step(1, optimizer)
 
 
 def momentum(optimizer, parameter):

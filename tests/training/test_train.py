@@ -12,8 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-from fsp.data import Split, load
+from fsp.data import Split, load, scoring_batches
 from fsp.data.batching import augment, batches
+from fsp.data.datasets import _channel_constants
+from fsp.masks import apply_, prunable
+from fsp.models import build
 from fsp.pruning.methods import prune
 from fsp.training import train
 from fsp.training.hooks import Snapshots
@@ -665,6 +668,152 @@ def test_on_cuda_bfloat16_and_channels_last_are_used_when_asked_and_learn_as_wel
     assert net[3].weight.is_contiguous(memory_format=torch.channels_last) == fast
     assert all((net.get_parameter(name)[~mask] == 0).all() for name, mask in masks.items())
     assert history.test_accuracy > 0.85
+
+
+# ---- a last batch of one, global settings, wrappers --------------------------------------------------------------
+
+
+class Squeezed(nn.Module):
+    """A network that loses the dimension of the batch where that is one."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.linear(x.flatten(1).squeeze())
+
+
+@pytest.mark.parametrize("batch_size", [69, 23, 3, 1])  # of 70 examples
+@pytest.mark.parametrize("make", [lambda: small(0, nn.BatchNorm1d(8)), Squeezed])
+def test_a_batch_of_one_that_the_network_cannot_take_is_refused_before_the_first_step(make, batch_size):
+    net = make()
+    before, random_state = state(net), torch.get_rng_state()
+    with pytest.raises(ValueError, match=r"last batch of every epoch, .* has one of 70 .* such as \d+") as caught:
+        fit(net, task(), TrainConfig(1, batch_size))
+    assert same(before, state(net))
+    assert torch.equal(random_state, torch.get_rng_state())
+    remedy = int(str(caught.value).split("such as ")[1].split()[0])
+    assert fit(net, task(), TrainConfig(1, remedy)).status == "finished"
+
+
+@pytest.mark.parametrize("batch_size", [69, 1])
+def test_a_batch_of_one_is_trained_on_where_the_network_takes_it(batch_size):
+    spatial = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Dropout(0.5), nn.Linear(8, 3))
+    twin = copy.deepcopy(spatial)
+    torch.manual_seed(0)
+    history = fit(spatial, task(), TrainConfig(1, batch_size, 0.01))
+    assert history.steps == math.ceil(70 / batch_size)
+    assert spatial[1].num_batches_tracked == history.steps  # the look ahead left no trace
+    torch.manual_seed(0)
+    fit(twin, task(), TrainConfig(1, batch_size, 0.01))
+    assert same(state(spatial), state(twin))
+
+
+def _float64():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    return lambda: torch.set_default_dtype(before)
+
+
+def _deterministic():
+    torch.use_deterministic_algorithms(True)
+    return lambda: torch.use_deterministic_algorithms(False)
+
+
+def _context(make):
+    def enter():
+        entered = make()
+        entered.__enter__()
+        return lambda: entered.__exit__(None, None, None)
+
+    return enter
+
+
+GLOBALS = {
+    "float64": _float64,
+    "meta": _context(lambda: torch.device("meta")),
+    "no_grad": _context(torch.no_grad),
+    "inference": _context(torch.inference_mode),
+    "autocast": _context(lambda: torch.autocast("cpu", torch.bfloat16)),
+    "deterministic": _deterministic,
+}
+
+
+def whole_training():
+    """Data, network, masks, training and predictions, all made here."""
+    data = task(seed=3)
+    net = build("resnet8", data.shape, data.classes, width=4, generator=seeded(1))
+    draws = {"generator": seeded(), "dtype": torch.float32, "device": "cpu"}
+    masks = {name: torch.rand(p.shape, **draws) < 0.5 for name, p in prunable(net).items()}
+    batch = scoring_batches(data, per_class=4, generator=seeded(2))
+    config = TrainConfig(2, 16, 0.05, schedule="one_cycle", augmented=True)
+    history = fit(net, data, config, masks=masks)
+    apply_(net, {name: ~mask for name, mask in masks.items() if name == "classifier.weight"})
+    results = {"predicted": predict(net, data, "test"), "images": batch[0][0], "raw": data.train.images}
+    return outcome(history), state(net) | results, evaluate(net, data, "validation")
+
+
+@pytest.mark.parametrize("name", GLOBALS)
+def test_no_global_setting_changes_or_breaks_a_training(name, monkeypatch):
+    expected = whole_training()
+    _channel_constants.cache_clear()
+    leave = GLOBALS[name]()
+    try:
+        found = whole_training()
+    finally:
+        leave()
+    after = whole_training()  # nothing is left from before
+    _channel_constants.cache_clear()
+    for history, tensors, measured in (found, after):
+        assert (history, measured) == (expected[0], expected[2])
+        assert {key: t.dtype for key, t in tensors.items()} == {key: t.dtype for key, t in expected[1].items()}
+        assert same(tensors, expected[1])
+
+
+def clip(step, optimizer):
+    for group in optimizer.param_groups:
+        nn.utils.clip_grad_norm_(group["params"], 0.1)
+
+
+def test_gradients_that_a_hook_sees_are_masked_unless_a_hook_wants_them_dense():
+    seen = []
+
+    def take_step(step, optimizer):
+        clip(step, optimizer)
+        optimizer.step()
+
+    masking = [hook(before_step=clip)], [hook(take_step=take_step, dense_gradients=False)]
+    leaving = [hook(before_step=clip, dense_gradients=True)], [hook(take_step=take_step)]
+    for hooks in (*masking, *leaving, "oracle"):
+        net = small()
+        masks = prune(net, "random", 0.3, generator=seeded())
+        pruned = [(p, ~masks[name]) for name, p in net.named_parameters() if name in masks]
+
+        def look(step, optimizer, pruned=pruned):
+            seen.append(any(parameter.grad[zero].any() for parameter, zero in pruned))
+
+        if hooks == "oracle":
+            for name, parameter in net.named_parameters():
+                if name in masks:
+                    parameter.register_hook(lambda g, mask=masks[name]: g * mask)
+            hooks = [hook(before_step=clip)]
+        fit(net, task(), TrainConfig(1, 70), masks=masks, hooks=[hook(before_step=look), *hooks])
+        seen.append(state(net))
+    assert seen[0:8:2] == [False, False, True, True]
+    assert [same(weights, seen[-1]) for weights in seen[1:8:2]] == [True, True, False, False]
+
+
+@pytest.mark.parametrize("wrap", [lambda net: torch.compile(net, backend="eager"), nn.DataParallel])
+def test_a_network_in_a_wrapper_trains_as_it_does_without(wrap):
+    results = []
+    for around in (lambda net: net, wrap):
+        net = small()
+        masks = prune(net, "random", 0.3, generator=seeded())
+        history = fit(around(net), task(), TrainConfig(2, 16), masks=masks)
+        results.append((outcome(history), state(net)))
+    assert results[0][0] == results[1][0]
+    assert same(results[0][1], results[1][1])
 
 
 # ---- bad settings ------------------------------------------------------------------------------------------------
