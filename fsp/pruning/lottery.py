@@ -263,7 +263,7 @@ def imp(
             f"{last_step} steps"
         )
     generator = torch.Generator().manual_seed(0) if generator is None else generator
-    seed = int(torch.randint(2**31, (), generator=generator))
+    seed = int(torch.randint(2**31, (), generator=generator, device="cpu"))
     folder = None if directory is None else Path(directory)
     if folder is not None:
         settings = {"rate": float(rate), "rewind": int(rewind), "scope": scope, "prunable": list(masks)}

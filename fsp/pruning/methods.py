@@ -11,8 +11,8 @@ from typing import Unpack, get_args, get_origin
 import torch
 from torch import nn
 
-from fsp.checks import check_choice, check_count, check_options
-from fsp.masks import Masks, check_density, check_scope, keep_counts, keep_top, kept_count, prunable
+from fsp.checks import check_choice, check_count, check_has_values, check_options, plain_settings
+from fsp.masks import Masks, all_kept, check_density, check_scope, keep_counts, keep_top, kept_count
 from fsp.pruning import allocate, scores
 from fsp.pruning.phew import phew
 
@@ -69,7 +69,8 @@ def by_score(
     check_scope(scope)
     check_count("rounds", rounds, 1)
     check_choice("invert", invert, (True, False))
-    masks = _ones(model, exclude)
+    masks = start = all_kept(model, exclude=exclude)
+    pruned = [name for name, mask in start.items() if not mask.all()]
     taken = inspect.signature(score).parameters
     options |= {n: value for n, value in {"batches": batches, "generator": generator}.items() if n in taken}
     if density == 1:
@@ -81,6 +82,8 @@ def by_score(
         if callable(batches) and "batches" in taken:
             options["batches"] = list(batches(k))
         found = score(model, masks, **options)
+        for name in pruned:  # by torch: no round may bring them back, those of FORCE neither
+            found[name] = found[name].masked_fill(~start[name], -torch.inf)
         masks = (_keep_lowest if invert else keep_top)(found, target, scope=scope, generator=generator)
     return masks
 
@@ -133,7 +136,7 @@ def at_random(
     ValueError
         If the allocation cannot spend exactly the weights that `density` keeps, with the numbers.
     """
-    masks = _ones(model, exclude)
+    masks = all_kept(model, exclude=exclude)
     shapes = {name: tuple(m.shape) for name, m in masks.items()}
     counts = allocate.counts(allocation(shapes, density, **options), shapes, density)
     return keep_counts(scores.random(model, masks, generator=generator), counts, generator)
@@ -285,18 +288,15 @@ def prune(
             raise ValueError(f"reference {reference!r} has no settings for method {method!r}: there is {listed}")
         options = REFERENCES[reference][method] | options
     if generator is None:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
     if batches is not None and not callable(batches):
         batches = list(batches)
-    masks = METHODS[method](model, density, batches=batches, generator=generator, **options)
+    check_has_values(model)
+    with plain_settings():
+        masks = METHODS[method](model, density, batches=batches, generator=generator, **options)
     sizes = [m.numel() for m in masks.values()]
     asked = sum(kept_count(n, density) for n in (sizes if options.get("scope") == "layer" else [sum(sizes)]))
     kept = sum(int(m.sum()) for m in masks.values())
     if kept != asked:
         raise RuntimeError(f"{kept} of {sum(sizes)} weights are kept where density {density} asks for {asked}")
     return masks
-
-
-def _ones(model: nn.Module, exclude: Iterable[str]) -> Masks:
-    """Masks that keep every prunable weight."""
-    return {name: torch.ones_like(p, dtype=torch.bool) for name, p in prunable(model, exclude=exclude).items()}

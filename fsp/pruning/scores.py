@@ -27,7 +27,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fsp.masks import Masks
+from fsp.masks import Masks, used_weights
 from fsp.pruning.gradients import Batches, FlowRun, LossRun, flow_gradients, input_shape, loss_gradients, seed_of
 
 Scores = dict[str, Tensor]
@@ -47,7 +47,7 @@ def random(model: nn.Module, masks: Masks, *, generator: Generator) -> Scores:
     dict of name to Tensor
         Drawn on the CPU, moved to the masks' devices.
     """
-    return _alive({name: torch.randn(m.shape, generator=generator).to(m.device) for name, m in masks.items()}, masks)
+    return _alive({name: _normal(m, generator) for name, m in masks.items()}, masks)
 
 
 def magnitude(model: nn.Module, masks: Masks) -> Scores:
@@ -62,8 +62,7 @@ def magnitude(model: nn.Module, masks: Masks) -> Scores:
     -------
     dict of name to Tensor
     """
-    parameters = dict(model.named_parameters())
-    return _alive({name: parameters[name].detach().abs() for name in masks}, masks)
+    return _alive({name: weight.abs() for name, weight in used_weights(model, masks).items()}, masks)
 
 
 def snip(
@@ -161,8 +160,8 @@ def force(
     de Jorge et al.: Progressive skeletonization: trimming more fat from a network at initialization. ICLR 2021.
     """
     _, gradients = loss_gradients(model, masks, batches, seed=seed_of(generator), **run)
-    parameters = dict(model.named_parameters())
-    return {name: (parameters[name].detach().to(g.dtype) * g).abs() for name, g in gradients.items()}
+    dense = used_weights(model, masks)
+    return {name: (dense[name].to(g.dtype) * g).abs() for name, g in gradients.items()}
 
 
 def grasp(
@@ -316,8 +315,13 @@ def synflow_l2(
     """
     shape, seed = input_shape(shape, batches), seed_of(generator)
     _, gradients = flow_gradients(model, masks, shape, of=torch.square, seed=seed, **run)
-    parameters = dict(model.named_parameters())
-    return _alive({name: parameters[name].detach().to(g.dtype).abs() * g.abs() for name, g in gradients.items()}, masks)
+    dense = used_weights(model, masks)
+    return _alive({name: dense[name].to(g.dtype).abs() * g.abs() for name, g in gradients.items()}, masks)
+
+
+def _normal(mask: Tensor, generator: Generator) -> Tensor:
+    """Standard normal numbers in the shape of a mask, drawn on the CPU."""
+    return torch.randn(mask.shape, generator=generator, dtype=torch.float32, device="cpu").to(mask.device)
 
 
 def _alive(scores: Scores, masks: Masks) -> Scores:
