@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from fsp.checks import check_has_values, is_count
 from fsp.masks import Masks, check_masks, layers_of, unpruned
-from fsp.pruning.gradients import undisturbed, with_tensors
+from fsp.pruning.gradients import put_weights, undisturbed, with_tensors
 
 
 class Diagnosis(NamedTuple):
@@ -178,13 +178,14 @@ def follow_paths(model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence[
             raise ValueError(f"{name!r} has the shape {tuple(parameter.shape)}: it holds no weight")
     device = next(model.parameters()).device
     with undisturbed(model, training=False):
-        others = _ones_and_zeros(model)
         weights = {name: m.to(parameters[name].device, torch.float64) for name, m in masks.items()}
         for layer in layers_of(model, only={id(parameter) for parameter in parameters.values()}):
             for name, parameter in parameters.items():
                 if parameter is layer.parameter:
                     weights[name] = weights[name] * unpruned(layer)
         weights = {name: w.clone().requires_grad_() for name, w in weights.items()}
+        given = put_weights(model, masks, weights)
+        tensors = _ones_and_zeros(model) | given
         ones = torch.ones((1, *shape), dtype=torch.float64, device=device, requires_grad=True)
         passed = _OnlyPaths()
 
@@ -197,7 +198,7 @@ def follow_paths(model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence[
                 passed.counting = False  # a model with activation checkpointing is run again
                 return torch.autograd.grad(output.sum(), [ones, *weights.values()], materialize_grads=True)
 
-        gradients = with_tensors(model, masks, weights, others, gradients_of_paths)
+        gradients = with_tensors(model, tensors, gradients_of_paths)
     return Paths(
         {name: (w.detach() * g) != 0 for (name, w), g in zip(weights.items(), gradients[1:], strict=True)},
         {name: sum(times for used, times in passed.uses if used is w) for name, w in weights.items()},
@@ -220,8 +221,9 @@ def _ones_and_zeros(model: nn.Module) -> dict[int, Tensor]:
     for module in model.modules():
         if parametrize.is_parametrized(module):
             for key, parametrization in module.parametrizations.items():
-                value = (getattr(module, key) != 0).to(torch.float64) * ("bias" not in key)
-                vars(parametrization)["forward"] = partial(Tensor.detach, value)
+                if "forward" not in vars(parametrization):  # else it has a mask
+                    value = (getattr(module, key) != 0).to(torch.float64) * ("bias" not in key)
+                    vars(parametrization)["forward"] = partial(Tensor.detach, value)
     return found
 
 

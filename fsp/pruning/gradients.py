@@ -104,14 +104,12 @@ def loss_gradients(
     sizes = [batch_size(batch) for batch in batches]
     with undisturbed(model, training=training, seed=seed):
         weights = _weights(model, masks, dtype)
-        others = _others(model, masks, dtype)
+        tensors = _others(model, masks, dtype) | put_weights(model, masks, weights)
         total = {name: torch.zeros_like(w) for name, w in weights.items()}
         for batch, size in zip(batches, sizes, strict=True):
             share = size / sum(sizes) if average else 1.0
             batch_loss = partial(_loss, share, batch, weights, forward, loss)
-            parts = with_tensors(
-                model, masks, weights, others, partial(_derivatives, batch_loss, weights, hessian_times)
-            )
+            parts = with_tensors(model, tensors, partial(_derivatives, batch_loss, weights, hessian_times))
             for name, part in zip(weights, parts, strict=True):
                 total[name] += part
     return {name: w.detach() for name, w in weights.items()}, total
@@ -173,7 +171,7 @@ def flow_gradients(
         _warn_of_lost_flow(model)
     with undisturbed(model, training=training, seed=seed):
         weights = _weights(model, masks, dtype, of)
-        others = _others(model, masks, dtype, of)
+        tensors = _others(model, masks, dtype, of) | put_weights(model, masks, weights)
         first = next(iter(weights.values()))
         ones = torch.ones((1, *shape), dtype=first.dtype, device=first.device)
 
@@ -181,7 +179,7 @@ def flow_gradients(
             flow = _outputs(model, ones, dtype, forward).sum()
             return torch.autograd.grad(flow, list(weights.values()), materialize_grads=True)
 
-        gradients = with_tensors(model, masks, weights, others, gradients_of_flow)
+        gradients = with_tensors(model, tensors, gradients_of_flow)
     return {name: w.detach() for name, w in weights.items()}, dict(zip(weights, gradients, strict=True))
 
 
@@ -266,24 +264,25 @@ class _Straight:
         return function(*inputs)
 
 
-def with_tensors(
-    model: nn.Module,
-    masks: Masks,
-    weights: Mapping[str, Tensor],
-    others: Mapping[int, Tensor],
-    function: Callable[[nn.Module], Any],
-) -> Any:
-    """``function(model)`` while the model uses other tensors; inside of `undisturbed`, which undoes what is left.
+def put_weights(model: nn.Module, masks: Masks, weights: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    """Weights by the identities of the masked parameters, for `with_tensors`.
+
+    Layers that compute their weights are made to use these, so this happens inside of `undisturbed`, and once.
+    """
+    given = {id(parameter): weights[name] for name, parameter in check_masks(model, masks).items()}
+    for layer in layers_of(model, only=given):
+        put_weight(layer, given[id(layer.parameter)])
+    return given
+
+
+def with_tensors(model: nn.Module, tensors: Mapping[int, Tensor], function: Callable[[nn.Module], Any]) -> Any:
+    """``function(model)`` while the model holds other tensors; inside of `undisturbed`.
 
     Parameters
     ----------
     model : nn.Module
-    masks : Masks
-        Say which parameters `weights` stand for.
-    weights : dict of name to Tensor
-        The weights that layers use.
-    others : dict of int to Tensor
-        Of all other parameters and buffers, by their identities.
+    tensors : dict of int to Tensor
+        For all parameters and buffers, by their identities.
     function : callable
         Takes gradients too: a model with activation checkpointing is run again for them.
 
@@ -292,18 +291,14 @@ def with_tensors(
     object
         What the function returns.
     """
-    parameters = check_masks(model, masks)
-    given = dict(others) | {id(parameter): weights[name] for name, parameter in parameters.items()}
     # Every place that holds a tensor is named exactly once.  functional_call ties by name: in a module that is used
     # twice it would replace a tensor twice, and put the replacement back at the end.
     placed = {
-        f"model.{name}": given[id(t)]
+        f"model.{name}": tensors[id(t)]
         for prefix, module in model.named_modules()
         for own in (module.named_parameters, module.named_buffers)
         for name, t in own(prefix, recurse=False, remove_duplicate=False)
     }
-    for layer in layers_of(model, only={id(parameter) for parameter in parameters.values()}):
-        put_weight(layer, given[id(layer.parameter)])
     # autograd.grad cannot go back through a reentrant checkpoint, nor a second derivative
     with patch.object(torch.utils.checkpoint, "CheckpointFunction", _Straight):
         try:

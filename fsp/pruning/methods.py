@@ -79,6 +79,8 @@ def by_score(
         target = density
         if k < rounds:
             target = density ** (k / rounds) if schedule == "exponential" else 1 - (1 - density) * k / rounds
+        if k < rounds and pruned and not _leaves(start, target, scope):
+            continue  # torch has pruned more already
         if callable(batches) and "batches" in taken:
             options["batches"] = list(batches(k))
         found = score(model, masks, **options)
@@ -86,6 +88,14 @@ def by_score(
             found[name] = found[name].masked_fill(~start[name], -torch.inf)
         masks = (_keep_lowest if invert else keep_top)(found, target, scope=scope, generator=generator)
     return masks
+
+
+def _leaves(masks: Masks, density: float, scope: str) -> bool:
+    """Whether masks leave as many weights as a density keeps."""
+    kept, sizes = [int(m.sum()) for m in masks.values()], [m.numel() for m in masks.values()]
+    if scope == "global":
+        kept, sizes = [sum(kept)], [sum(sizes)]
+    return all(k >= kept_count(n, density) for k, n in zip(kept, sizes, strict=True))
 
 
 def _keep_lowest(found: scores.Scores, density: float, *, scope: str, generator: torch.Generator) -> Masks:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fsp import masks as mask_algebra
-from fsp.checks import check_choice, check_count, check_generator
+from fsp.checks import check_choice, check_count, check_generator, plain_settings
 from fsp.data import Data
 from fsp.data.batching import augment
 from fsp.data.batching import batches as cut
@@ -101,6 +101,7 @@ class CandidateSource:
         return prune(self._scored, self.method, self.density, batches=batches, generator=generator, **self.options)
 
 
+@plain_settings()
 def _copy(model: nn.Module) -> nn.Module:
     """A deep copy; weights that torch has computed in a forward pass are copied without their history."""
     computed = [t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor)]
