@@ -213,10 +213,10 @@ def _refusal(name: str, module: nn.Module) -> ValueError:
         hooks = [h for h in module._forward_pre_hooks.values() if getattr(h, "name", None) == "weight"]
         by = f"{type(hooks[0]).__name__} in a hook" if hooks else "something that is no parameter of the layer"
         remedy = "torch.nn.utils.remove_weight_norm, remove_spectral_norm or whatever made it so"
-    shown = name or "the model itself"
+    dense = f", or leave the layer dense with exclude=[{name!r}]" if name else ""
     return ValueError(
-        f"the weight of {shown!r} is computed by {by}, so masking what it is computed from would not just set entries "
-        f"of it to 0: make it plain first, with {remedy}, or leave the layer dense with exclude=[{name!r}]"
+        f"the weight of {name or type(module).__name__!r} is computed by {by}, so masking what it is computed from "
+        f"would not just set entries of it to 0: make it plain first, with {remedy}{dense}"
     )
 
 

@@ -316,7 +316,12 @@ def _outputs(model: nn.Module, inputs: Tensor, dtype: torch.dtype | None, forwar
     """Outputs of the model, which must be a tensor."""
     try:
         outputs = forward(model, inputs)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
+        if "more than 1 value per channel" in str(error):
+            raise ValueError(
+                "a batch of one example has no statistics for batch norm: join it with another batch, leave it out, or "
+                "score with training=False"
+            ) from error
         if dtype is None or "dtype" not in str(error):
             raise
         raise ValueError(
@@ -338,7 +343,23 @@ def _loss(
     dtypes = {weight.dtype for weight in weights.values()}
     dtype = dtypes.pop() if len(dtypes) == 1 else None
     inputs, labels = (_as_plain(part, dtype) for part in batch)
-    value = loss(_outputs(model, inputs, dtype, forward), labels)
+    outputs = _outputs(model, inputs, dtype, forward)
+    try:
+        value = loss(outputs, labels)
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:
+        if isinstance(labels, Tensor):
+            if outputs.shape[:1] == labels.shape[:1]:
+                raise
+            found = f"of shape {tuple(labels.shape)}"
+        elif labels is None:
+            found = "None"
+        else:
+            raise
+        raise ValueError(
+            f"the loss takes no outputs of shape {tuple(outputs.shape)} with labels {found} "
+            f"({str(error).splitlines()[0]}): expected inputs (N, ...) and one label an example, or loss=, a function "
+            "(outputs, labels) -> mean over the examples"
+        ) from error
     if not isinstance(value, Tensor) or value.numel() != 1:
         found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"loss gives {found}: expected one number, the mean over the examples of a batch")

@@ -241,7 +241,8 @@ def prune(
     Parameters
     ----------
     model : nn.Module
-        Any module with convolutions or linear layers; `fsp.masks.apply_` puts the masks on it afterwards.
+        Any module with convolutions or linear layers, see the notes; `fsp.masks.apply_` puts the masks on it
+        afterwards.
     method : str
         A key of `METHODS`.
     density : float, in (0, 1]
@@ -268,7 +269,8 @@ def prune(
     ------
     ValueError
         For an unknown method or reference, a density outside (0, 1], missing batches, a model without prunable
-        weights, scores that cannot be ranked, an allocation that cannot reach the density.
+        weights or with one that masks cannot follow, scores that cannot be ranked, an allocation that cannot reach the
+        density, a model that recomputes activations other than by ``torch.utils.checkpoint``.
     TypeError
         For an option that the method does not have, or needs and does not get.
     RuntimeError
@@ -281,6 +283,21 @@ def prune(
 
     `fsp.masks.prunable` says what can be pruned.  Of an ``nn.MultiheadAttention`` that is ``out_proj.weight`` alone:
     ``in_proj_weight`` belongs to no linear layer, stays dense and is not counted.
+
+    *Bit-identical* are parameters, buffers, ``vars`` of every module with the lists, dicts and sets in it, train and
+    eval flags and the global random state.  No global setting (default dtype and device, grad and inference mode,
+    autocast, deterministic mode, locale) changes a result.
+
+    *Wrappers.*  ``torch.compile``, ``DataParallel``, ``DistributedDataParallel`` and ``AveragedModel``, at any depth,
+    give the masks of the model inside, under names with their prefix; compiled code is not used for scoring.
+    Activation checkpointing by ``torch.utils.checkpoint``, reentrant or not, changes no score.
+
+    *Computed weights.*  Weights under `torch.nn.utils.prune` and under element-wise parametrisations that leave 0 at 0
+    are scored as the weight that the forward pass uses; what torch has pruned stays pruned, and counts as pruned.
+    Weight norm, spectral norm, orthogonal and other parametrisations, quantisation-aware layers, and layers whose
+    forward computes their weight otherwise are refused by name, unless excluded.  So are lazy, sparse and integer
+    weights, those spread over processes, and models on the meta device.  What the forward of another module than the
+    layer does to a weight is not seen.
 
     Examples
     --------

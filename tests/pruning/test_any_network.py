@@ -736,6 +736,63 @@ def test_a_precision_that_a_model_does_not_run_in_is_named_with_the_remedy():
     assert total(prune(model, "snip", 0.3, batches=[examples((8,))])) == kept_count(192, 0.3)
 
 
+# ---- batches that are no pair of tensors -------------------------------------------------------------------------
+
+
+def test_batches_weigh_by_their_examples_whatever_labels_are():
+    model, (x, y) = mlp(), examples((8,), n=40)
+
+    def loss(outputs, labels):
+        return nn.functional.cross_entropy(outputs, labels["class"])
+
+    def many(outputs, labels):
+        return nn.functional.cross_entropy(outputs, labels[0])
+
+    def inputs_in_a_dict(model, inputs):
+        return model(inputs["x"])
+
+    sizes = [36, 4]
+    parts = list(zip(x.split(sizes), y.split(sizes), strict=True))
+    kept = all_kept(model)
+    for name in ("snip", "force", "grasp"):
+        expected = SCORES[name](model, kept, batches=parts)
+        for batches, more in (
+            ([(x, {"class": y, "box": y, "more": y}) for x, y in parts], {"loss": loss}),
+            ([(x, [y]) for x, y in parts], {"loss": many}),
+            ([({"x": x}, y) for x, y in parts], {"forward": inputs_in_a_dict}),
+        ):
+            assert_same_scores(SCORES[name](model, kept, batches=batches, **more), expected)
+
+
+@pytest.mark.parametrize(
+    ("batch", "error", "message"),
+    [
+        ((torch.zeros(4, 8), None), ValueError, r"labels None \(.*or loss="),
+        ((torch.zeros(0, 8), torch.zeros(0).long()), ValueError, r"shape \(0, 8\), no example: leave it out"),
+        ((torch.zeros(8), torch.tensor([1, 2])), ValueError, r"outputs of shape \(4,\).*expected inputs \(N, ...\)"),
+        (({}, torch.zeros(4).long()), TypeError, "the inputs of a batch are dict: expected tensors"),
+        ((torch.zeros(()), torch.zeros(4).long()), TypeError, "expected tensors of examples"),
+        ((torch.zeros(4, 8), torch.zeros(3).long()), ValueError, r"labels of shape \(3,\) .*expected inputs"),
+    ],
+)
+def test_batches_that_cannot_be_scored_are_named_with_the_remedy(batch, error, message):
+    with pytest.raises(error, match=message):
+        prune(mlp(), "snip", 0.5, batches=[batch])
+
+
+def test_a_batch_of_one_under_batch_norm_is_named_with_the_remedy():
+    model, (x, y) = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Linear(6, 4)), examples((8,))
+    before = state(model)
+    with pytest.raises(ValueError, match=r"batch of one example .*join it .*training=False"):
+        prune(model, "snip", 0.5, batches=[(x[:11], y[:11]), (x[11:], y[11:])])
+    assert_as_before(model, before)
+
+
+def test_the_shape_of_an_input_is_asked_for_where_inputs_are_several():
+    with pytest.raises(ValueError, match="the inputs of a batch are dict, not one tensor: pass shape="):
+        prune(mlp(), "synflow", 0.5, batches=[({"x": torch.zeros(4, 8)}, torch.zeros(4))])
+
+
 # ---- networks at random ------------------------------------------------------------------------------------------
 
 
