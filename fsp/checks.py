@@ -1,6 +1,7 @@
 """Checks of arguments that several wings share: an error names the value and what was expected."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from numbers import Integral
 
 import torch
@@ -50,3 +51,39 @@ def given_or_seed_0(generator: torch.Generator | None) -> torch.Generator:
         return torch.Generator().manual_seed(0)
     check_generator(generator)
     return generator
+
+
+def check_tensors(what: str, given: Mapping[str, object]) -> None:
+    """Raise a ValueError naming an entry that is no tensor, such as an array of NumPy."""
+    for name, value in given.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(
+                f"{what} {name!r} is a {type(value).__module__}.{type(value).__name__}: expected a tensor, as "
+                "torch.as_tensor makes it"
+            )
+
+
+@contextmanager
+def plain_precision() -> Iterator[None]:
+    """Autocast off, whatever is set around."""
+    accelerator = torch.accelerator.current_accelerator()  # None without one
+    with ExitStack() as stack:
+        for kind in {"cpu", accelerator.type if accelerator else "cpu"}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+@contextmanager
+def plain_settings() -> Iterator[None]:
+    """Neither inference mode nor autocast nor gradients, whatever is set around: what comes out is ordinary tensors."""
+    with torch.inference_mode(False), torch.no_grad(), plain_precision():
+        yield
+
+
+def check_has_values(model: torch.nn.Module) -> None:
+    """Raise a ValueError naming a parameter without values: lazy, or on the meta device."""
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, torch.nn.parameter.UninitializedParameter):
+            raise ValueError(f"{name!r} has no shape yet: the layer is lazy, run the model on one batch first")
+        if parameter.is_meta:
+            raise ValueError(f"{name!r} is on the meta device and has no values: load or initialise the weights first")

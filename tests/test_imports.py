@@ -19,7 +19,7 @@ ARROWS = {  # a wing, and the wings that it may import
     "masks": {"checks", "files"},
     "models": {"checks"},
     "data": {"checks", "paths"},
-    "spectrum": {"masks"},
+    "spectrum": {"checks", "masks"},
     "training": {"checks", "data", "files", "masks", "progress"},
     "pruning": {"checks", "data", "files", "masks", "progress", "training"},
     "search": {"checks", "data", "files", "masks", "progress", "pruning", "spectrum"},

@@ -6,9 +6,8 @@ the decimal it prints as.
 """
 
 from fsp.masks.algebra import (
-    NAMES,
-    PRUNABLE,
     Masks,
+    all_kept,
     check_density,
     check_masks,
     check_plain,
@@ -21,7 +20,9 @@ from fsp.masks.algebra import (
     prunable,
     scattered,
     shuffle,
+    used_weights,
 )
 from fsp.masks.exchange import from_torch, to_torch_
 from fsp.masks.files import load, metadata, save
 from fsp.masks.holding import apply_, gradients_are_masked, hold_
+from fsp.masks.layers import NAMES, PRUNABLE, layers_of, put_weight, unpruned, weight_of

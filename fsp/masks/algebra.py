@@ -8,12 +8,10 @@ from numbers import Real
 import torch
 from torch import Tensor, nn
 
-from fsp.checks import check_generator, given_or_seed_0
+from fsp.checks import check_generator, check_tensors, given_or_seed_0, plain_settings
+from fsp.masks.layers import NAMES, PRUNABLE, layers_of, unpruned, weight_of
 
 Masks = dict[str, Tensor]
-
-PRUNABLE = (nn.Linear, nn.modules.conv._ConvNd)  # _ConvNd is the only common base of the Conv* modules
-NAMES = ("weight", "weight_orig", "parametrizations.weight.original")  # the last two: pruned by torch, parametrised
 
 
 def prunable(model: nn.Module, *, exclude: Iterable[str] = ()) -> dict[str, nn.Parameter]:
@@ -28,12 +26,15 @@ def prunable(model: nn.Module, *, exclude: Iterable[str] = ()) -> dict[str, nn.P
     Returns
     -------
     dict of parameter name to parameter
-        In the model's order; a weight that two modules share appears once.
+        In the model's order; a weight that two modules share appears once.  Where torch prunes or parametrises a
+        weight, the parameter is what it is computed from, such as ``0.weight_orig``.
 
     Raises
     ------
     ValueError
-        If an excluded name matches nothing, or nothing prunable is left.
+        If an excluded name matches nothing, or nothing prunable is left; if the weight of a layer is computed in a way
+        that masks cannot follow (weight norm, spectral norm, orthogonal and any other parametrisation but an
+        element-wise one that leaves 0 at 0), is lazy, quantised, sparse or spread over processes: exclude that layer.
 
     Examples
     --------
@@ -43,18 +44,14 @@ def prunable(model: nn.Module, *, exclude: Iterable[str] = ()) -> dict[str, nn.P
     """
     if isinstance(exclude, str):
         raise ValueError(f"exclude={exclude!r} is a text: expected a list of names, such as [{exclude!r}]")
-    own = set()
-    for module in model.modules():
-        if isinstance(module, PRUNABLE):
-            own |= {id(p) for name, p in module.named_parameters() if name in NAMES}
-    every = {name: p for name, p in model.named_parameters() if id(p) in own}
-    excluded = set()
+    exclude = tuple(exclude)
+    every = _weight_names(model)
     for name in exclude:
-        matched = {n for n in every if n == name or n.startswith(f"{name}.")}
-        if not matched:
+        if not any(f"{n}.".startswith(f"{name}.") for n in every):
             raise ValueError(f"exclude={name!r} matches no prunable weight; there are {', '.join(every)}")
-        excluded |= matched
-    found = {name: p for name, p in every.items() if name not in excluded}
+    own = {id(layer.parameter) for layer in layers_of(model, excluded=exclude)}
+    excluded = {n for n in every if any(f"{n}.".startswith(f"{name}.") for name in exclude)}
+    found = {name: p for name, p in model.named_parameters() if id(p) in own and name not in excluded}
     if not found:
         raise ValueError("the model has no prunable weight: no Conv* or Linear layer is left")
     return found
@@ -97,6 +94,7 @@ def kept_count(n: int, density: float) -> int:
     return max(1, n - math.floor((1 - Fraction(repr(float(density)))) * n))
 
 
+@plain_settings()
 def keep_top(
     scores: Mapping[str, Tensor],
     density: float,
@@ -141,6 +139,7 @@ def keep_top(
     return _unflattened(kept, scores)
 
 
+@plain_settings()
 def keep_counts(
     scores: Mapping[str, Tensor], counts: Mapping[str, int], generator: torch.Generator | None = None
 ) -> Masks:
@@ -165,6 +164,7 @@ def keep_counts(
 
 def _check_scores(scores: Mapping[str, Tensor]) -> None:
     """Raise if a score cannot be ranked."""
+    check_tensors("score", scores)
     for name, s in scores.items():
         if torch.isnan(s).any() or torch.isposinf(s).any():
             raise ValueError(
@@ -180,14 +180,16 @@ def _top(flat: Tensor, k: int, generator: torch.Generator, where: str) -> Tensor
     if k == 0:
         return torch.zeros_like(flat, dtype=torch.bool)
     # the k-th largest value splits the entries into kept, pruned and tied; a threshold alone would miscount ties
-    threshold = flat.kthvalue(flat.numel() - k + 1).values
+    rank = flat.numel() - k
+    # on a GPU kthvalue is refused in deterministic mode, although its value does not depend on chance
+    threshold = flat.sort().values[rank] if flat.is_cuda else flat.kthvalue(rank + 1).values
     if torch.isneginf(threshold):
         raise ValueError(
             f"{where}: {k} weights are to be kept, only {int((flat > threshold).sum())} may be; lower the density"
         )
     kept = flat > threshold
     tied = (flat == threshold).nonzero()[:, 0]
-    chosen = torch.randperm(len(tied), generator=generator)[: k - int(kept.sum())]
+    chosen = torch.randperm(len(tied), generator=generator, device="cpu")[: k - int(kept.sum())]
     kept[tied[chosen.to(tied.device)]] = True
     return kept
 
@@ -217,6 +219,7 @@ def layer_densities(masks: Mapping[str, Tensor]) -> dict[str, float]:
     return {name: int(m.sum()) / max(1, m.numel()) for name, m in masks.items()}
 
 
+@plain_settings()
 def shuffle(masks: Mapping[str, Tensor], *, scope: str = "layer", generator: torch.Generator) -> Masks:
     """Masks with their entries permuted at random: the topology goes, the counts stay.
 
@@ -244,6 +247,7 @@ def shuffle(masks: Mapping[str, Tensor], *, scope: str = "layer", generator: tor
     return _unflattened(flat, masks)
 
 
+@plain_settings()
 def scattered(
     masks: Mapping[str, Tensor], model: nn.Module, *, generator: torch.Generator
 ) -> tuple[Masks, dict[str, Tensor]]:
@@ -285,31 +289,112 @@ def _unflattened(flat: Tensor, like: Mapping[str, Tensor]) -> Masks:
 
 def _permuted(flat: Tensor, generator: torch.Generator) -> Tensor:
     """Entries in random order, the order drawn on the CPU."""
-    return flat[torch.randperm(len(flat), generator=generator).to(flat.device)]
+    return flat[torch.randperm(len(flat), generator=generator, device="cpu").to(flat.device)]
 
 
 # ---- checks of masks ---------------------------------------------------------------------------------------------
 
 
 def check_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
-    """The masked parameters of the model; raises a ValueError naming a mask that fits none."""
-    parameters = dict(model.named_parameters())
+    """The parameters that masks are of; raises a ValueError naming a mask that fits none.
+
+    The mask of a weight that torch prunes or parametrises may have the name of the weight (``0.weight``), as
+    `from_torch` gives it, or of the parameter it is computed from (``0.weight_orig``), as `prunable` does.
+    """
+    check_tensors("mask", masks)
+    named = dict(model.named_parameters())
+    known = {_plain_name(name): parameter for name, parameter in named.items()} | named
     for name, mask in masks.items():
-        if name not in parameters:
-            raise ValueError(f"mask {name!r} belongs to no parameter of this model")
-        if mask.dtype != torch.bool or mask.shape != parameters[name].shape:
+        if name not in known:
+            related = [n for n in named if f".{n}".endswith(f".{name}") or f".{name}".endswith(f".{n}")]
+            hint = f", but {related[0]!r} does: pass the model inside its wrapper, or the wrapper" if related else ""
+            raise ValueError(f"mask {name!r} belongs to no parameter of this model{hint}")
+        if mask.dtype != torch.bool or mask.shape != known[name].shape:
             raise ValueError(
                 f"mask {name!r} is {mask.dtype} {tuple(mask.shape)}, "
-                f"its parameter needs bool {tuple(parameters[name].shape)}"
+                f"its parameter needs bool {tuple(known[name].shape)}"
             )
-    return {name: parameters[name] for name in masks}
+    found = {name: known[name] for name in masks}
+    layers_of(model, only={id(parameter) for parameter in found.values()})  # raises where masks cannot be followed
+    return found
 
 
-def check_plain(masks: Mapping[str, Tensor]) -> None:
+def check_plain(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Raise a ValueError naming a masked parameter that torch has pruned or parametrised."""
-    for name in masks:
-        if name.endswith("_orig") or "parametrizations." in name:
+    plain = {id(parameter) for name, parameter in model.named_parameters() if _plain_name(name) == name}
+    for name, parameter in check_masks(model, masks).items():
+        if id(parameter) not in plain:
             raise ValueError(
                 f"{name!r} is not the weight itself but what it is computed from: make it plain first, with "
                 "torch.nn.utils.prune.remove or torch.nn.utils.parametrize.remove_parametrizations"
             )
+
+
+def used_weights(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    """Weights as the forward pass uses them, detached, pruned and parametrised ones computed.
+
+    Parameters
+    ----------
+    model : nn.Module
+    names : iterable of str, optional
+        Of masks, those that the model does not have are left out; by default the names of all parameters, and of all
+        weights that are computed.
+
+    Returns
+    -------
+    dict of name to Tensor
+
+    Raises
+    ------
+    ValueError
+        If the weight of a layer cannot be followed, see `prunable`, or layers that share a parameter compute different
+        weights from it.
+    """
+    named = dict(model.named_parameters(remove_duplicate=False))
+    known = {_plain_name(name): parameter for name, parameter in named.items()} | named
+    names = [name for name in (known if names is None else names) if name in known]
+    first: dict[int, tuple[str, Tensor]] = {}
+    for layer in layers_of(model, only={id(known[name]) for name in names}):
+        weight = weight_of(layer.module)
+        name, other = first.setdefault(id(layer.parameter), (layer.name, weight))
+        if other is not weight and not torch.equal(other, weight):
+            raise ValueError(f"{name!r} and {layer.name!r} compute different weights from one parameter: untie them")
+    return {n: first[id(known[n])][1] if id(known[n]) in first else known[n].detach() for n in names}
+
+
+def all_kept(model: nn.Module, *, exclude: Iterable[str] = ()) -> Masks:
+    """Masks that keep every prunable weight but those that torch has pruned already.
+
+    Parameters
+    ----------
+    model, exclude
+        As for `prunable`, and so are the errors.
+
+    Returns
+    -------
+    Masks
+    """
+    found = prunable(model, exclude=exclude)
+    masks = {name: torch.ones_like(parameter, dtype=torch.bool) for name, parameter in found.items()}
+    names = {id(parameter): name for name, parameter in found.items()}
+    for layer in layers_of(model, only=names):
+        masks[names[id(layer.parameter)]] &= unpruned(layer)
+    return masks
+
+
+def _plain_name(name: str) -> str:
+    """The name that a parameter has again when torch no longer prunes or parametrises it."""
+    before, inside, after = name.rpartition("parametrizations.")
+    if inside and after.endswith(".original"):
+        return before + after.removesuffix(".original")
+    return name.removesuffix("_orig")
+
+
+def _weight_names(model: nn.Module) -> list[str]:
+    """Names of the weights of all convolutions and linear layers, those that cannot be pruned too."""
+    shared, names = {id(p): name for name, p in reversed(list(model.named_parameters()))}, {}
+    for prefix, module in model.named_modules():
+        if isinstance(module, PRUNABLE):
+            own = [p for key, p in module.named_parameters() if key in NAMES]
+            names[shared[id(own[0])] if own else f"{prefix}.weight".lstrip(".")] = None
+    return list(names)

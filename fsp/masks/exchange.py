@@ -35,7 +35,7 @@ def to_torch_(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     (['bias', 'weight_orig'], {'0.weight': tensor([[ True, False]])})
     """
     parameters = check_masks(model, masks)
-    check_plain(masks)
+    check_plain(model, masks)
     names = {id(parameter): name for name, parameter in parameters.items()}
     for module in model.modules():
         for key, parameter in list(module.named_parameters(recurse=False)):

@@ -6,18 +6,20 @@ architecture, so the values of the weights, shifts and running statistics play n
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import islice
 from typing import NamedTuple
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
-from fsp.checks import is_count
-from fsp.masks import Masks, check_masks, check_plain
-from fsp.pruning.gradients import undisturbed
+from fsp.checks import check_has_values, is_count
+from fsp.masks import Masks, check_masks, layers_of, unpruned
+from fsp.pruning.gradients import put_weights, undisturbed, with_tensors
 
 
 class Diagnosis(NamedTuple):
@@ -59,7 +61,8 @@ def diagnose(model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence[int]
     ------
     ValueError
         If there are no masks, or a mask has no entries, is not bool or fits no parameter; `shape` is no sequence of
-        positive integers; a masked weight is pruned by torch or parametrised; a max-pool is dilated.
+        positive integers; a weight is computed in a way that masks cannot follow (see `fsp.masks.prunable`), or has no
+        values; a max-pool is dilated; a sequence is packed.
     TypeError
         If the model does not return one tensor.
 
@@ -78,6 +81,7 @@ def diagnose(model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence[int]
 
     * sigmoid, hard sigmoid and softmax are gates, open whatever reaches them (as in squeeze-and-excitation); as the
       activation of a hidden unit that no input reaches they make the weights behind it count;
+    * recurrent layers and cells of torch pass everything on from step to step, and their sigmoids are gates;
     * in attention every token reads every token, and through `nn.MultiheadAttention` every feature as well;
     * a parameter that is neither bias, weight nor scale of a layer (class token, position embedding) counts as input;
     * group, layer and instance norms mix their features; that is no path here;
@@ -167,31 +171,60 @@ def follow_paths(model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence[
         raise ValueError(f"shape={shape!r}: expected the shape of one input, positive integers such as (3, 32, 32)")
     if not masks:
         raise ValueError("there are no masks: fsp.pruning.prune makes them")
-    check_plain(masks)
-    for name, parameter in check_masks(model, masks).items():
+    check_has_values(model)
+    parameters = check_masks(model, masks)
+    for name, parameter in parameters.items():
         if parameter.numel() == 0:
             raise ValueError(f"{name!r} has the shape {tuple(parameter.shape)}: it holds no weight")
     device = next(model.parameters()).device
     with undisturbed(model, training=False):
-        state = {}
-        for name, buffer in model.named_buffers():
-            state[name] = buffer.detach().to(torch.float64 if buffer.is_floating_point() else None, copy=True)
-        for name, p in model.named_parameters():
-            fill = 0.0 if "bias" in name.rpartition(".")[2] else 1.0
-            state[name] = torch.full_like(p, fill, dtype=torch.float64)
-        weights = {name: m.to(state[name].device, torch.float64).requires_grad_() for name, m in masks.items()}
+        weights = {name: m.to(parameters[name].device, torch.float64) for name, m in masks.items()}
+        for layer in layers_of(model, only={id(parameter) for parameter in parameters.values()}):
+            for name, parameter in parameters.items():
+                if parameter is layer.parameter:
+                    weights[name] = weights[name] * unpruned(layer)
+        weights = {name: w.clone().requires_grad_() for name, w in weights.items()}
+        given = put_weights(model, masks, weights)
+        tensors = _ones_and_zeros(model) | given
         ones = torch.ones((1, *shape), dtype=torch.float64, device=device, requires_grad=True)
-        with _OnlyPaths() as passed:
-            output = functional_call(model, state | weights, (ones,))
-        if not isinstance(output, Tensor):
-            raise TypeError(f"the model returns a {type(output).__name__}: wrap it so that it returns its logits alone")
-        gradients = torch.autograd.grad(output.sum(), [ones, *weights.values()], materialize_grads=True)
+        passed = _OnlyPaths()
+
+        def gradients_of_paths(model: nn.Module) -> Sequence[Tensor]:
+            with passed:
+                output = model(ones)
+                if not isinstance(output, Tensor):
+                    kind = type(output).__name__
+                    raise TypeError(f"the model returns a {kind}: wrap it so that it returns its logits alone")
+                passed.counting = False  # a model with activation checkpointing is run again
+                return torch.autograd.grad(output.sum(), [ones, *weights.values()], materialize_grads=True)
+
+        gradients = with_tensors(model, tensors, gradients_of_paths)
     return Paths(
         {name: (w.detach() * g) != 0 for (name, w), g in zip(weights.items(), gradients[1:], strict=True)},
         {name: sum(times for used, times in passed.uses if used is w) for name, w in weights.items()},
         sum(used.numel() * times for used, times in passed.uses),
         not gradients[0].any().item(),
     )
+
+
+@torch.no_grad()
+def _ones_and_zeros(model: nn.Module) -> dict[int, Tensor]:
+    """Tensors for a model, by the identities of its own: parameters 1, biases 0, buffers as they are, in float64.
+
+    Parametrised tensors are 1 where they are not 0 now; this is set in ``vars`` of their modules.
+    """
+    found = {}
+    for buffer in model.buffers():
+        found[id(buffer)] = buffer.detach().to(torch.float64 if buffer.is_floating_point() else None, copy=True)
+    for name, p in model.named_parameters():
+        found[id(p)] = torch.full_like(p, 0.0 if "bias" in name.rpartition(".")[2] else 1.0, dtype=torch.float64)
+    for module in model.modules():
+        if parametrize.is_parametrized(module):
+            for key, parametrization in module.parametrizations.items():
+                if "forward" not in vars(parametrization):  # else it has a mask
+                    value = (getattr(module, key) != 0).to(torch.float64) * ("bias" not in key)
+                    vars(parametrization)["forward"] = partial(Tensor.detach, value)
+    return found
 
 
 class _Clip(torch.autograd.Function):
@@ -209,10 +242,11 @@ class _Clip(torch.autograd.Function):
 LAYERS = {"linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
 POOLS = {f"max_pool{n}d": getattr(F, f"avg_pool{n}d") for n in (1, 2, 3)}
 ADAPTIVE_POOLS = {f"adaptive_max_pool{n}d": getattr(F, f"adaptive_avg_pool{n}d") for n in (1, 2, 3)}
-GATES = {"sigmoid", "hardsigmoid", "softmax"}
+GATES = {"sigmoid", "hardsigmoid", "softmax", "softmin", "exp", "exp2"}
 PASSED_ON = {
     *("relu", "relu6", "leaky_relu", "prelu", "rrelu", "elu", "selu", "celu", "gelu", "silu", "mish", "hardswish"),
     *("tanh", "hardtanh", "tanhshrink", "softplus", "softsign", "softshrink", "hardshrink", "threshold", "clamp"),
+    *("erf", "atan", "arctan", "asinh", "arcsinh", "sinh", "sin", "log1p", "expm1"),
     *("log_sigmoid", "logsigmoid", "log_softmax", "normalize", "local_response_norm"),
     *("batch_norm", "instance_norm", "layer_norm", "group_norm", "rms_norm"),
     *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout", "feature_alpha_dropout"),
@@ -228,6 +262,7 @@ class _OnlyPaths(TorchFunctionMode):
     def __init__(self):
         super().__init__()
         self.uses: list[tuple[Tensor, int]] = []  # each weight met, and how often its entries are multiplied
+        self.counting = True
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         name, kwargs = getattr(function, "__name__", "").strip("_"), kwargs or {}
@@ -244,6 +279,10 @@ class _OnlyPaths(TorchFunctionMode):
         if name == "scaled_dot_product_attention":
             query, key, value = args[:3] if args else (kwargs["query"], kwargs["key"], kwargs["value"])
             return (1 + _Clip.apply(query @ key.mT)) @ value
+        if name in CELLS:
+            return _cell(CELLS[name], *args)
+        if name in RECURRENT:
+            return _recurrent(RECURRENT[name], *args)
         if name == "multi_head_attention_forward":
             return self._multihead(*args, **kwargs), None
         return function(*args, **kwargs)
@@ -252,13 +291,71 @@ class _OnlyPaths(TorchFunctionMode):
         """A convolution or linear layer of what reaches it; remembers how often its weights are used."""
         output = function(_Clip.apply(input), weight, *args, **kwargs)
         counted = input if "transpose" in function.__name__ else output
-        self.uses.append((weight, counted.numel() // len(weight)))  # (out, in / groups, ...), transposed (in, ...)
+        if self.counting:
+            self.uses.append((weight, counted.numel() // len(weight)))  # (out, in / groups, ...), transposed (in, ...)
         return output
 
     def _multihead(self, query, key, value, width, heads, w, b, bias_k, bias_v, zeros, dropout, projection, *_, **__):
         """Every feature of every token reads every other, then comes the output projection."""
         everything = sum(x.mean((0, -1), keepdim=True) for x in (query, key, value))
         return self._layer(F.linear, everything.expand_as(query), projection)
+
+
+# ---- recurrent layers --------------------------------------------------------------------------------------------
+
+CHUNKS = {"rnn": 1, "gru": 3, "lstm": 4}  # gates, and what they are applied to, in the weights of a cell
+CELLS = {"rnn_tanh_cell": "rnn", "rnn_relu_cell": "rnn", "gru_cell": "gru", "lstm_cell": "lstm"}
+RECURRENT = {"rnn_tanh": "rnn", "rnn_relu": "rnn", "gru": "gru", "lstm": "lstm"}
+
+
+def _step(kind: str, x: Tensor, state: Sequence[Tensor], from_x: Tensor, from_h: Tensor) -> tuple[Tensor, ...]:
+    """One step of a cell: its new state, 0 or 1; sigmoids are gates that are open, tanh and relu pass everything on."""
+    h = state[0]
+    here = F.linear(_Clip.apply(x), from_x).chunk(CHUNKS[kind], -1)
+    before = F.linear(_Clip.apply(h), from_h).chunk(CHUNKS[kind], -1)
+    if kind == "rnn":
+        return (_Clip.apply(here[0] + before[0]),)
+    if kind == "gru":
+        reset, update = (1 + _Clip.apply(a + b) for a, b in islice(zip(here, before, strict=True), 2))
+        return (_Clip.apply(update * (here[2] + reset * before[2]) + update * h),)
+    enter, forget, new, leave = (a + b for a, b in zip(here, before, strict=True))
+    c = _Clip.apply((1 + _Clip.apply(forget)) * state[1] + (1 + _Clip.apply(enter)) * new)
+    return _Clip.apply((1 + _Clip.apply(leave)) * c), c
+
+
+def _cell(kind: str, x: Tensor, state: Tensor | Sequence[Tensor], from_x: Tensor, from_h: Tensor, *_) -> object:
+    """A cell as a model calls it: the state is a tensor, or two for an LSTM."""
+    found = _step(kind, x, [state] if isinstance(state, Tensor) else state, from_x, from_h)
+    return found if kind == "lstm" else found[0]
+
+
+def _recurrent(
+    kind: str, x: Tensor, state: object, weights: Sequence[Tensor], biased: bool, layers: int, *more: object
+) -> tuple[Tensor, ...]:
+    """A recurrent layer, step by step; `more`: dropout, train mode, whether both directions, batch first."""
+    if not isinstance(biased, bool):
+        raise ValueError("paths are not followed through packed sequences: wrap the model so that it gets padded ones")
+    _, _, both, batch_first = more
+    states = [state] if isinstance(state, Tensor) else list(state)
+    steps = list(x.unbind(1 if batch_first else 0))
+    sides = 2 if both else 1
+    of_each = len(weights) // (layers * sides)  # weights, biases, and the projection of an LSTM
+    last = []
+    for layer in range(layers):
+        outputs = []
+        for side in range(sides):
+            number = layer * sides + side
+            from_x, from_h, *others = weights[number * of_each : (number + 1) * of_each]
+            now, found = [s[number] for s in states], []
+            for step in reversed(steps) if side else steps:
+                now = list(_step(kind, step, now, from_x, from_h))
+                if len(others) % 2:
+                    now[0] = _Clip.apply(F.linear(now[0], others[-1]))
+                found.append(now[0])
+            outputs.append(found[::-1] if side else found)
+            last.append(now)
+        steps = [torch.cat(parts, -1) for parts in zip(*outputs, strict=True)]
+    return torch.stack(steps, 1 if batch_first else 0), *(torch.stack(parts) for parts in zip(*last, strict=True))
 
 
 def _pooled(average, input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):

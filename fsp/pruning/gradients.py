@@ -4,22 +4,26 @@ Everything is computed on detached copies of the parameters and buffers.  The mo
 statistics, the plain attributes of its modules and the global random state are put back.
 """
 
+import copy
+import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TypedDict
+from typing import Any, TypedDict
+from unittest.mock import patch
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy, hardsigmoid, relu6
 from torch.overrides import TorchFunctionMode
 
-from fsp.checks import given_or_seed_0
+from fsp.checks import given_or_seed_0, plain_precision
 from fsp.data.batching import batch_size, explained
-from fsp.masks import Masks
+from fsp.masks import Masks, check_masks, layers_of, put_weight, used_weights
 
 Batches = Sequence[tuple[Tensor, Tensor]]
 Forward = Callable[[nn.Module, Tensor], Tensor]
@@ -101,32 +105,37 @@ def loss_gradients(
     if not batches:
         raise ValueError("this method scores on data: pass batches, see fsp.data.scoring_batches")
     sizes = [batch_size(batch) for batch in batches]
-    weights, rest = _weights(model, masks, dtype), _rest(model, masks, dtype)
-    total = {name: torch.zeros_like(w) for name, w in weights.items()}
     with undisturbed(model, training=training, seed=seed):
+        weights = _weights(model, masks, dtype)
+        tensors = _others(model, masks, dtype) | put_weights(model, masks, weights)
+        total = {name: torch.zeros_like(w) for name, w in weights.items()}
         for batch, size in zip(batches, sizes, strict=True):
             share = size / sum(sizes) if average else 1.0
-            batch_loss = partial(_loss, share, model, rest | weights, batch, forward, loss)
+            batch_loss = partial(_loss, share, batch, weights, forward, loss)
             with explained(batch):
-                if hessian_times is None:
-                    parts = torch.autograd.grad(batch_loss(), list(weights.values()), materialize_grads=True)
-                else:
-                    parts = _hessian_times(hessian_times, batch_loss, weights)
+                parts = with_tensors(model, tensors, partial(_derivatives, batch_loss, weights, hessian_times))
             for name, part in zip(weights, parts, strict=True):
                 total[name] += part
     return {name: w.detach() for name, w in weights.items()}, total
 
 
-def _hessian_times(
-    vector: Mapping[str, Tensor], loss: Callable[[], Tensor], weights: dict[str, Tensor]
+def _derivatives(
+    loss: Callable[[nn.Module], Tensor],
+    weights: dict[str, Tensor],
+    vector: Mapping[str, Tensor] | None,
+    model: nn.Module,
 ) -> Sequence[Tensor]:
-    """Hessian of the loss of one batch times a vector; a function, so that the graph is freed before the next batch."""
+    """Gradient of the loss of one batch, or its Hessian times a vector.
+
+    Everything happens while the model holds the given tensors: activations may be computed again on the way back.
+    """
     leaves = list(weights.values())
+    if vector is None:
+        return torch.autograd.grad(loss(model), leaves, materialize_grads=True)
     with sdpa_kernel(SDPBackend.MATH), _Composed():  # fused attention has no second derivative
-        value = loss()
-    gradients = torch.autograd.grad(value, leaves, create_graph=True, materialize_grads=True)
-    dot = sum((vector[name] * g).sum() for name, g in zip(weights, gradients, strict=True))
-    return torch.autograd.grad(dot, leaves, materialize_grads=True)
+        gradients = torch.autograd.grad(loss(model), leaves, create_graph=True, materialize_grads=True)
+        dot = sum((vector[name] * g).sum() for name, g in zip(weights, gradients, strict=True))
+        return torch.autograd.grad(dot, leaves, materialize_grads=True)
 
 
 def flow_gradients(
@@ -164,16 +173,17 @@ def flow_gradients(
     """
     if all(bool(m.all()) for m in masks.values()):
         _warn_of_lost_flow(model)
-    weights = _weights(model, masks, dtype, of)
-    buffers = dict(model.named_buffers())
-    rest = {
-        name: (t.abs() if name in buffers else of(t)) if t.is_floating_point() else t
-        for name, t in _rest(model, masks, dtype).items()
-    }
-    ones = torch.ones((1, *shape), dtype=dtype, device=next(iter(weights.values())).device)
     with undisturbed(model, training=training, seed=seed):
-        flow = _outputs(model, rest | weights, ones, forward).sum()
-        gradients = torch.autograd.grad(flow, list(weights.values()), materialize_grads=True)
+        weights = _weights(model, masks, dtype, of)
+        tensors = _others(model, masks, dtype, of) | put_weights(model, masks, weights)
+        first = next(iter(weights.values()))
+        ones = torch.ones((1, *shape), dtype=first.dtype, device=first.device)
+
+        def gradients_of_flow(model: nn.Module) -> Sequence[Tensor]:
+            flow = _outputs(model, ones, dtype, forward).sum()
+            return torch.autograd.grad(flow, list(weights.values()), materialize_grads=True)
+
+        gradients = with_tensors(model, tensors, gradients_of_flow)
     return {name: w.detach() for name, w in weights.items()}, dict(zip(weights, gradients, strict=True))
 
 
@@ -183,12 +193,18 @@ def input_shape(shape: Sequence[int] | None, batches: Batches | None) -> Sequenc
         return shape
     if not batches:
         raise ValueError("the shape of an input is missing: pass shape=(channels, height, width) or batches")
-    return batches[0][0].shape[1:]
+    batch_size(batches[0])
+    inputs = batches[0][0]
+    if not isinstance(inputs, Tensor):
+        raise ValueError(f"the inputs of a batch are {type(inputs).__name__}, not one tensor: pass shape= of one input")
+    return inputs.shape[1:]
 
 
 def seed_of(generator: torch.Generator | None) -> int:
     """A seed drawn from the generator, 0 without one."""
-    return 0 if generator is None else int(torch.randint(2**62, (), generator=given_or_seed_0(generator)))
+    if generator is None:
+        return 0
+    return int(torch.randint(2**62, (), generator=given_or_seed_0(generator), dtype=torch.int64, device="cpu"))
 
 
 # ---- one run of the model ----------------------------------------------------------------------------------------
@@ -204,29 +220,89 @@ class _Composed(TorchFunctionMode):
 
 
 class _Run(nn.Module):
-    """A model inside a module whose forward is a given function of model and inputs."""
+    """A model inside a module whose forward is a given function of the model."""
 
-    def __init__(self, model: nn.Module, forward: Forward):
+    def __init__(self, model: nn.Module, function: Callable[[nn.Module], Any]):
         super().__init__()
         self.model = model
-        self.run = forward
+        self.function = function
 
-    def forward(self, inputs):
-        return self.run(self.model, inputs)
+    def forward(self):
+        return self.function(self.model)
 
 
-def _outputs(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Tensor, forward: Forward) -> Tensor:
-    """Outputs of the model with the given parameters and buffers instead of its own."""
-    first = {id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
+class _Straight:
+    """Runs what a reentrant checkpoint would run, and keeps the activations."""
+
+    @staticmethod
+    def apply(function, preserve_rng_state, *inputs):
+        return function(*inputs)
+
+
+def put_weights(model: nn.Module, masks: Masks, weights: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    """Weights by the identities of the masked parameters, for `with_tensors`.
+
+    Layers that compute their weights are made to use these, so this happens inside of `undisturbed`, and once.
+    """
+    given = {id(parameter): weights[name] for name, parameter in check_masks(model, masks).items()}
+    for layer in layers_of(model, only=given):
+        put_weight(layer, given[id(layer.parameter)])
+    return given
+
+
+def with_tensors(model: nn.Module, tensors: Mapping[int, Tensor], function: Callable[[nn.Module], Any]) -> Any:
+    """``function(model)`` while the model holds other tensors; inside of `undisturbed`.
+
+    Parameters
+    ----------
+    model : nn.Module
+    tensors : dict of int to Tensor
+        For all parameters and buffers, by their identities.
+    function : callable
+        Takes gradients too: a model with activation checkpointing is run again for them.
+
+    Returns
+    -------
+    object
+        What the function returns.
+    """
     # Every place that holds a tensor is named exactly once.  functional_call ties by name: in a module that is used
     # twice it would replace a tensor twice, and put the replacement back at the end.
     placed = {
-        f"model.{name}": tensors[first[id(t)]]
+        f"model.{name}": tensors[id(t)]
         for prefix, module in model.named_modules()
         for own in (module.named_parameters, module.named_buffers)
         for name, t in own(prefix, recurse=False, remove_duplicate=False)
     }
-    outputs = functional_call(_Run(model, forward), placed, (inputs,), tie_weights=False)
+    # autograd.grad cannot go back through a reentrant checkpoint, nor a second derivative
+    with patch.object(torch.utils.checkpoint, "CheckpointFunction", _Straight):
+        try:
+            return functional_call(_Run(model, function), placed, (), tie_weights=False)
+        except RuntimeError as error:
+            if "heckpoint" not in str(error):
+                raise
+            raise ValueError(
+                "the model computes activations again on the way back in a form that scores cannot follow: switch its "
+                f"activation checkpointing off, or use torch.utils.checkpoint ({str(error).splitlines()[0]})"
+            ) from error
+
+
+def _outputs(model: nn.Module, inputs: Tensor, dtype: torch.dtype | None, forward: Forward) -> Tensor:
+    """Outputs of the model, which must be a tensor."""
+    try:
+        outputs = forward(model, inputs)
+    except (RuntimeError, ValueError) as error:
+        if "more than 1 value per channel" in str(error):
+            raise ValueError(
+                "a batch of one example has no statistics for batch norm: join it with another batch, leave it out, or "
+                "score with training=False"
+            ) from error
+        if dtype is None or "dtype" not in str(error):
+            raise
+        raise ValueError(
+            f"the model does not run with all its tensors in {dtype} ({str(error).splitlines()[0]}): pass dtype=None "
+            "for those it has, or another forward="
+        ) from error
     if not isinstance(outputs, Tensor):
         raise TypeError(
             f"the model returns {type(outputs).__name__}, not a tensor: say which of its outputs counts, such as "
@@ -236,16 +312,42 @@ def _outputs(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Tensor, fo
 
 
 def _loss(
-    share: float, model: nn.Module, tensors: dict[str, Tensor], batch: tuple, forward: Forward, loss: Loss
+    share: float, batch: tuple, weights: Mapping[str, Tensor], forward: Forward, loss: Loss, model: nn.Module
 ) -> Tensor:
-    """Mean loss of one batch times its share, inputs and targets in the precision of the weights."""
-    dtype = next(reversed(tensors.values())).dtype  # masked weights come last
-    inputs, labels = (t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in batch)
-    value = loss(_outputs(model, tensors, inputs, forward), labels)
+    """Mean loss of one batch times its share, inputs and targets in the precision of the weights if they have one."""
+    dtypes = {weight.dtype for weight in weights.values()}
+    dtype = dtypes.pop() if len(dtypes) == 1 else None
+    inputs, labels = (_as_plain(part, dtype) for part in batch)
+    outputs = _outputs(model, inputs, dtype, forward)
+    try:
+        value = loss(outputs, labels)
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:
+        if isinstance(labels, Tensor):
+            if outputs.shape[:1] == labels.shape[:1]:
+                raise
+            found = f"of shape {tuple(labels.shape)}"
+        elif labels is None:
+            found = "None"
+        else:
+            raise
+        raise ValueError(
+            f"the loss takes no outputs of shape {tuple(outputs.shape)} with labels {found} "
+            f"({str(error).splitlines()[0]}): expected inputs (N, ...) and one label an example, or loss=, a function "
+            "(outputs, labels) -> mean over the examples"
+        ) from error
     if not isinstance(value, Tensor) or value.numel() != 1:
         found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"loss gives {found}: expected one number, the mean over the examples of a batch")
     return share * value.reshape(())
+
+
+def _as_plain(part: object, dtype: torch.dtype | None) -> object:
+    """Inputs or labels: a tensor of another precision converted, one of inference mode copied."""
+    if not isinstance(part, Tensor):
+        return part
+    if part.is_inference():
+        part = part.clone()
+    return part.to(dtype) if part.is_floating_point() else part
 
 
 # ---- how scoring leaves the model alone --------------------------------------------------------------------------
@@ -255,41 +357,80 @@ def _weights(
     model: nn.Module, masks: Masks, dtype: torch.dtype | None, of: Callable[[Tensor], Tensor] = lambda t: t
 ) -> dict[str, Tensor]:
     """Masked weights, or a function of them, as new leaves."""
-    parameters = dict(model.named_parameters())
-    return {
-        name: of(parameters[name].detach().to(dtype)).masked_fill(~mask, 0).requires_grad_()
-        for name, mask in masks.items()
-    }
+    check_masks(model, masks)
+    with torch.no_grad():
+        return {
+            name: of(weight.to(dtype)).masked_fill(~masks[name], 0).requires_grad_()
+            for name, weight in used_weights(model, masks).items()
+        }
 
 
-def _rest(model: nn.Module, masks: Masks, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Copies of everything else that the model holds."""
-    return {
-        name: t.detach().to(dtype if t.is_floating_point() else None, copy=True)
-        for name, t in (*model.named_parameters(), *model.named_buffers())
-        if name not in masks
-    }
+def _others(
+    model: nn.Module, masks: Masks, dtype: torch.dtype | None, of: Callable[[Tensor], Tensor] | None = None
+) -> dict[int, Tensor]:
+    """Copies of everything else that the model holds, by identity, or functions of them: absolute values of buffers."""
+    masked = {id(parameter) for parameter in check_masks(model, masks).values()}
+    found = {}
+    for function, tensors in ((of, model.parameters()), (of and torch.abs, model.buffers())):
+        for t in tensors:
+            if id(t) in masked:
+                continue
+            found[id(t)] = t.detach().to(dtype if t.is_floating_point() else None, copy=True)
+            if function is not None and t.is_floating_point():
+                found[id(t)] = function(found[id(t)])
+    return found
 
 
 @contextmanager
 def undisturbed(model: nn.Module, *, training: bool, seed: int = 0) -> Iterator[None]:
     """Train or eval mode, gradients on, random numbers from `seed`; on leaving, model and random state are restored.
 
-    That includes the plain attributes of modules, such as the weight that a pruned layer of torch computes in a hook.
+    That includes the plain attributes of modules, such as the weight that a pruned layer of torch computes in a hook,
+    lists and dicts among them.  Autocast, inference mode and compiled code are off, and wrappers that spread a model
+    over devices pass their input on.
     """
-    before = [(module, dict(vars(module))) for module in model.modules()]
-    devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
-    with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
+    with ExitStack() as stack:
+        stack.enter_context(_attributes_kept(model.modules()))
+        cuda = sorted({p.device.index for p in model.parameters() if p.is_cuda})
+        stack.enter_context(torch.random.fork_rng(cuda))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(plain_precision())
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         torch.default_generator.manual_seed(seed)
-        for index in devices:
+        for index in cuda:
             with torch.cuda.device(index):
                 torch.cuda.manual_seed(seed)
-        try:
-            model.train(training)
-            yield
-        finally:
-            for module, attributes in before:
-                vars(module).update(attributes)
+        model.train(training)
+        for module in model.modules():
+            if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+                vars(module)["forward"] = module.module
+        yield
+
+
+@contextmanager
+def _attributes_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """On leaving, ``vars`` of modules are as before: the same objects, lists, dicts and sets with the same content."""
+    before = []
+    for module in modules:
+        attributes = dict(vars(module))
+        contents = [(a, copy.copy(a)) for a in attributes.values() if isinstance(a, list | dict | set)]
+        tensors = [(a, a.detach().clone()) for a in attributes.values() if isinstance(a, Tensor)]
+        before.append((module, attributes, contents, tensors))
+    try:
+        yield
+    finally:
+        for module, attributes, contents, tensors in before:
+            for added in vars(module).keys() - attributes.keys():
+                del vars(module)[added]
+            vars(module).update(attributes)
+            for container, content in contents:
+                container.clear()
+                container.extend(content) if isinstance(container, list) else container.update(content)
+            for tensor, value in tensors:
+                if not torch.equal(tensor, value):
+                    tensor.detach().copy_(value)
 
 
 # ---- where flow is lost ------------------------------------------------------------------------------------------

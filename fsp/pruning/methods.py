@@ -11,8 +11,8 @@ from typing import Unpack, get_args, get_origin
 import torch
 from torch import nn
 
-from fsp.checks import check_choice, check_count, check_options, given_or_seed_0
-from fsp.masks import Masks, check_density, check_scope, keep_counts, keep_top, kept_count, prunable
+from fsp.checks import check_choice, check_count, check_has_values, check_options, given_or_seed_0, plain_settings
+from fsp.masks import Masks, all_kept, check_density, check_scope, keep_counts, keep_top, kept_count
 from fsp.pruning import allocate, scores
 from fsp.pruning.phew import phew
 
@@ -69,7 +69,8 @@ def by_score(
     check_scope(scope)
     check_count("rounds", rounds, 1)
     check_choice("invert", invert, (True, False))
-    masks = _ones(model, exclude)
+    masks = start = all_kept(model, exclude=exclude)
+    pruned = [name for name, mask in start.items() if not mask.all()]
     taken = inspect.signature(score).parameters
     options |= {n: value for n, value in {"batches": batches, "generator": generator}.items() if n in taken}
     if density == 1:
@@ -78,11 +79,23 @@ def by_score(
         target = density
         if k < rounds:
             target = density ** (k / rounds) if schedule == "exponential" else 1 - (1 - density) * k / rounds
+        if k < rounds and pruned and not _leaves(start, target, scope):
+            continue  # torch has pruned more already
         if callable(batches) and "batches" in taken:
             options["batches"] = list(batches(k))
         found = score(model, masks, **options)
+        for name in pruned:  # by torch: no round may bring them back, those of FORCE neither
+            found[name] = found[name].masked_fill(~start[name], -torch.inf)
         masks = (_keep_lowest if invert else keep_top)(found, target, scope=scope, generator=generator)
     return masks
+
+
+def _leaves(masks: Masks, density: float, scope: str) -> bool:
+    """Whether masks leave as many weights as a density keeps."""
+    kept, sizes = [int(m.sum()) for m in masks.values()], [m.numel() for m in masks.values()]
+    if scope == "global":
+        kept, sizes = [sum(kept)], [sum(sizes)]
+    return all(k >= kept_count(n, density) for k, n in zip(kept, sizes, strict=True))
 
 
 def _keep_lowest(found: scores.Scores, density: float, *, scope: str, generator: torch.Generator) -> Masks:
@@ -133,7 +146,7 @@ def at_random(
     ValueError
         If the allocation cannot spend exactly the weights that `density` keeps, with the numbers.
     """
-    masks = _ones(model, exclude)
+    masks = all_kept(model, exclude=exclude)
     shapes = {name: tuple(m.shape) for name, m in masks.items()}
     counts = allocate.counts(allocation(shapes, density, **options), shapes, density)
     return keep_counts(scores.random(model, masks, generator=generator), counts, generator)
@@ -228,7 +241,8 @@ def prune(
     Parameters
     ----------
     model : nn.Module
-        Any module with convolutions or linear layers; `fsp.masks.apply_` puts the masks on it afterwards.
+        Any module with convolutions or linear layers, see the notes; `fsp.masks.apply_` puts the masks on it
+        afterwards.
     method : str
         A key of `METHODS`.
     density : float, in (0, 1]
@@ -255,7 +269,8 @@ def prune(
     ------
     ValueError
         For an unknown method or reference, a density outside (0, 1], missing batches, a model without prunable
-        weights, scores that cannot be ranked, an allocation that cannot reach the density.
+        weights or with one that masks cannot follow, scores that cannot be ranked, an allocation that cannot reach the
+        density, a model that recomputes activations other than by ``torch.utils.checkpoint``.
     TypeError
         For an option that the method does not have, or needs and does not get.
     RuntimeError
@@ -268,6 +283,21 @@ def prune(
 
     `fsp.masks.prunable` says what can be pruned.  Of an ``nn.MultiheadAttention`` that is ``out_proj.weight`` alone:
     ``in_proj_weight`` belongs to no linear layer, stays dense and is not counted.
+
+    *Bit-identical* are parameters, buffers, ``vars`` of every module with the lists, dicts and sets in it, train and
+    eval flags and the global random state.  No global setting (default dtype and device, grad and inference mode,
+    autocast, deterministic mode, locale) changes a result.
+
+    *Wrappers.*  ``torch.compile``, ``DataParallel``, ``DistributedDataParallel`` and ``AveragedModel``, at any depth,
+    give the masks of the model inside, under names with their prefix; compiled code is not used for scoring.
+    Activation checkpointing by ``torch.utils.checkpoint``, reentrant or not, changes no score.
+
+    *Computed weights.*  Weights under `torch.nn.utils.prune` and under element-wise parametrisations that leave 0 at 0
+    are scored as the weight that the forward pass uses; what torch has pruned stays pruned, and counts as pruned.
+    Weight norm, spectral norm, orthogonal and other parametrisations, quantisation-aware layers, and layers whose
+    forward computes their weight otherwise are refused by name, unless excluded.  So are lazy, sparse and integer
+    weights, those spread over processes, and models on the meta device.  What the forward of another module than the
+    layer does to a weight is not seen.
 
     Examples
     --------
@@ -287,15 +317,12 @@ def prune(
     generator = given_or_seed_0(generator)
     if batches is not None and not callable(batches):
         batches = list(batches)
-    masks = METHODS[method](model, density, batches=batches, generator=generator, **options)
+    check_has_values(model)
+    with plain_settings():
+        masks = METHODS[method](model, density, batches=batches, generator=generator, **options)
     sizes = [m.numel() for m in masks.values()]
     asked = sum(kept_count(n, density) for n in (sizes if options.get("scope") == "layer" else [sum(sizes)]))
     kept = sum(int(m.sum()) for m in masks.values())
     if kept != asked:
         raise RuntimeError(f"{kept} of {sum(sizes)} weights are kept where density {density} asks for {asked}")
     return masks
-
-
-def _ones(model: nn.Module, exclude: Iterable[str]) -> Masks:
-    """Masks that keep every prunable weight."""
-    return {name: torch.ones_like(p, dtype=torch.bool) for name, p in prunable(model, exclude=exclude).items()}

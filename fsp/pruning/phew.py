@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fsp.checks import check_choice, check_generator
-from fsp.masks import Masks, check_density, kept_count, prunable
+from fsp.masks import Masks, all_kept, check_density, kept_count, prunable
 from fsp.pruning.gradients import Batches, input_shape
 from fsp.pruning.walkgraph import Edge, Graph, graph_of, pick
 
@@ -110,6 +110,12 @@ def phew(
         batches = list(batches(1))  # there are no rounds, and only their shape is used
     shape = input_shape(shape, batches)
     weights = prunable(model, exclude=exclude)
+    for name, mask in all_kept(model, exclude=exclude).items():
+        if not mask.all():
+            raise ValueError(
+                f"torch prunes {name!r} already, and walks know nothing of it: make it plain first, with "
+                "torch.nn.utils.prune.remove, or use another method"
+            )
     total = sum(w.numel() for w in weights.values())
     wanted = kept_count(total, density)
     if wanted == total:
@@ -131,10 +137,10 @@ def phew(
 
 def _walks(graph: Graph, starts: Tensor, forward: bool, generator: torch.Generator) -> Tensor:
     """Items (layers, walks) that walks from the given units pass, -1 where a walk goes around a layer."""
-    passed = torch.full((len(graph.layers), len(starts)), -1)
+    passed = torch.full((len(graph.layers), len(starts)), -1, device="cpu")
     row = {node: i for i, node in enumerate(graph.layers)}
     order = range(len(graph.units)) if forward else range(len(graph.units) - 1, -1, -1)
-    arrived = {order[0]: [(torch.arange(len(starts)), starts)]}
+    arrived = {order[0]: [(torch.arange(len(starts), device="cpu"), starts)]}
     for node in order:
         if node not in arrived:
             continue
@@ -145,7 +151,9 @@ def _walks(graph: Graph, starts: Tensor, forward: bool, generator: torch.Generat
         for edge, chosen in zip(edges, _ways(graph, edges, unit, forward, generator), strict=True):
             there = unit[chosen]
             if forward:
-                position = torch.randint(edge.repeat, there.shape, generator=generator) if edge.repeat > 1 else 0
+                position = 0
+                if edge.repeat > 1:
+                    position = torch.randint(edge.repeat, there.shape, generator=generator, device="cpu")
                 there = there * edge.repeat + edge.offset + position
             else:
                 there = (there - edge.offset) // edge.repeat
@@ -160,11 +168,11 @@ def _ways(
     if len(edges) < 2:
         return [slice(None)] * len(edges)
     if forward:
-        possible = torch.ones(len(edges), len(unit), dtype=torch.bool)
+        possible = torch.ones(len(edges), len(unit), dtype=torch.bool, device="cpu")
     else:
         ends = [(e.offset, e.offset + graph.units[e.source] * e.repeat) for e in edges]
         possible = torch.stack([(unit >= start) & (unit < stop) for start, stop in ends])
-    rank = (torch.rand(unit.shape, generator=generator, dtype=torch.float64) * possible.sum(0)).long()
+    rank = (torch.rand(unit.shape, generator=generator, dtype=torch.float64, device="cpu") * possible.sum(0)).long()
     return possible & (possible.cumsum(0) == rank + 1)
 
 
@@ -174,7 +182,7 @@ def _collect(graph: Graph, missing: int, generator: torch.Generator, asked: str)
     sizes = np.array([layer.size for layer in graph.layers.values()])
     done, pairs = 0, 512
     while missing:
-        starts = torch.arange(done, done + pairs)
+        starts = torch.arange(done, done + pairs, device="cpu")
         both = [_walks(graph, starts % n, forward, generator) for n, forward in zip(ends, (True, False), strict=True)]
         items = torch.stack(both, 2).flatten(1)  # (layers, walks): forward, backward, forward ...
         added, accepted = _accept(graph.kept, items, sizes, missing)
@@ -207,7 +215,8 @@ def _close(graph: Graph, missing: int, generator: torch.Generator, asked: str) -
     last = len(graph.units) - 1
     # chances (units, j) to add exactly j new weights on the rest of the way, before a node and after it; those before
     # are divided by exp(scale), because in deep networks they underflow
-    before, after, scale = {last: torch.eye(1, missing + 1).double().expand(graph.width[last], -1)}, {}, {last: 0.0}
+    ending = torch.eye(1, missing + 1, dtype=torch.float64, device="cpu")
+    before, after, scale = {last: ending.expand(graph.width[last], -1)}, {}, {last: 0.0}
     for node in range(last - 1, -1, -1):
         if not (edges := graph.out_of(node)):
             continue

@@ -28,7 +28,7 @@ from torch import Generator, Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fsp.checks import check_generator
-from fsp.masks import Masks
+from fsp.masks import Masks, used_weights
 from fsp.pruning.gradients import Batches, FlowRun, LossRun, flow_gradients, input_shape, loss_gradients, seed_of
 
 Scores = dict[str, Tensor]
@@ -49,7 +49,7 @@ def random(model: nn.Module, masks: Masks, *, generator: Generator) -> Scores:
         Drawn on the CPU, moved to the masks' devices.
     """
     check_generator(generator)
-    return _alive({name: torch.randn(m.shape, generator=generator).to(m.device) for name, m in masks.items()}, masks)
+    return _alive({name: _normal(m, generator) for name, m in masks.items()}, masks)
 
 
 def magnitude(model: nn.Module, masks: Masks) -> Scores:
@@ -64,8 +64,7 @@ def magnitude(model: nn.Module, masks: Masks) -> Scores:
     -------
     dict of name to Tensor
     """
-    parameters = dict(model.named_parameters())
-    return _alive({name: parameters[name].detach().abs() for name in masks}, masks)
+    return _alive({name: weight.abs() for name, weight in used_weights(model, masks).items()}, masks)
 
 
 def snip(
@@ -163,8 +162,8 @@ def force(
     de Jorge et al.: Progressive skeletonization: trimming more fat from a network at initialization. ICLR 2021.
     """
     _, gradients = loss_gradients(model, masks, batches, seed=seed_of(generator), **run)
-    parameters = dict(model.named_parameters())
-    return {name: (parameters[name].detach().to(g.dtype) * g).abs() for name, g in gradients.items()}
+    dense = used_weights(model, masks)
+    return {name: (dense[name].to(g.dtype) * g).abs() for name, g in gradients.items()}
 
 
 def grasp(
@@ -318,8 +317,13 @@ def synflow_l2(
     """
     shape, seed = input_shape(shape, batches), seed_of(generator)
     _, gradients = flow_gradients(model, masks, shape, of=torch.square, seed=seed, **run)
-    parameters = dict(model.named_parameters())
-    return _alive({name: parameters[name].detach().to(g.dtype).abs() * g.abs() for name, g in gradients.items()}, masks)
+    dense = used_weights(model, masks)
+    return _alive({name: dense[name].to(g.dtype).abs() * g.abs() for name, g in gradients.items()}, masks)
+
+
+def _normal(mask: Tensor, generator: Generator) -> Tensor:
+    """Standard normal numbers in the shape of a mask, drawn on the CPU."""
+    return torch.randn(mask.shape, generator=generator, dtype=torch.float32, device="cpu").to(mask.device)
 
 
 def _alive(scores: Scores, masks: Masks) -> Scores:

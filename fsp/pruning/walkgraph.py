@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from fsp.masks import NAMES, PRUNABLE, prunable
+from fsp.masks import NAMES, PRUNABLE, prunable, weight_of
 
 FULL = 2**31 - 1  # cumulative probabilities are int32 fractions of this: half the memory of float64, and exact sums
 BLOCK = 2**22  # weights handled at once in float64
@@ -60,8 +60,8 @@ class _Layer:
         after, later = (t.view(self.groups, self.outputs, -1) for t in (after, later))
         old = kept[self.items].view(*self.weight.shape[:3], -1)
         sums = self.sums.view(self.groups, self.inputs, 1)
-        chances = torch.zeros(self.groups, self.inputs, after.shape[2], dtype=torch.float64)
-        for rows in torch.arange(self.outputs).split(max(1, BLOCK * self.outputs // self.weight.numel())):
+        chances = torch.zeros(self.groups, self.inputs, after.shape[2], dtype=torch.float64, device="cpu")
+        for rows in torch.arange(self.outputs, device="cpu").split(max(1, BLOCK * self.outputs // self.weight.numel())):
             block = _alive(self.weight[:, rows].double(), sums[:, None])
             chances += torch.einsum("goi,goj->gij", (block * old[:, rows]).sum(3), after[:, rows])
             chances += torch.einsum("goi,goj->gij", (block * ~old[:, rows]).sum(3), later[:, rows])
@@ -73,9 +73,9 @@ class _Layer:
         """One step of a walk that adds exactly `budget` from here on: next unit, what is left of it, the item."""
         group, local = divmod(unit, self.inputs)
         weight = _alive(self.weight[group, :, local].double(), self.sums[unit])
-        output = torch.arange(self.outputs)[:, None] + group * self.outputs
-        items = self.item(output, local, torch.arange(self.positions))
-        affordable = after[output, budget - self.size] if budget >= self.size else torch.zeros(output.shape)
+        output = torch.arange(self.outputs, device="cpu")[:, None] + group * self.outputs
+        items = self.item(output, local, torch.arange(self.positions, device="cpu"))
+        affordable = after[output, budget - self.size] if budget >= self.size else after.new_zeros(output.shape)
         chosen = pick(weight * torch.where(kept[items], after[output, budget], affordable), generator)
         item = int(items.view(-1)[chosen])
         return int(output[chosen // self.positions]), budget - (0 if kept[item] else self.size), item
@@ -83,13 +83,13 @@ class _Layer:
 
 def _table(name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
     """For (rows, edges, positions): cumulative probabilities of each row, int32 in [0, FULL], and its sum of |w|."""
-    table = torch.empty(len(weight), weight[0].numel(), dtype=torch.int32)
-    totals = torch.empty(len(weight), dtype=torch.float64)
+    table = torch.empty(len(weight), weight[0].numel(), dtype=torch.int32, device="cpu")
+    totals = torch.empty(len(weight), dtype=torch.float64, device="cpu")
     rows = max(1, BLOCK // table.shape[1])
     for block, to, total in zip(weight.split(rows), table.split(rows), totals.split(rows), strict=True):
         sums = block.flatten(1).double().abs_().cumsum(1)
         total.copy_(sums[:, -1])
-        sums[total == 0] = torch.arange(1.0, table.shape[1] + 1, dtype=torch.float64)
+        sums[total == 0] = torch.arange(1.0, table.shape[1] + 1, dtype=torch.float64, device="cpu")
         to.copy_(sums.div_(sums[:, -1:].clone()).mul_(FULL).round_())
     if not totals.isfinite().all():
         raise ValueError(f"the weight of {name!r} holds nan or inf, so no step can be drawn: check the weights")
@@ -105,7 +105,7 @@ def _alive(weight: Tensor, total: Tensor) -> Tensor:
 def _draw(table: Tensor, row: Tensor, generator: torch.Generator) -> Tensor:
     """A random column for each row: the first whose cumulative probability exceeds a uniform number."""
     columns, flat = table.shape[1], table.view(-1)
-    uniform = torch.randint(FULL, row.shape, generator=generator, dtype=torch.int32)
+    uniform = torch.randint(FULL, row.shape, generator=generator, dtype=torch.int32, device="cpu")
     before = row * columns - 1
     found = torch.zeros_like(row)
     for bit in reversed(range(columns.bit_length())):  # binary search, a bit at a time for all rows
@@ -128,7 +128,7 @@ class Graph:
     edges: list[Edge] = field(default_factory=list)
     layers: dict[int, _Layer] = field(default_factory=dict)  # by node
     by_weight: dict[int, _Layer] = field(default_factory=dict)  # by id of the parameter, which two nodes may share
-    kept: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))  # one entry an item
+    kept: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool, device="cpu"))  # one entry an item
 
     def add(self, width: int, units: int, *sources: tuple[int, int, int]) -> tuple[int, int, int]:
         """A new node behind the sources (node, repeat, offset); returns it as a source."""
@@ -154,10 +154,10 @@ class Graph:
             own = [p for n, p in module.named_parameters() if n in NAMES]
             key = id(own[0]) if own else id(module)
             if key not in self.by_weight:
-                weight = own[0] if own else module.weight
+                weight = weight_of(module)
                 layer = _Layer(name, weight, getattr(module, "groups", 1), len(self.kept), kernels)
                 self.by_weight[key] = layer
-                new = torch.full((layer.items.stop - layer.items.start,), key not in free)
+                new = torch.full((layer.items.stop - layer.items.start,), key not in free, device="cpu")
                 self.kept = torch.cat([self.kept, new])
             self.layers[node] = self.by_weight[key]
 
@@ -355,7 +355,7 @@ def _tidy(graph: Graph) -> None:
         graph.width[0] = graph.units[0] = graph.units[0] * repeats.pop()
         graph.edges = [e._replace(repeat=1) if e.source == 0 else e for e in graph.edges]
     for node in sorted(alive - {0}):
-        fed = torch.zeros(graph.width[node], dtype=torch.bool)
+        fed = torch.zeros(graph.width[node], dtype=torch.bool, device="cpu")
         for e in graph.into(node):
             fed[e.offset : e.offset + graph.units[e.source] * e.repeat] = True
         if not fed.all():

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from fsp import masks as mask_algebra
-from fsp.checks import check_choice, check_count, check_generator, given_or_seed_0
+from fsp.checks import check_choice, check_count, check_generator, given_or_seed_0, plain_settings
 from fsp.data import Data
 from fsp.data.batching import augment
 from fsp.data.batching import batches as cut
-from fsp.masks import Masks, check_density, check_masks, keep_counts, prunable
+from fsp.masks import NAMES, PRUNABLE, Masks, check_density, check_masks, keep_counts
 from fsp.pruning.allocate import ALLOCATIONS
 from fsp.pruning.methods import METHODS, EachRound, by_score, prune
 from fsp.pruning.scores import Batches
@@ -86,9 +86,10 @@ class CandidateSource:
     def __post_init__(self):
         check_density(self.density)
         check_randomness(self.method, self.batches, self.noise)
-        self.seed = int(torch.randint(2**31, (), generator=given_or_seed_0(self.generator)))
+        generator = given_or_seed_0(self.generator)
+        self.seed = int(torch.randint(2**31, (), generator=generator, device="cpu"))
         self._noisy = self.method in RANDOMNESS["noise"] and self.noise > 0
-        self._scored = copy.deepcopy(self.model) if self._noisy else self.model
+        self._scored = _copy(self.model) if self._noisy else self.model
 
     def draw(self, i: int) -> Masks:
         """Candidate i."""
@@ -99,15 +100,27 @@ class CandidateSource:
         return prune(self._scored, self.method, self.density, batches=batches, generator=generator, **self.options)
 
 
+@plain_settings()
+def _copy(model: nn.Module) -> nn.Module:
+    """A deep copy; weights that torch has computed in a forward pass are copied without their history."""
+    computed = [t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor)]
+    return copy.deepcopy(model, {id(t): t.detach().clone() for t in computed})
+
+
 @torch.no_grad()
 def _set_noisy(scored: nn.Module, model: nn.Module, noise: float, generator: torch.Generator) -> None:
     """Give the copy that is scored the weights of the model plus normal noise, drawn on the CPU."""
     copies = dict(scored.named_parameters())
-    for name, weight in prunable(model).items():
+    layers = [module for module in model.modules() if isinstance(module, PRUNABLE)]
+    own = {id(p) for layer in layers for key, p in layer.named_parameters() if key in NAMES}
+    for name, weight in model.named_parameters():
+        if id(weight) not in own:
+            continue
         copies[name].copy_(weight)
         std = noise * float(weight.double().std(correction=0))
         if std:
-            copies[name].add_((std * torch.randn(weight.shape, generator=generator)).to(weight))
+            noise_drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float32, device="cpu")
+            copies[name].add_((std * noise_drawn).to(weight))
 
 
 def mini_batches(
@@ -159,7 +172,7 @@ def mini_batches(
         if i == 0:
             return [(data.normalise(x), y) for x, y in cut((images, labels), size)]
         generator = torch.Generator().manual_seed(seed + i)
-        chosen = torch.randperm(len(labels), generator=generator)[: number * size].to(images.device)
+        chosen = torch.randperm(len(labels), generator=generator, device="cpu")[: number * size].to(images.device)
         found = augment(images[chosen], generator=generator) if augmented else images[chosen]
         return list(cut((data.normalise(found), labels[chosen]), size))
 

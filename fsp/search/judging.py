@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fsp import masks as mask_algebra
 from fsp import spectrum
-from fsp.checks import check_choice, check_count
+from fsp.checks import check_choice, check_count, plain_settings
 from fsp.files import CannotResume, digest
 from fsp.masks import Masks
 from fsp.progress import bar
@@ -75,6 +75,7 @@ class Plan:
             setattr(self, name, int(value))  # JSON holds no integer of numpy
 
 
+@plain_settings()
 def judge_candidates(
     plan: Plan, source: CandidateSource, make_candidate: MakeCandidate, own_settings: dict[str, object]
 ) -> SearchResult:

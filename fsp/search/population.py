@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fsp.masks import Masks
+from fsp.masks import Masks, used_weights
 from fsp.pruning.scores import Batches
 from fsp.search.candidates import CandidateBatches, CandidateSource
 from fsp.search.judging import Plan, SearchResult, judge_candidates
@@ -194,16 +194,16 @@ def optimise(
     plan = Plan(population, accept, "exact", chunk, every, directory, device, rules_of(rules))
     source = CandidateSource(model, method, density, batches, noise, generator, options)
     drawn = max(1, math.ceil(explore * population))
-    parameters, wirings = dict(model.named_parameters()), wiring_of(model)
+    wirings = wiring_of(model)
     known: dict[str, tuple[Tensor, tuple]] = {}  # a layer's mask, and the vectors that lead its swaps
 
     def draw_or_swap(i: int, incumbent: Masks, votes: dict[str, Tensor]) -> Masks:
         if i <= drawn:
             return source.draw(i)
         chance = torch.Generator().manual_seed(source.seed + i)
-        masks = {}
+        masks, weights = {}, used_weights(model, incumbent)
         for name, mask in incumbent.items():
-            weight, wiring = parameters[name], wirings.get(name, PLAIN)
+            weight, wiring = weights[name], wirings.get(name, PLAIN)
             if name not in known or known[name][0] is not mask:  # masks are never changed in place
                 known[name] = mask, leading_vectors(mask, weight, wiring)
             masks[name] = swapped(mask, weight, votes[name] > 0, known[name][1], chance, wiring)

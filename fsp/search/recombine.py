@@ -110,7 +110,7 @@ def swapped(
         As many kept as in `mask`.
     """
     check_generator(generator)
-    draws = torch.rand(5, generator=generator, dtype=torch.float64).tolist()
+    draws = torch.rand(5, generator=generator, dtype=torch.float64, device="cpu").tolist()
     mix = [-math.log(1 - draw) for draw in draws[:4]]
     share = SHARES[0] * (SHARES[1] / SHARES[0]) ** draws[4]
     kept = blocks(mask, wiring)  # (groups, outputs, inputs)

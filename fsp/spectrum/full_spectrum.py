@@ -14,6 +14,8 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
+from fsp.checks import check_has_values, check_tensors, plain_settings
+from fsp.masks import used_weights
 from fsp.spectrum.definitions import (
     PLAIN,
     Rules,
@@ -114,6 +116,7 @@ def coordinates(
     return {name: Coordinate(*entries) for name, entries in zip(masks, found, strict=True)}
 
 
+@plain_settings()
 def population(
     masks_list: Sequence[Mapping[str, Tensor]],
     weights: Mapping[str, Tensor] | nn.Module,
@@ -154,16 +157,18 @@ def population(
     other masks change a bit of a result.
     """
     rules, wirings = rules_of(rules), wiring_of(weights)
-    if isinstance(weights, nn.Module):
-        weights = dict(weights.named_parameters(remove_duplicate=False))
     if not masks_list:
         raise ValueError("there is no mask to measure: the list is empty")
     names = list(masks_list[0])
     if not names:
         raise ValueError("there are no masks: fsp.pruning.prune(model, ...) makes them")
+    if isinstance(weights, nn.Module):
+        check_has_values(weights)
+        weights = used_weights(weights, names)
     for i, masks in enumerate(masks_list):
         if list(masks) != names:
             raise ValueError(f"mask {i} has layers {', '.join(masks)}, mask 0 has {', '.join(names)}")
+        check_tensors("mask", masks)
         prefix = f"mask {i}: " if len(masks_list) > 1 else ""
         for name in names:
             check_layer(f"{prefix}layer {name!r}", masks[name], weights.get(name))
@@ -181,9 +186,9 @@ def population(
     def measured(task: tuple[int, list[str]]) -> Tensor:
         masks, part = masks_list[task[0]], task[1]
         layers = [(masks[name].bool().cpu(), on_cpu[name], wirings.get(name, PLAIN)) for name in part]
-        return torch.tensor(sparse_coordinates(layers, rules), dtype=torch.float64)
+        return torch.tensor(sparse_coordinates(layers, rules), dtype=torch.float64, device="cpu")
 
-    found = torch.empty(len(masks_list), len(names), 4, dtype=torch.float64)
+    found = torch.empty(len(masks_list), len(names), 4, dtype=torch.float64, device="cpu")
     threads = torch.get_num_threads()
     try:
         # one task a thread, and one thread for the linear algebra in it: pools within pools fight for the cores

@@ -16,6 +16,7 @@ import torch
 from scipy import sparse
 from torch import Tensor, nn
 
+from fsp.checks import plain_settings
 from fsp.spectrum.definitions import (
     PLAIN,
     RULES,
@@ -42,6 +43,7 @@ narc_iclr2023 narc_fsp2023 narc_nested narc_iclr2023_undirected narc_fsp2023_und
 weighted_gap imsg norm overlap compatibility copeland"""
 
 
+@plain_settings()
 def layer_table(
     masks: Mapping[str, Tensor], weights: Mapping[str, Tensor] | nn.Module, *, rules: str | Rules = "iclr2023"
 ) -> pd.DataFrame:

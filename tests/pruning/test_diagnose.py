@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from networks import all_kept, random_masks, same
 from torch import nn, tensor
-from torch.nn.utils import prune as torch_prune
 from torch.utils.flop_counter import FlopCounterMode
 
 from fsp.masks import density, to_torch_
@@ -505,7 +504,7 @@ PLAIN, DILATED = nn.Linear(2, 2), nn.Sequential(nn.Conv1d(1, 1, 1), nn.MaxPool1d
         (PLAIN, {"weight": ONES}, (), ValueError, r"shape=\(\)"),
         (PLAIN, {"weight": ONES}, (0, 2), ValueError, r"shape=\(0, 2\)"),
         (Weightless(), {"0.weight": torch.ones(2, 0, dtype=torch.bool)}, (1,), ValueError, "holds no weight"),
-        (torch_prune.identity(nn.Linear(2, 2), "weight"), {"weight_orig": ONES}, (2,), ValueError, "is not the weight"),
+        (nn.utils.spectral_norm(nn.Linear(2, 2)), {"weight_orig": ONES}, (2,), ValueError, "computed by SpectralNorm"),
         (Two(2, 2), {"weight": ONES}, (2,), TypeError, "the model returns a tuple"),
         (DILATED, {"0.weight": torch.ones(1, 1, 1, dtype=torch.bool)}, (1, 8), ValueError, "dilation 2"),
     ],

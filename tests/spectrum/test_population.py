@@ -252,7 +252,7 @@ class Halved(nn.Module):
         return weight / 2
 
 
-def test_a_parameter_that_torch_has_moved_is_measured_under_its_new_name():
+def test_a_parameter_that_torch_has_moved_is_measured_under_its_new_name_as_the_weight_it_is_used_for():
     pruned, parametrised = nn.Conv2d(4, 12, 3, groups=2), nn.Conv2d(4, 12, 3, groups=2)
     mask = torch.rand(12, 2, 3, 3, generator=seeded()) < 0.7
     prune.custom_from_mask(pruned, "weight", mask)
@@ -260,5 +260,5 @@ def test_a_parameter_that_torch_has_moved_is_measured_under_its_new_name():
     for layer, name in ((pruned, "0.weight_orig"), (parametrised, "0.parametrizations.weight.original")):
         model = nn.Sequential(layer)
         assert list(mask_algebra.prunable(model)) == [name]
-        weight = dict(model.named_parameters())[name].detach()
+        weight = layer.weight.detach()  # which the forward pass uses
         same(coordinates({name: mask}, model)[name], coordinate(mask, weight, wiring=Wiring(groups=2)))
