@@ -534,22 +534,25 @@ def edit(path: Path, old: str, new: str) -> None:
 
 
 @pytest.fixture
-def committed(root, capfd):
-    """The repository with six notebooks, refreshed; and a function for the lines of --check on notebooks."""
-    folder, results = root / "notebooks", root / "data" / "results"
+def commit(root, capfd):
+    """A function that refreshes notebooks with these stems; it gives a function for the lines of --check on each."""
+    folder = root / "notebooks"
     (folder / "01_good.ipynb").unlink()
     (root / "README.md").write_text("<!-- claims -->\n<!-- /claims -->\n")
-    for stem in ("01_same", "02_claim", "03_cell", "04_run", "05_definition", "06_times"):
-        text = REUSES.replace("{folder}", str(folder)).replace("{number}", stem[:2])
-        tag = "timing" if stem == "06_times" else "nbval-check-output"
-        write_notebook(folder, stem, text, tag=tag)
-        (folder / f"quantity{stem[:2]}.py").write_text("def double(x):\n    return 2 * x\n")
-    assert reproduce.main(["--refresh", "--workers", "2"]) == 0
 
-    def check(*arguments: str) -> dict[str, list[str]]:
+    def commit(*stems: str):
+        for stem in stems:
+            text = REUSES.replace("{folder}", str(folder)).replace("{number}", stem[:2])
+            tag = "timing" if stem.endswith("times") else "nbval-check-output"
+            write_notebook(folder, stem, text, tag=tag)
+            (folder / f"quantity{stem[:2]}.py").write_text("def double(x):\n    return 2 * x\n")
+        assert reproduce.main(["--refresh", "--workers", "2"]) == 0
+        return SimpleNamespace(notebooks=folder, results=root / "data" / "results", check=check)
+
+    def check() -> dict[str, list[str]]:
         capfd.readouterr()
         before = contents(root)
-        status = reproduce.main(["--check", "--workers", "2", *arguments])
+        status = reproduce.main(["--check", "--workers", "2"])
         printed = capfd.readouterr()
         assert contents(root) == before
         assert " failed" not in printed.out, "nbval itself sees none of this"
@@ -561,10 +564,11 @@ def committed(root, capfd):
         assert status == bool(found)
         return found
 
-    return SimpleNamespace(notebooks=folder, results=results, check=check)
+    return commit
 
 
-def test_check_notices_an_edited_claim_cell_run_function_and_definition(committed):
+def test_check_notices_an_edited_claim_cell_run_function_and_definition(commit):
+    committed = commit("01_same", "02_claim", "03_cell", "04_run", "05_definition", "06_times")
     assert committed.check() == {}
     edit(committed.notebooks / "02_claim.ipynb", "> 0.25", "> 0.125")
     edit(committed.results / "03_cell.csv", "k2,finished,4.5,4.5", "k2,finished,4.5,4.75")
@@ -587,27 +591,37 @@ def test_check_notices_an_edited_claim_cell_run_function_and_definition(committe
     assert found == {}
 
 
-def test_check_allows_another_processor_a_tenth_of_the_range_of_a_column_and_a_notebook_of_times_any_time(committed):
-    only = ("--only", "04", "06")
+def test_check_allows_another_processor_a_tenth_of_the_range_of_a_column_and_a_notebook_of_times_any_time(commit):
+    committed = commit("04_run", "06_times")
     edit(committed.notebooks / "06_times.ipynb", "double(seed) + 0.5", "double(seed) + 99")
     edit(committed.notebooks / "04_run.ipynb", "double(seed) + 0.5", "double(seed) + 0.625")
     written = committed.results / "provenance.json"
     known = json.loads(written.read_text())
-    assert list(known) == ["01_same", "02_claim", "03_cell", "04_run", "05_definition", "06_times"]
+    assert list(known) == ["04_run", "06_times"]
     known["04_run"]["made_with"]["cpu"] = "another"
     written.write_text(json.dumps(known))
-    assert committed.check(*only) == {}
+    assert committed.check() == {}
     edit(committed.notebooks / "04_run.ipynb", "double(seed) + 0.625", "double(seed) + 1.25")
-    [found] = committed.check(*only)["04_run"]
+    [found] = committed.check()["04_run"]
     assert "`value`: 2 differ, by at most 0.75" in found
 
 
-def test_check_says_what_is_not_committed(committed):
-    (committed.results / "01_same.claims.csv").unlink()
-    (committed.results / "provenance.json").unlink()
-    found = committed.check("--only", "01", "06")
-    assert found["01_same"] == ["01_same.claims.csv is not committed: make refresh writes it"]
-    assert "06_times.csv is not as make refresh wrote it" in found["06_times"]
+def test_check_says_what_is_not_committed(root, monkeypatch, capsys):
+    monkeypatch.setattr(renew, "_nbval", lambda *_: 0)
+    assert reproduce.main(["--check"]) == 1
+    assert capsys.readouterr().err == "01_good: 01_good.csv is not committed: make refresh writes it\n"
+    results = root / "data" / "results"
+    write_notebook(root / "notebooks", "01_good", tag="timing")
+    tables.save(pd.DataFrame({"key": ["a"], "status": "finished"}), results / "01_good.csv")
+    tables.save(pd.DataFrame([claim()]), results / "01_good.claims.csv")
+    assert reproduce.main(["--check"]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert said[:2] == [
+        "01_good: 01_good.csv is not as make refresh wrote it",
+        "01_good: 01_good.claims.csv is not as make refresh wrote it",
+    ]
+    assert said[2].startswith("01_good: it finished without writing 01_good.claims.csv")
+    assert len(said) == 3
 
 
 def test_the_short_page_counts_the_verdicts_of_each_notebook():
