@@ -82,6 +82,7 @@ def test_a_record_with_any_node_replaced_is_whole_or_refused_and_never_trips_wha
             path.write_text(json.dumps(tree).replace("Infinity", "1e400"))
             try:
                 read += len(load(path.parent)) > 0
+                assert parent is not tree or other != {"a": [None]}, f"no {place} is such a thing"
             except ValueError as error:
                 assert "not a whole run record" in str(error)  # noqa: PT017
                 refused += 1
