@@ -93,14 +93,19 @@ def until(happened, seconds=60):
         time.sleep(0.02)
 
 
-@pytest.fixture
-def reader(copy):
-    """Whatever he does, git sees nothing of it."""
+@pytest.fixture(scope="module")
+def kernel(copy):
     somebody = Reader(copy)
     yield somebody
     somebody.client.stop_channels()
     somebody.manager.shutdown_kernel(now=True)
-    assert git(copy, "status", "--porcelain") == ""
+
+
+@pytest.fixture
+def reader(kernel):
+    """Whatever he does, git sees nothing of it."""
+    yield kernel
+    assert git(kernel.root, "status", "--porcelain") == ""
 
 
 def test_other_seeds_go_to_scratch_and_a_line_says_so(reader):
@@ -109,18 +114,6 @@ def test_other_seeds_go_to_scratch_and_a_line_says_so(reader):
     assert f"{said}this is another: 1 runs are new)\n" in reader.said
     made = {path.name for path in (reader.root / "scratch" / STEM).rglob("*") if path.is_file()}
     assert made == {f"{STEM}.csv", f"{STEM}.claims.csv", f"{STEM}.png", f"{STEM}.pdf"}
-
-
-def test_what_is_not_there_is_told_before_anything_is_done(reader):
-    before = records(reader.root)
-    error = reader.plays(**QUICK, dataset="cifar10")
-    expected = r'FileNotFoundError: cifar10: .* not found in .*\. Run load\("cifar10", download=True\) .*'
-    assert re.fullmatch(expected, error)
-    error = reader.plays(**QUICK, device="cuda:99")
-    assert re.fullmatch(r"ValueError: device = 'cuda:99': expected auto or cpu, or cuda where .*", error)
-    error = reader.plays(**QUICK, sedes=[7])
-    assert re.fullmatch(r"ValueError: no parameter is called sedes: this notebook has dataset, .*", error)
-    assert records(reader.root) == before
 
 
 def test_an_interrupt_and_a_killed_kernel_lose_no_finished_run(reader):
@@ -137,3 +130,15 @@ def test_an_interrupt_and_a_killed_kernel_lose_no_finished_run(reader):
     kept = records(reader.root)
     assert reader.plays(**LONG | {"seeds": [0, 1, 2]}) == ""
     assert records(reader.root) == kept
+
+
+def test_what_is_not_there_is_told_before_anything_is_done(reader):
+    before = records(reader.root)
+    error = reader.plays(**QUICK, dataset="cifar10")
+    expected = r'FileNotFoundError: cifar10: .* not found in .*\. Run load\("cifar10", download=True\) .*'
+    assert re.fullmatch(expected, error)
+    error = reader.plays(**QUICK, device="cuda:99")
+    assert re.fullmatch(r"ValueError: device = 'cuda:99': expected auto or cpu, or cuda where .*", error)
+    error = reader.plays(**QUICK, sedes=[7])  # the kernel remembers this wrong cell: it is the last
+    assert re.fullmatch(r"ValueError: no parameter is called sedes: this notebook has dataset, .*", error)
+    assert records(reader.root) == before
