@@ -103,7 +103,7 @@ def initialise_(
 
     Notes
     -----
-    "fsp2023" is the random initialisation of full-spectrum.md §10. Its authors write :math:`k_w^2` for the kernel
+    "fsp2023" is the random initialisation of the NeurIPS paper's code. Its authors write :math:`k_w^2` for the kernel
     area, which is the same for the square kernels they use (D30). The fans of grouped convolutions follow PyTorch.
     """
     check_choice("init", name, INITS)

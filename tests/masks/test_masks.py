@@ -47,7 +47,7 @@ def same(a, b):
     [
         (10, 0.9, 9),  # 10 * (1 - 0.9) is a little less than 1 in binary: a naive floor keeps 10
         (3, 0.5, 2),  # one and a half: the floor is of what is removed
-        (14_761_664, 0.1, 1_476_167),  # others.md §1.1, read out of Synaptic-Flow's published masks
+        (14_761_664, 0.1, 1_476_167),  # read out of Synaptic-Flow's published masks
         (14_761_664, 1e-6, 15),
         (5, 1e-12, 1),
         (7, 1.0, 7),
@@ -720,7 +720,7 @@ def test_a_layer_shuffle_keeps_every_count_and_does_change_the_mask(lopsided):
     assert {name: (mask.shape, int(mask.sum())) for name, mask in new.items()} == {
         name: (mask.shape, int(mask.sum())) for name, mask in lopsided.items()
     }
-    # the published code rebinds a local variable and so never shuffles (others.md §1.12)
+    # the published code rebinds a local variable and so never shuffles (D48)
     for name in ("thin", "thick"):
         overlap = (new[name] & lopsided[name]).sum() / lopsided[name].sum()
         assert abs(overlap - lopsided[name].float().mean()) < 0.1

@@ -15,7 +15,7 @@ COLOUR = (3, 32, 32)
 DIGITS = (1, 8, 8)
 MNIST = (1, 28, 28)
 
-# others.md §6.1, §6.2 and §6.4: model, options, input, prunable tensors, {classes: (total, prunable)}
+# model, options, input, prunable tensors, {classes: (total, prunable)}
 COUNTS = [
     ("resnet20", {}, COLOUR, 22, {10: (272_474, 270_896), 100: (278_324, 276_656)}),
     ("resnet20", {"shortcut": "A"}, COLOUR, 20, {10: (269_722, 268_336), 100: (275_572, 274_096)}),

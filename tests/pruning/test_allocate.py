@@ -99,7 +99,7 @@ def erk_ratio(shape):
     return sum(shape) / math.prod(shape)
 
 
-# ---- the values of others.md §1.3 --------------------------------------------------------------------------------
+# ---- known values ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("allocate", [er, erk])  # without kernels the two are one

@@ -231,7 +231,7 @@ def test_a_resnet18_with_its_three_projections_empty_is_still_connected():
 
 
 def test_synflow_of_a_resnet18_at_one_percent_in_one_shot_is_disconnected_and_random_is_not():
-    model = build("resnet18", COLOUR, 10, init="kaiming_normal_fan_out")  # others.md §1.8: R(masked) = 0
+    model = build("resnet18", COLOUR, 10, init="kaiming_normal_fan_out")  # R(masked) = 0
     one_shot = prune(model, "synflow", 0.01, rounds=1, shape=COLOUR)
     assert diagnose(model, one_shot, COLOUR).network["disconnected"]
     network = diagnose(model, prune(model, "uniform", 0.05), COLOUR).network

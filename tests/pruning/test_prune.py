@@ -481,7 +481,7 @@ def test_magnitude_does_not_change_with_rounds():
     assert same(one, prune(MODELS["resnet8"], "magnitude", 0.03, rounds=7, schedule="linear"))
 
 
-# ---- collapse, with and without rounds (others.md §1.8) ----------------------------------------------------------
+# ---- collapse, with and without rounds ----------------------------------------------------------
 
 COLOUR = (3, 32, 32)
 SHORTCUTS = ["blocks.2.shortcut.conv.weight", "blocks.4.shortcut.conv.weight", "blocks.6.shortcut.conv.weight"]
@@ -524,7 +524,7 @@ def test_a_hundred_rounds_of_synflow_leave_every_layer_of_a_vgg_16_alive(vgg16):
     kept = prune(vgg16, "synflow", 0.01, shape=COLOUR)
     assert empty(kept) == []
     assert flow(vgg16, kept, COLOUR) > 0
-    # densities of others.md §1.8, from other weights of the same law
+    # densities known from other weights of the same law
     published = (0.941, 0.308, 0.160, 0.083, 0.040, 0.020, 0.020, 0.010, 0.005, 0.005, 0.005, 0.004, 0.005, 0.716)
     assert list(layer_densities(kept).values()) == pytest.approx(published, rel=0.05, abs=1e-3)
 
@@ -533,7 +533,7 @@ def test_a_hundred_rounds_of_synflow_leave_every_layer_of_a_vgg_16_alive(vgg16):
 def test_a_hundred_rounds_of_synflow_empty_only_the_projections_of_a_resnet_18(resnet18):
     kept = prune(resnet18, "synflow", 0.01, shape=COLOUR)
     assert empty(kept) == SHORTCUTS
-    assert 1e16 < flow(resnet18, kept, COLOUR) < 1e17  # others.md §1.8: 2.8e16
+    assert 1e16 < flow(resnet18, kept, COLOUR) < 1e17  # 2.8e16 with other weights of the same law
 
 
 # ---- models of one's own -----------------------------------------------------------------------------------------

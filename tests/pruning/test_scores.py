@@ -672,7 +672,7 @@ def test_flux_is_conserved_through_every_layer_and_every_channel_of_a_vgg_16():
     model = build("vgg16", (3, 32, 32), 10)
     s = synflow(model, all_kept(model), shape=(3, 32, 32))
     flow = total_flow(model, (3, 32, 32))
-    assert 1e21 < flow < 1e24  # others.md §1.8 has 3e22 for this initialiser
+    assert 1e21 < flow < 1e24  # 3e22 with other weights of this initialiser
     layers = list(s.values())
     for scores in layers:
         assert scores.sum().item() == pytest.approx(flow, rel=1e-10)
@@ -712,7 +712,7 @@ def test_a_resnet_34_has_finite_flow_in_float64_and_is_refused_in_float32():
     model = build("resnet34", (3, 32, 32), 10, init="kaiming_normal_fan_out")
     s = synflow(model, all_kept(model), shape=(3, 32, 32))
     assert all(scores.isfinite().all() for scores in s.values())
-    assert 1e53 < s["classifier.weight"].sum().item() < 1e56  # others.md §1.8: 4e54
+    assert 1e53 < s["classifier.weight"].sum().item() < 1e56  # 4e54 with other weights of the same law
     coarse = synflow(model, all_kept(model), shape=(3, 32, 32), dtype=torch.float32)
     with pytest.raises(ValueError, match=r"nan or inf.*dtype=torch\.float64"):
         keep_top(coarse, 0.1)

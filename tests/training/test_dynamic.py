@@ -252,7 +252,7 @@ def moved(config, density, total_steps, *, size=(100, 200), refresh=False, crite
 def test_random_growth_explores_a_layer_at_the_rate_of_in_time_overparameterisation(
     kept, total_steps, published, refresh
 ):
-    """u <- u (1 - z d / (1 - d + z d)) for the fraction u never active, one factor an update (others.md 2.2).
+    """u <- u (1 - z d / (1 - d + z d)) for the fraction u never active, one factor an update.
 
     What was never active is pruned, and what is pruned grows with one chance whatever was dropped: the recursion holds
     for weights drawn anew, where the drop is random, and for weights left alone, where the last to grow drops first.
