@@ -86,7 +86,7 @@ def connect(
     if scheduler != "local":
         try:
             client = Client(scheduler, timeout=CONNECT_S, set_as_default=False)
-        except (OSError, TimeoutError, ValueError) as error:
+        except (OSError, TimeoutError, ValueError, MemoryError) as error:  # the last: something else answers there
             raise ConnectionError(
                 f"no Dask scheduler answers at {scheduler}: start one with `dask scheduler`, use the address it says, "
                 f'or scheduler="local" for this machine alone ({type(error).__name__}: {error})'

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import re
@@ -119,7 +120,7 @@ def claim(text="Gap decides", measured=0.5, low=0.4, high=0.6, above=0.3, **more
         (["-p", "epochs"], r"expected -p NAME VALUE or -p NAME=VALUE"),
         (["-p", "seeds", "[0"], r"'\[0' is not YAML"),
         (["--profile", "paper"], r"paper.01_good.yaml"),
-        (["--out", "{root}"], r"would overwrite"),
+        (["--out", "{root}"], r"would overwrite what is committed"),
         (["--out", "{root}/notebooks/01_good.ipynb"], r"Not a directory|File exists"),
         (["--recompute"], r"belongs to --refresh"),
         (["--check", "-p", "epochs", "1"], r"only --only and --workers go with them"),
@@ -166,8 +167,8 @@ def test_a_kernel_that_is_missing_or_another_python_is_refused(root, monkeypatch
     assert "Jupyter knows no kernel python0" in capsys.readouterr().err
 
 
-@pytest.mark.skip(reason="its address does not answer, which is now checked first: to be rewritten")
-def test_parameters_come_from_the_profile_then_from_the_command_line(root, tmp_path):
+def test_parameters_come_from_the_profile_then_from_the_command_line(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(parameters, "connect", lambda scheduler: contextlib.nullcontext())  # as if it answered
     profile = root / "notebooks" / "profiles" / "smoke" / "01_good.yaml"
     profile.parent.mkdir(parents=True)
     profile.write_text("epochs: 1\nlr: 1\nscheduler: local\n")

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from fsp import models, paths, progress, runs, training
 from fsp.data import load as load_data
 from fsp.files import CannotResume
-from fsp.runs import attempt, key, load, locks, read_record, sweep, tables
+from fsp.runs import attempt, key, load, locks, read_record, records, sweep, tables
 from fsp.runs import provenance as provenance_module
 from fsp.runs.code import run_code
 from fsp.runs.locks import lock, locked_by
@@ -778,9 +778,9 @@ def test_records_of_schema_1_are_read_reused_and_retried_as_ever(tmp_path):
     assert counts(sweep(square, XS, store=tmp_path)) == [1, 2, 0]
 
 
-@pytest.mark.skip(reason="the own store is now paths.COMMITTED: to be rewritten")
 def test_load_gives_all_records_of_the_repository_s_own_store_or_another_and_nothing_else(tmp_path, monkeypatch):
-    monkeypatch.setattr(paths, "DATA", tmp_path)
+    own = paths.COMMITTED._replace(runs=tmp_path / "runs")
+    monkeypatch.setattr(records, "COMMITTED", own)
     assert load().empty
     frame = sweep(square, XS, store=tmp_path / "runs")
     (tmp_path / "runs" / "notes.json").write_text("{")
