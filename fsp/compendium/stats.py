@@ -1,8 +1,8 @@
 """Intervals, correlations and paired comparisons.
 
 Every estimate comes with an interval and its n: Student's t for means, a percentile bootstrap over observations for
-correlations, and over whole groups of them where they share a seed or a method.  Resampling is seeded, so that a
-number is the same in every run.
+correlations, and a jackknife over whole groups of them where they share a seed or a method.  Resampling is seeded, so
+that a number is the same in every run.
 """
 
 import math
@@ -12,10 +12,10 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
+from scipy.optimize import isotonic_regression
 from scipy.stats import rankdata, t
 
 RESAMPLES = 10_000
-GROUP_RESAMPLES = 500  # of `clustered`, whose statistic may be any function
 LEAST_LEVELS = 3  # seeds, methods, ... that `clustered` needs for an interval
 CONFIDENCE = 0.95  # of every interval
 
@@ -166,52 +166,169 @@ def rank_correlation(
 
 
 def clustered(statistic: Callable[[pd.DataFrame], float], table: pd.DataFrame, *, by: Sequence[str]) -> Estimate:
-    """Any statistic of a table, with a percentile bootstrap interval over whole groups of rows.
+    r"""Any statistic of a table, with a jackknife interval over whole groups of rows.
 
-    Rows that share a seed or a method are not independent.  The levels of each column in `by` are drawn with
-    replacement, each column by itself; a row is in a resample as often as the product of the draws of its levels.
-    The interval says how the statistic varies over other seeds *and* other methods.
+    Rows that share a seed or a method are not independent.  With :math:`V_a` the delete-one-group jackknife variance
+    over the levels of column a, and :math:`V_{ab}` that over the pairs of levels,
+
+    .. math:: V = \max(V_a + V_b - V_{ab},\; V_a,\; V_b), \qquad
+        \hat\theta \pm t_{G - 1}\, \sqrt V,
+
+    G being the smallest number of levels of a column.  The interval says how the statistic varies over other seeds
+    *and* other methods.
 
     Parameters
     ----------
     statistic : callable
-        ``statistic(table)`` is a float; a resample where it is ``nan`` is left out.
+        ``statistic(table)`` is a float; it is called once for each level and each pair of levels.
     table : DataFrame
         One row an observation.
-    by : sequence of str
-        Columns to draw by, crossed or not.
+    by : sequence of one or two str
+        Columns to group by.
 
     Returns
     -------
     Estimate
-        n is the number of rows.  Interval ``nan`` if a column has fewer than `LEAST_LEVELS` levels.
+        n is the number of rows.  Interval ``nan`` if a column has fewer than `LEAST_LEVELS` levels, or the statistic
+        is undefined without one of them.
 
     Raises
     ------
     ValueError
-        If `by` names no column, or one that the table does not have or does not fill.
+        If `by` names no column, more than two, or one that the table does not have or does not fill.
 
     Notes
     -----
-    With two columns it is wider than need be where the noise of single rows dominates (up to 1.7 times), and
-    somewhat narrow for a handful of levels that differ much.
+    Simulated for the rank correlation of two independent quantities that 5 seeds and 6 methods have effects on, the
+    95 % interval covers 0 in 92 to 97 % of cases.  Where rows are independent after all it is somewhat wide (98 %);
+    a bootstrap over seeds and methods is much too wide there.
 
     References
     ----------
-    Owen, The pigeonhole bootstrap. Annals of Applied Statistics 1 (2007).
+    Cameron, Gelbach and Miller, Robust inference with multiway clustering.  Journal of Business & Economic Statistics
+    29 (2011).
+
+    Examples
+    --------
+    With one row for each level of one column it is Student's interval of the mean:
+
+    >>> table = pd.DataFrame({"seed": [0, 1, 2], "value": [1.0, 2.0, 3.0]})
+    >>> print(clustered(lambda t: t["value"].mean(), table, by=["seed"]))
+    2.00 [-0.48, 4.48] (n = 3)
     """
-    if not by or any(name not in table or table[name].isna().any() for name in by):
-        raise ValueError(f"by={by!r}: expected columns without missing values, of {', '.join(map(str, table))}")
-    rng = np.random.default_rng(0)
-    distribution = []
-    codes = [np.unique(table[name], return_inverse=True)[1] for name in by]
-    levels = [code.max(initial=-1) + 1 for code in codes]
-    for _ in range(GROUP_RESAMPLES if min(levels) >= LEAST_LEVELS else 0):
-        drawn = [np.bincount(rng.integers(n, size=n), minlength=n) for n in levels]
-        times = np.prod([often[code] for often, code in zip(drawn, codes, strict=True)], axis=0)
-        if times.any():
-            distribution.append(statistic(table.take(np.repeat(np.arange(len(table)), times))))
-    return Estimate(float(statistic(table)), *_percentiles(np.array(distribution, dtype=float)), len(table))
+    if len(by) not in (1, 2) or any(name not in table or table[name].isna().any() for name in by):
+        columns = ", ".join(map(str, table))
+        raise ValueError(f"by={by!r}: expected one or two columns without missing values, of {columns}")
+    value = float(statistic(table))
+    levels = min(table[name].nunique() for name in by)
+    if levels < LEAST_LEVELS:
+        return Estimate(value, math.nan, math.nan, len(table))
+    each = [_jackknife_variance(statistic, table, [name]) for name in by]
+    both = _jackknife_variance(statistic, table, list(by)) if len(by) == 2 else 0.0
+    variance = float(np.max([sum(each) - both, *each]))  # nan if one is
+    half = float(t.ppf((1 + CONFIDENCE) / 2, levels - 1)) * math.sqrt(variance)
+    return Estimate(value, value - half, value + half, len(table))
+
+
+def _jackknife_variance(statistic: Callable, table: pd.DataFrame, by: list[str]) -> float:
+    """Variance of a statistic, from its values without one group of rows each."""
+    group = table.groupby(by).ngroup().to_numpy()
+    count = int(group.max()) + 1
+    values = np.array([statistic(table[group != left_out]) for left_out in range(count)])
+    return (count - 1) / count * float(((values - values.mean()) ** 2).sum())
+
+
+def p_value(estimate: Estimate, bound: float) -> float:
+    """Two-sided p-value of a bound, read off an estimate's interval as Student's with n - 1 degrees of freedom.
+
+    It is below 0.05 exactly where the 95 % interval does not hold the bound.
+
+    Parameters
+    ----------
+    estimate : Estimate
+    bound : float
+
+    Returns
+    -------
+    float, in [0, 1]
+        ``nan`` without an interval.
+
+    Examples
+    --------
+    >>> round(p_value(mean([1.0, 2.0, 3.0]), 2 - 2.4841), 2)  # where the interval ends
+    0.05
+    """
+    if estimate.n < 2 or math.isnan(estimate.low) or math.isnan(estimate.high):
+        return math.nan
+    reach = (estimate.value - estimate.low) if bound < estimate.value else (estimate.high - estimate.value)
+    if reach == 0:
+        return 0.0 if bound != estimate.value else 1.0
+    quantile = t.ppf((1 + CONFIDENCE) / 2, estimate.n - 1) * abs(estimate.value - bound) / reach
+    return float(2 * t.sf(quantile, estimate.n - 1))
+
+
+def holm(p_values: ArrayLike) -> np.ndarray:
+    """p-values of several claims, adjusted so that the chance of one false "decided" among all stays below 5 %.
+
+    Parameters
+    ----------
+    p_values : array, shape (n,)
+        Undefined ones (nan) count as 1.
+
+    Returns
+    -------
+    array, shape (n,)
+        In [0, 1].
+
+    References
+    ----------
+    Holm, A simple sequentially rejective multiple test procedure. Scandinavian Journal of Statistics 6 (1979).
+
+    Examples
+    --------
+    >>> holm([0.01, 0.04, 0.03]).round(2).tolist()
+    [0.03, 0.06, 0.06]
+    """
+    p = np.nan_to_num(np.asarray(p_values, float), nan=1.0)
+    order = np.argsort(p)
+    adjusted = np.maximum.accumulate((len(p) - np.arange(len(p))) * p[order])
+    return np.minimum(1.0, adjusted)[np.argsort(order)]
+
+
+def explained(data: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
+    r"""How much of y a line in x explains, and the best increasing curve, on seeds that neither was fitted to.
+
+    .. math:: R^2 = 1 - \operatorname{mean}(y - \hat y)^2 / \operatorname{var}(y)
+
+    over the rows of one seed, with :math:`\hat y` fitted to the rows of all other seeds: by least squares, and by
+    isotonic regression, linear between its points.
+
+    Parameters
+    ----------
+    data : DataFrame
+        Columns ``seed``, `x` and `y`, nothing missing.
+    x, y : str
+
+    Returns
+    -------
+    DataFrame
+        A row for each seed, in order; columns ``line`` and ``curve``, at most 1, negative where the mean of the seed
+        predicts better, ``nan`` where y does not vary.
+
+    Examples
+    --------
+    >>> rows = [(seed, x, x**3) for seed in (0, 1, 2) for x in (0.0, 1.0, 2.0)]
+    >>> explained(pd.DataFrame(rows, columns=["seed", "x", "y"]), "x", "y").round(2).iloc[0].to_dict()
+    {'line': 0.84, 'curve': 1.0}
+    """
+    found = {}
+    for seed, test in data.groupby("seed"):
+        others = data[data.seed != seed].sort_values(x)
+        line = np.polyval(np.polyfit(others[x], others[y], 1), test[x])
+        curve = np.interp(test[x], others[x], isotonic_regression(others[y]).x)
+        variance = test[y].var(ddof=0) or np.nan
+        found[seed] = [1 - ((test[y] - fitted) ** 2).mean() / variance for fitted in (line, curve)]
+    return pd.DataFrame(found, index=["line", "curve"]).T
 
 
 def _correlation(x, y):

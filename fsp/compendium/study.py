@@ -5,15 +5,13 @@ All draws but those of the training come from one generator, in this order: init
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
 import torch
-from scipy.optimize import isotonic_regression
 from torch import nn
 
 from fsp import models, pruning, runs
@@ -100,7 +98,9 @@ def train_config(config: dict) -> TrainConfig:
     return TrainConfig(config["epochs"], lr=config["lr"], seed=config["seed"], **config["train_options"])
 
 
-def train(config: dict, data: Data, network: nn.Module, masks: Masks | None = None) -> History:
+def train(
+    config: dict, data: Data, network: nn.Module, masks: Masks | None = None, hooks: Sequence[object] = ()
+) -> History:
     """Train a network under its masks, in place; a run that is interrupted goes on from its checkpoint.
 
     Parameters
@@ -111,13 +111,15 @@ def train(config: dict, data: Data, network: nn.Module, masks: Masks | None = No
     network : nn.Module
     masks : Masks, optional
         Default: all weights are trained.
+    hooks : sequence of objects
+        See `fsp.training.hooks`.
 
     Returns
     -------
     History
     """
     checkpoint = runs.scratch("training.safetensors")
-    return fit(network, data, train_config(config), masks=masks, checkpoint=checkpoint)
+    return fit(network, data, train_config(config), masks=masks, hooks=hooks, checkpoint=checkpoint)
 
 
 # ---- all runs of a notebook --------------------------------------------------------------------------------------
@@ -224,42 +226,3 @@ def save_claims(rows: list[dict], given: SimpleNamespace, stem: str) -> pd.DataF
 def made_with(**more: object) -> pd.DataFrame:
     """What this notebook was made with: versions, commit, hardware, and what else is to be told."""
     return pd.Series(provenance() | more).drop("code").to_frame("made with")
-
-
-# ---- statistics --------------------------------------------------------------------------------------------------
-
-
-def explained(data: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
-    r"""How much of y a line in x explains, and the best increasing curve, on seeds that neither was fitted to.
-
-    .. math:: R^2 = 1 - \operatorname{mean}(y - \hat y)^2 / \operatorname{var}(y)
-
-    over the rows of one seed, with :math:`\hat y` fitted to the rows of all other seeds: by least squares, and by
-    isotonic regression, linear between its points.
-
-    Parameters
-    ----------
-    data : DataFrame
-        Columns ``seed``, `x` and `y`, nothing missing.
-    x, y : str
-
-    Returns
-    -------
-    DataFrame
-        A row for each seed, in order; columns ``line`` and ``curve``, at most 1, negative where the mean of the seed
-        predicts better, ``nan`` where y does not vary.
-
-    Examples
-    --------
-    >>> rows = [(seed, x, x**3) for seed in (0, 1, 2) for x in (0.0, 1.0, 2.0)]
-    >>> explained(pd.DataFrame(rows, columns=["seed", "x", "y"]), "x", "y").round(2).iloc[0].to_dict()
-    {'line': 0.84, 'curve': 1.0}
-    """
-    found = {}
-    for seed, test in data.groupby("seed"):
-        others = data[data.seed != seed].sort_values(x)
-        line = np.polyval(np.polyfit(others[x], others[y], 1), test[x])
-        curve = np.interp(test[x], others[x], isotonic_regression(others[y]).x)
-        variance = test[y].var(ddof=0) or np.nan
-        found[seed] = [1 - ((test[y] - fitted) ** 2).mean() / variance for fitted in (line, curve)]
-    return pd.DataFrame(found, index=["line", "curve"]).T

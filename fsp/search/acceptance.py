@@ -31,6 +31,12 @@ def _norm(new: Tensor, best: Tensor) -> Tensor:
     return norms(new) >= norms(best)
 
 
+def _gap(new: Tensor, best: Tensor) -> Tensor:
+    """The Ramanujan gap does not fall, whatever becomes of the rest; a layer without one has the smallest."""
+    new, best = (values[:, 0].nan_to_num(nan=-torch.inf) for values in (new, best))
+    return new >= best
+
+
 def _known(values: Tensor, k: int) -> Tensor:
     """One quantity of each layer, 0 where undefined."""
     return values[:, k].nan_to_num(nan=0.0)
@@ -42,4 +48,5 @@ ACCEPTANCE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "alt": _alt,
     "strict": _strict,
     "norm": _norm,
+    "gap": _gap,
 }

@@ -41,10 +41,11 @@ def search(
         \text{published:}\quad & IMDB \ge IMDB^* \;\wedge\; S \ge S^* \\
         \text{alt:}\quad & \Delta_r < \Delta_r^* \;\wedge\; S \ge S^* \\
         \text{strict:}\quad & IMDB \ge IMDB^* \;\wedge\; S \ge S^* \;\wedge\; IMSG \le IMSG^* \\
-        \text{norm:}\quad & S \ge S^*
+        \text{norm:}\quad & S \ge S^* \\
+        \text{gap:}\quad & \Delta_r \ge \Delta_r^*
 
-    so that ties replace.  Undefined entries count as 0, as published, but for :math:`\Delta_r` in "alt": a layer
-    whose :math:`\Delta_r` is undefined is never replaced there and never replaces (D8).
+    so that ties replace.  Undefined entries count as 0, as published, but for :math:`\Delta_r`: in "alt" a layer
+    whose :math:`\Delta_r` is undefined is never replaced and never replaces (D8), in "gap" any defined one is larger.
 
     Parameters
     ----------
@@ -59,8 +60,9 @@ def search(
         ``batches(i)`` gives the scoring examples of candidate i, or a callable of the round for fresh ones in each,
         see `fsp.pruning.prune`; ``batches(0)`` those of mask 0.  `fsp.search.mini_batches` makes one.  Its examples
         may depend on i alone.  For methods that are random by themselves a plain sequence will do.
-    accept : {"published", "alt", "strict", "norm"}
-        "published" is the default of the published code, "alt" its later option (D29), "strict" an earlier one.
+    accept : {"published", "alt", "strict", "norm", "gap"}
+        "published" is the default of the published code, "alt" its later option (D29), "strict" an earlier one; "gap"
+        is what the ICLR'23 paper warns of: the Ramanujan gap alone.
     density_control : {"exact", "none"}
         See the notes.  "none" is as published: the density drifts (D3).
     generator : torch.Generator on the CPU, optional
