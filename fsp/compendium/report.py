@@ -151,7 +151,7 @@ class RowComparison(NamedTuple):
     differing: dict[str, str]
 
     def __str__(self):
-        rows = f"{self.compared} rows compared, {self.missing} missing, {self.added} not in the committed table"
+        rows = f"{self.compared} of {self.compared + self.missing} committed rows compared, {self.added} rows are new"
         return f"{rows}: {self.differences() or 'same to the printed digits'}"
 
     def differences(self) -> str:
@@ -185,7 +185,7 @@ def compare_rows(
     --------
     >>> old = pd.DataFrame({"key": ["a", "b"], "accuracy": [0.5, 0.75], "train_s": [1.0, 1.0]})
     >>> print(compare_rows(old.assign(accuracy=[0.5, 0.5], train_s=9.0), old))
-    2 rows compared, 0 missing, 0 not in the committed table: `accuracy`: 1 differ, by at most 0.25
+    2 of 2 committed rows compared, 0 rows are new: `accuracy`: 1 differ, by at most 0.25
     """
     ours, committed = (frame.set_index(["key", frame.groupby("key").cumcount()]) for frame in (ours, committed))
     common = committed.index.intersection(ours.index)
@@ -270,7 +270,7 @@ def write(out: Path, outcomes: list[Outcome], *, profile: str, given: dict, reco
         Where the notebooks wrote to.
     outcomes : list of Outcome
         In the order they ran.
-    profile : {"quick", "smoke", "paper"}
+    profile : {"quick", "full", "smoke", "paper"}
     given : dict
         Parameters set on the command line; not the scheduler, which changes no result.
     records_before : int
@@ -288,10 +288,10 @@ def write(out: Path, outcomes: list[Outcome], *, profile: str, given: dict, reco
     """
     finished = [outcome.stem for outcome in outcomes if not outcome.error]
     claims = read_claims(out / "results", finished)
-    if profile == "quick" and not given:
+    if profile in ("quick", "full") and not given:
         differences = {stem: compare_committed(out / "results", stem) for stem in finished}
     else:
-        differences = {"not compared": ["the committed results belong to the quick profile as the notebooks have it"]}
+        differences = {"not compared": ["the committed results belong to the profiles full and quick as they are"]}
     records = [json.loads(path.read_text(encoding="utf-8")) for path in (out / "runs").glob("*.json")]
     gpus = {(record.get("provenance") or {}).get("gpu") for record in records} - {None, ""}
     environment = provenance() | {"gpu": ", ".join(sorted(gpus)) or "none used"}

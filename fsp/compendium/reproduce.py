@@ -102,8 +102,9 @@ def plan(path: Path, profile: str, given: dict, out: Path) -> dict:
     ----------
     path : path
         The notebook.
-    profile : {"quick", "smoke", "paper"}
-        "quick" is the notebook as it stands, the others are ``notebooks/profiles/<profile>/<stem>.yaml``.
+    profile : {"quick", "full", "smoke", "paper"}
+        "full" is the notebook as it stands, the others are ``notebooks/profiles/<profile>/<stem>.yaml``; without such
+        a file "quick" is "full".
     given : dict
         Parameters from the command line; they come after the profile's.
     out : path
@@ -124,8 +125,8 @@ def plan(path: Path, profile: str, given: dict, out: Path) -> dict:
     from fsp.compendium import parameters
 
     chosen = {}
-    if profile != "quick":
-        file = PROFILES / profile / f"{path.stem}.yaml"
+    file = PROFILES / profile / f"{path.stem}.yaml"
+    if profile in ("smoke", "paper") or (profile == "quick" and file.exists()):
         chosen = _yaml(file.read_text(encoding="utf-8"), str(file)) or {}
         if not isinstance(chosen, dict):
             raise ValueError(f"{file} holds no mapping of parameter names to values")
@@ -241,7 +242,12 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     assignment = {"dest": "parameters", "action": "append", "nargs": "+", "default": [], "metavar": ("NAME", "VALUE")}
     where = '"local" for processes on this machine, or the address of a Dask scheduler'
-    add("--profile", choices=["quick", "smoke", "paper"], default="quick", help="size of the runs (default: quick)")
+    add(
+        "--profile",
+        choices=["quick", "full", "smoke", "paper"],
+        default="quick",
+        help="size of the runs (default: quick)",
+    )
     add("--only", nargs="+", metavar="NB", help="numbers or names of notebooks (default: all), such as 03 04")
     add("--out", metavar="DIR", help="output folder (default: reproduced/<profile>-<hash of the code>)")
     add("-p", "--parameter", **assignment, help="of the notebooks, value in YAML: -p seeds '[0, 1]' or -p epochs=5")

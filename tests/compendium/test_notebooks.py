@@ -69,6 +69,11 @@ def profile(name: str, path: Path) -> dict:
     return yaml.safe_load((PROFILES / name / f"{path.stem}.yaml").read_text(encoding="utf-8"))
 
 
+def profiles(path: Path) -> list[str]:
+    """Names of a notebook's profiles; one that is quick as it stands has none of that name."""
+    return ["smoke", "paper", *(["quick"] if (PROFILES / "quick" / f"{path.stem}.yaml").exists() else [])]
+
+
 def committed_state() -> dict[str, str]:
     """Hash of every file that a notebook could change in the repository."""
     folders = [ROOT / "data" / "results", ROOT / "data" / "runs", ROOT / "figures", NOTEBOOKS]
@@ -209,11 +214,11 @@ def test_its_kernel_is_the_one_every_installation_has(path):
 
 
 @each
-@pytest.mark.parametrize("name", ["smoke", "paper"])
-def test_a_profile_sets_parameters_that_the_notebook_has(path, name):
-    values = profile(name, path)
-    assert values
-    assert set(values) <= set(papermill.inspect_notebook(path)) - {"out_dir"}
+def test_a_profile_sets_parameters_that_the_notebook_has(path):
+    for name in profiles(path):
+        values = profile(name, path)
+        assert values
+        assert set(values) <= set(papermill.inspect_notebook(path)) - {"out_dir"}
 
 
 def test_every_profile_belongs_to_a_notebook():
@@ -374,7 +379,7 @@ def test_its_check_finds_its_own_values_and_those_of_its_profiles_right(path, mo
     monkeypatch.setattr(parameters, "check_files", lambda name: None)  # nothing need be downloaded here
     defaults = default_parameters(path)
     assert vars(parameters.check(**defaults)) == defaults
-    for name in ("smoke", "paper"):
+    for name in profiles(path):
         values = defaults | profile(name, path)
         if "device" in values:
             values["device"] = "cpu"  # there need not be a GPU here

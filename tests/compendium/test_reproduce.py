@@ -175,6 +175,13 @@ def test_parameters_come_from_the_profile_then_from_the_command_line(root, tmp_p
     source, address = root / "notebooks" / "01_good.ipynb", "tcp://10.0.0.1:8786"
     chosen = reproduce.plan(source, "smoke", {"lr": 0.25, "scheduler": address}, tmp_path)
     assert chosen == {"epochs": 1, "lr": 0.25, "scheduler": address, "out_dir": str(tmp_path)}
+    defaults = reproduce.plan(source, "full", {}, tmp_path)
+    assert defaults == reproduce.plan(source, "quick", {}, tmp_path) == {"out_dir": str(tmp_path)}
+    quick = root / "notebooks" / "profiles" / "quick" / "01_good.yaml"
+    quick.parent.mkdir()
+    quick.write_text("epochs: 2\n")
+    assert reproduce.plan(source, "full", {}, tmp_path) == defaults
+    assert reproduce.plan(source, "quick", {}, tmp_path) == defaults | {"epochs": 2}
     for wrong, message in [("epoch: 1", "no parameter 'epoch'"), ("- 1", "no mapping")]:
         profile.write_text(wrong)
         with pytest.raises(ValueError, match=message):
@@ -223,7 +230,7 @@ def test_a_run_reports_claims_differences_and_the_notebook_that_failed(root, tmp
     assert str(out / "notebooks" / "00_bad.ipynb") in text
     assert "| 01_good | finished |" in text
     assert r"| Rate \| is high | P 4.2 | 0.5 [0.4, 0.6] | 4 | > 0.3 |" in text
-    assert "2 rows compared, 1 missing, 0 not in the committed table: `accuracy`: 1 differ, by at most 0.25" in text
+    assert "2 of 3 committed rows compared, 0 rows are new: `accuracy`: 1 differ, by at most 0.25" in text
     assert "verdict 'yes', committed 'no'" in text
     assert "bound '> 0.3', committed '> 0.8'" in text.replace("&gt;", ">")
     assert "measured 0.5, committed 0.7 [0.65, 0.75]" in text
@@ -416,7 +423,7 @@ def test_ctrl_c_stops_everything_and_the_same_command_continues(root, tmp_path):
     assert again.returncode == 0, again.stderr
     assert all(path.stat().st_mtime_ns == written for path, written in kept.items())
     assert f"reused where they fit: {len(kept)}." in (out / "report.md").read_text()
-    assert "belong to the quick profile" in again.stdout
+    assert "belong to the profiles full and quick" in again.stdout
 
 
 def running_kernels() -> set[int]:
