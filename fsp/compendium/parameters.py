@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from fsp.data import DATASETS, check_files, is_count
-from fsp.models import INITS, MODELS
+from fsp.models import INITS, MODELS, WITH_MASKS
 from fsp.paths import outputs
 from fsp.pruning import METHODS
 from fsp.runs.cluster import SCHEDULERS, connect, is_scheduler
@@ -191,7 +191,7 @@ RULES: dict[str, Rule] = {
     "model": _one_of(MODELS),
     "model_options": ((lambda value: isinstance(value, dict)), "a dict of options of the model, such as {}"),
     "networks": _some_of(MODELS),
-    "init": _one_of(INITS),
+    "init": _one_of([name for name in INITS if name not in WITH_MASKS]),
     "methods": _some_of(METHODS),
     "searched": _some_of(SEARCHED),
     "dynamics": _some_of(PRESETS),

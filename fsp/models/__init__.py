@@ -3,7 +3,8 @@
 `MODELS` maps a name to its builder, `build` makes one with seeded weights, `initialise_` draws the weights of any
 network anew. Modules are registered in the order in which a forward pass calls them and carry readable names
 (``stem.conv``, ``blocks.3.conv1``, ``classifier``): parameter names are the keys of masks and the labels of axes.
-Every ReLU is a module of its own, so a method may replace one.
+Every ReLU is a module of its own, so a method may replace one. On an image one pixel high (a signal) every convolution
+has a kernel one pixel high, and likewise for the width.
 """
 
 import inspect
@@ -14,7 +15,9 @@ import torch
 from torch import nn
 
 from fsp.checks import check_choice, check_count, check_options, check_shape, given_or_seed_0
-from fsp.models.initialisers import INITS, initialise_
+from fsp.models.cnn import cnn
+from fsp.models.initialisers import INITS, WITH_MASKS, initialise_
+from fsp.models.lenet import lenet
 from fsp.models.mlp import lenet300, mlp
 from fsp.models.resnet import cifar_resnet, resnet
 from fsp.models.vgg import vgg
@@ -23,6 +26,8 @@ from fsp.models.vgg import vgg
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "mlp": mlp,
     "lenet300": lenet300,
+    "cnn": cnn,
+    **{f"lenet_{size}": partial(lenet, size) for size in ("s", "m", "l")},
     **{f"resnet{depth}": partial(cifar_resnet, depth) for depth in (8, 20, 32, 56, 110)},
     **{f"resnet{depth}": partial(resnet, depth) for depth in (18, 34)},
     **{f"vgg{depth}": partial(vgg, depth) for depth in (11, 16, 19)},
@@ -51,15 +56,16 @@ def build(
     classes : int, >= 2
         Number of outputs (logits).
     init : str
-        A key of `INITS`; see `initialise_`.
+        A key of `INITS`, but not "density_scaled", which needs masks; see `initialise_`.
     bn_gamma : {"default", "uniform"}
         Start of the batch-norm scale; see `initialise_`.
     generator : torch.Generator, optional
         On the CPU; it is advanced. Without it a fresh one with seed 0 is used, so every such call gives the same
         weights. The global random state is neither read nor changed.
     **options
-        Of the builder: ``hidden`` and ``norm`` (`mlp`), ``width``, ``shortcut`` and ``skip`` (`cifar_resnet` and
-        `resnet`), ``stem`` (`resnet`), ``conv_bias`` and ``head`` (`vgg`).
+        Of the builder: ``hidden`` and ``norm`` (`mlp`), ``widths``, ``kernel``, ``strides`` and ``norm`` (`cnn`),
+        ``norm`` (`lenet`), ``width``, ``shortcut`` and ``skip`` (`cifar_resnet` and `resnet`), ``stem`` (`resnet`),
+        ``conv_bias`` and ``head`` (`vgg`).
 
     Returns
     -------
@@ -70,8 +76,8 @@ def build(
     Raises
     ------
     ValueError
-        Unknown `name`, `init` or `bn_gamma`; `shape`, `classes` or an option's value out of range; `generator` is
-        not a CPU generator.
+        Unknown `name`, `init` or `bn_gamma`; an `init` that needs masks; `shape`, `classes` or an option's value out
+        of range; `generator` is not a CPU generator.
     TypeError
         An option the builder does not have.
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fsp.checks import check_choice, check_count
+from fsp.models.axes import half, per_axis
 
 RESNET_STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
 
@@ -28,17 +29,18 @@ class PadShortcut(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two 3×3 convolutions with batch norm, the shortcut added before the last ReLU.
+    """Two convolutions with batch norm, the shortcut added before the last ReLU.
 
     Without `skip` there is no shortcut, no addition and no last ReLU: the block is a plain stack.
     """
 
-    def __init__(self, inputs: int, outputs: int, stride: int, shortcut: str, skip: bool):
+    def __init__(self, inputs: int, outputs: int, kernel: tuple[int, int], stride: int, shortcut: str, skip: bool):
         super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+        padding = half(kernel)
+        self.conv1 = nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=padding, bias=False)
         self.norm1 = nn.BatchNorm2d(outputs)
         self.relu1 = nn.ReLU()
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(outputs, outputs, kernel, padding=padding, bias=False)
         self.norm2 = nn.BatchNorm2d(outputs)
         self.skip = skip
         if skip:
@@ -62,13 +64,14 @@ def _shortcut(inputs: int, outputs: int, stride: int, option: str) -> nn.Module:
     return nn.Sequential(OrderedDict(conv=conv, norm=nn.BatchNorm2d(outputs)))
 
 
-def _stem(inputs: int, width: int, kernel: str) -> nn.Sequential:
+def _stem(shape: tuple[int, int, int], width: int, stem: str) -> nn.Sequential:
     """The layers before the first block: 3×3 of stride 1, or 7×7 of stride 2 and a pool as for ImageNet."""
-    size, stride, padding = (3, 1, 1) if kernel == "3x3" else (7, 2, 3)
-    conv = nn.Conv2d(inputs, width, size, stride=stride, padding=padding, bias=False)
+    size, stride = (3, 1) if stem == "3x3" else (7, 2)
+    kernel, window = per_axis(shape, size), per_axis(shape, 3)
+    conv = nn.Conv2d(shape[0], width, kernel, stride=stride, padding=half(kernel), bias=False)
     layers = OrderedDict(conv=conv, norm=nn.BatchNorm2d(width), relu=nn.ReLU())
-    if kernel == "7x7":
-        layers["pool"] = nn.MaxPool2d(3, stride=2, padding=1)
+    if stem == "7x7":
+        layers["pool"] = nn.MaxPool2d(window, stride=2, padding=half(window))
     return nn.Sequential(layers)
 
 
@@ -86,12 +89,13 @@ def _residual(
     check_choice("shortcut", shortcut, ("A", "B"))
     check_choice("skip", skip, (True, False))
     check_choice("stem", stem, ("3x3", "7x7"))
-    first, blocks, inputs = _stem(shape[0], width, stem), [], width  # made in the order of the forward pass
+    kernel = per_axis(shape, 3)  # a stride has nothing to skip along an axis of one pixel
+    first, blocks, inputs = _stem(shape, width, stem), [], width  # made in the order of the forward pass
     for stage, count in enumerate(stages):
         outputs = width * 2**stage
         for i in range(count):
             stride = 2 if stage > 0 and i == 0 else 1
-            blocks.append(BasicBlock(inputs, outputs, stride, shortcut, skip))
+            blocks.append(BasicBlock(inputs, outputs, kernel, stride, shortcut, skip))
             inputs = outputs
     return nn.Sequential(
         OrderedDict(
@@ -114,7 +118,8 @@ def cifar_resnet(
     depth : int
         8, 14, 20, 26, 32 ...; counts the stem, the 6n convolutions of the blocks and the classifier.
     shape : (channels, height, width)
-        Of one input. Any height and width: stages two and three halve the map, a global average ends it.
+        Of one input. Any height and width: stages two and three halve the map, a global average ends it. Along an axis
+        of one pixel the kernels have one pixel.
     classes : int
         Number of outputs (logits).
     width : int, >= 1
@@ -162,7 +167,8 @@ def resnet(
     ----------
     depth : {18, 34}
     shape : (channels, height, width)
-        Of one input. Any height and width: stages two to four halve the map, a global average ends it.
+        Of one input. Any height and width: stages two to four halve the map, a global average ends it. Along an axis
+        of one pixel the kernels have one pixel.
     classes : int
         Number of outputs (logits).
     width : int, >= 1

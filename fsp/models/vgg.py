@@ -1,10 +1,12 @@
 """VGG with batch norm: ``conv1``, ``conv2`` ..., ``classifier``; the longer heads add ``linear1`` and ``linear2``."""
 
+import math
 from collections import OrderedDict
 
 from torch import nn
 
 from fsp.checks import check_choice
+from fsp.models.axes import half, per_axis
 
 # Channels of the convolutions, one tuple a group; a pool ends each group.
 VGG_PLANS = {
@@ -52,7 +54,8 @@ def vgg(
     The first four pools take the maximum over 2×2, the last averages what is left: 2×2 on a 32×32 input, as
     in the references, 4×4 on 64×64; before the longer heads it takes the maximum like the others. On smaller inputs
     a side that has already shrunk to one pixel is not pooled again, so an 8×8 input passes 4×4, 2×2, 1×1 and the
-    fourth pool drops out. Weights do not depend on the input's height and width.
+    fourth pool drops out. Weights do not depend on the input's height and width, except that an axis of one pixel is
+    left alone: kernels have one pixel along it, and the map is not spread along it.
 
     Dropout draws from torch's global generator, so a training with the head "4096" is repeatable only where that is
     seeded.
@@ -67,12 +70,13 @@ def vgg(
     check_choice("conv_bias", conv_bias, (True, False))
     check_choice("head", head, ("linear", "512", "4096"))
     inputs, *size = shape
+    kernel = per_axis(shape, 3)
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     i = 0
     for group, plan in enumerate(VGG_PLANS[depth], start=1):
         for outputs in plan:
             i += 1
-            layers[f"conv{i}"] = nn.Conv2d(inputs, outputs, 3, padding=1, bias=conv_bias)
+            layers[f"conv{i}"] = nn.Conv2d(inputs, outputs, kernel, padding=half(kernel), bias=conv_bias)
             layers[f"norm{i}"] = nn.BatchNorm2d(outputs)
             layers[f"relu{i}"] = nn.ReLU()
             inputs = outputs
@@ -83,9 +87,9 @@ def vgg(
             layers[f"pool{group}"] = nn.MaxPool2d(window)
             size = [side // step for side, step in zip(size, window, strict=True)]
     if head != "linear":
-        side = 7 if head == "4096" else 1
-        layers["spread"] = nn.AdaptiveAvgPool2d(side)
-        inputs *= side**2
+        spread = per_axis(shape, 7 if head == "4096" else 1)
+        layers["spread"] = nn.AdaptiveAvgPool2d(spread)
+        inputs *= math.prod(spread)
     layers["flatten"] = nn.Flatten()
     for j in (1, 2) if head != "linear" else ():
         layers[f"linear{j}"] = nn.Linear(inputs, int(head))

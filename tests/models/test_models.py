@@ -8,12 +8,13 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torchvision.models.vgg import cfgs, make_layers
 
-from fsp.models import INITS, MODELS, build, initialise_
+from fsp.models import INITS, MODELS, WITH_MASKS, build, initialise_
 from fsp.models.resnet import PadShortcut
 
 COLOUR = (3, 32, 32)
 DIGITS = (1, 8, 8)
 MNIST = (1, 28, 28)
+SIGNAL = (1, 1, 40)
 
 # model, options, input, prunable tensors, {classes: (total, prunable)}
 COUNTS = [
@@ -35,6 +36,9 @@ COUNTS = [
     ("vgg16", {"head": "512"}, COLOUR, 16, {10: (15_255_626, 15_239_872), 100: (15_301_796, 15_285_952)}),
     ("vgg16", {"head": "4096"}, COLOUR, 16, {10: (134_309_962, 134_289_088), 100: (134_678_692, 134_657_728)}),
     ("lenet300", {}, MNIST, 3, {10: (266_610, 266_200)}),
+    ("lenet_s", {}, COLOUR, 5, {10: (253_290, 252_848)}),
+    ("lenet_m", {}, COLOUR, 5, {10: (1_007_306, 1_006_432)}),
+    ("lenet_l", {}, COLOUR, 5, {10: (4_017_546, 4_015_808)}),
     ("mlp", {"hidden": (100,) * 5}, MNIST, 6, {10: (119_910, 119_400)}),
     ("mlp", {"hidden": (1024, 512)}, COLOUR, 3, {10: (3_676_682, 3_675_136)}),
 ]
@@ -77,11 +81,80 @@ def test_parameter_counts_are_those_of_the_literature(name, options, shape, tens
     assert len(weights) == tensors
 
 
-def test_counts_do_not_depend_on_height_and_width_except_in_an_mlp():
+def test_counts_do_not_depend_on_height_and_width_where_a_global_average_ends_the_convolutions():
     for name in MODELS:
-        small = sum(p.numel() for p in on_meta(name, (3, 8, 8), 10).parameters())
+        small = sum(p.numel() for p in on_meta(name, (3, 16, 16), 10).parameters())
         large = sum(p.numel() for p in on_meta(name, (3, 64, 64), 10).parameters())
-        assert (small == large) == (name not in ("mlp", "lenet300"))
+        assert (small == large) == (not name.startswith(("mlp", "lenet")))
+
+
+# model, options: one or more of each convolutional family
+CONVOLUTIONAL = [
+    ("cnn", {}),
+    ("cnn", {"widths": (4, 6), "kernel": 7, "strides": (3, 1), "norm": False}),
+    ("lenet_s", {}),
+    ("lenet_s", {"norm": True}),
+    ("resnet8", {}),
+    ("resnet8", {"shortcut": "A"}),
+    ("resnet20", {"skip": False}),
+    ("resnet18", {"width": 8, "stem": "7x7"}),
+    ("vgg11", {}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), CONVOLUTIONAL)
+def test_on_images_one_pixel_high_or_wide_every_weight_acts_on_the_output(name, options):
+    for shape in (SIGNAL, (2, 40, 1)):
+        model = build(name, shape, 10, **options).double().eval()
+        for weight in prunable(model):
+            weight.data.abs_()  # nothing cancels and every ReLU passes: a zero gradient is a weight without effect
+        model(torch.ones(1, *shape, dtype=torch.float64)).sum().backward()
+        assert all((weight.grad > 0).all() for weight in prunable(model))
+
+
+@pytest.mark.parametrize("name", ["cnn", "lenet_s", "lenet_l", "resnet20", "resnet110", "resnet34", "vgg11", "vgg19"])
+def test_on_a_signal_a_kernel_has_the_length_of_the_square_ones_side(name):
+    squares, rows = (
+        [m for m in on_meta(name, shape, 10).modules() if isinstance(m, nn.Conv2d)] for shape in (MNIST, SIGNAL)
+    )
+    for square, row in zip(squares, rows, strict=True):
+        side = square.kernel_size[0]
+        assert (square.kernel_size, row.kernel_size) == ((side, side), (1, side))
+        assert (square.padding, row.padding) == ((square.padding[0],) * 2, (0, square.padding[0]))
+        assert square.stride[1] == row.stride[1]
+
+
+def test_the_large_head_of_a_vgg_spreads_a_signal_along_its_length_only():
+    square, row = (on_meta("vgg11", shape, 10, head="4096") for shape in (MNIST, SIGNAL))
+    assert (square.linear1.in_features, row.linear1.in_features) == (512 * 49, 512 * 7)
+
+
+def test_the_plain_network_computes_what_torch_computes_on_signals_in_one_dimension():
+    model = build("cnn", SIGNAL, 10, bn_gamma="uniform")
+    x = torch.randn(4, *SIGNAL, generator=seeded(2))
+    hidden = x.squeeze(2)
+    for i, stride in enumerate((1, 2, 2, 2), start=1):
+        weight, norm = getattr(model, f"conv{i}").weight.squeeze(2), getattr(model, f"norm{i}")
+        hidden = nn.functional.conv1d(hidden, weight, stride=stride, padding=2)
+        hidden = nn.functional.batch_norm(hidden, None, None, norm.weight, norm.bias, training=True).clamp(min=0)
+    assert hidden.shape == (4, 32, 5)
+    torch.testing.assert_close(model(x), model.classifier(hidden.mean(2)))
+
+
+def test_widths_kernel_strides_and_norm_shape_the_plain_network():
+    model = on_meta("cnn", COLOUR, 7, widths=[4, 6], kernel=3, strides=[2, 3], norm=False)
+    assert {name: tuple(p.shape) for name, p in model.named_parameters()} == {
+        "conv1.weight": (4, 3, 3, 3),
+        "conv1.bias": (4,),
+        "conv2.weight": (6, 4, 3, 3),
+        "conv2.bias": (6,),
+        "classifier.weight": (7, 6),
+        "classifier.bias": (7,),
+    }
+    assert model[:-3](torch.empty(1, *COLOUR, device="meta")).shape == (1, 6, 6, 6)  # 32, 16, 6
+    assert [m.stride[0] for m in on_meta("cnn", COLOUR, 7, widths=(1,) * 3).modules() if hasattr(m, "kernel_size")] == [
+        *(1, 2, 2)
+    ]
 
 
 def test_resnet8_has_one_block_a_stage_and_width_multiplies_its_channels():
@@ -96,7 +169,7 @@ def test_resnet8_has_one_block_a_stage_and_width_multiplies_its_channels():
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        *[(name, {}) for name in MODELS],
+        *[(name, {}) for name in MODELS if not name.startswith("lenet_")],
         ("resnet8", {"skip": False}),
         ("resnet18", {"stem": "7x7", "skip": False}),
         ("vgg16", {"head": "512"}),
@@ -108,7 +181,12 @@ def test_every_model_maps_a_batch_to_logits_whatever_the_size_of_the_image(name,
     assert logits.shape == (4, 7)
 
 
-@pytest.mark.parametrize("name", ["mlp", "lenet300", "resnet8", "resnet20", "vgg11"])
+@pytest.mark.parametrize("shape", [MNIST, COLOUR, SIGNAL, (1, 16, 16), (3, 64, 17), (1, 1, 1)])
+def test_a_lenet_maps_a_batch_to_logits_if_the_image_has_16_pixels_a_side(shape):
+    assert on_meta("lenet_s", shape, 7, norm=True)(torch.empty(4, *shape, device="meta")).shape == (4, 7)
+
+
+@pytest.mark.parametrize("name", ["mlp", "lenet300", "cnn", "resnet8", "resnet20", "vgg11"])
 def test_a_built_model_trains_on_digits_sized_images(name):
     model = build(name, DIGITS, 10)
     logits = model(torch.randn(4, *DIGITS, generator=seeded(1)))
@@ -123,6 +201,8 @@ def test_a_built_model_trains_on_digits_sized_images(name):
     [
         *[(name, {}) for name in MODELS],
         ("mlp", {"norm": True}),
+        ("cnn", {"norm": False}),
+        ("lenet_m", {"norm": True}),
         ("resnet20", {"shortcut": "A"}),
         ("resnet20", {"skip": False}),
         ("resnet18", {"stem": "7x7"}),
@@ -149,6 +229,9 @@ VGG11 = [f"{layer}{i}" for i in range(1, 9) for layer in ("conv", "norm")]
     ("name", "options", "expected"),
     [
         ("mlp", {"norm": True}, ["linear1", "norm1", "linear2", "norm2", "classifier"]),
+        ("cnn", {}, [*VGG11[:8], "classifier"]),
+        ("lenet_s", {}, ["conv1", "conv2", "linear1", "linear2", "classifier"]),
+        ("lenet_s", {"norm": True}, [*VGG11[:4], "linear1", "norm3", "linear2", "norm4", "classifier"]),
         (
             "resnet8",
             {},
@@ -162,7 +245,7 @@ VGG11 = [f"{layer}{i}" for i in range(1, 9) for layer in ("conv", "norm")]
     ],
 )
 def test_parameter_names_are_readable(name, options, expected):
-    model = on_meta(name, DIGITS, 10, **options)
+    model = on_meta(name, COLOUR, 10, **options)
     owners = dict.fromkeys(key.rpartition(".")[0] for key, _ in model.named_parameters())
     assert list(owners) == expected
 
@@ -300,6 +383,68 @@ STDS = [
 ]
 
 
+# a network, and masks of it with the densities 1/16, 0 and, of the layer that has none, 1
+def pruned():
+    model = nn.ModuleDict({"conv": nn.Conv2d(64, 128, 3), "dense": nn.Linear(600, 900), "empty": nn.Linear(5, 4)})
+    return model, {
+        "conv.weight": torch.arange(128 * 576).remainder(16).eq(3).view(128, 64, 3, 3),
+        "empty.weight": torch.zeros(4, 5, dtype=torch.bool),
+    }
+
+
+def test_density_scaled_weights_have_the_gain_of_dense_ones_over_the_weights_that_are_kept():
+    model, masks = pruned()
+    initialise_(model, "density_scaled", generator=seeded(7), masks=masks)
+    assert model.conv.weight.std().item() == pytest.approx(math.sqrt(2 / (576 / 16)), rel=0.015)
+    assert model.dense.weight.std().item() == pytest.approx(math.sqrt(2 / 600), rel=0.015)
+    assert model.empty.weight.isfinite().all()
+    assert not model.conv.bias.any()
+
+
+def test_density_scaled_draws_the_dense_networks_numbers_each_divided_by_the_root_of_the_density():
+    (scaled, masks), (plain, _) = pruned(), pruned()
+    initialise_(scaled, "density_scaled", generator=seeded(3), masks=masks)
+    initialise_(plain, generator=seeded(3))
+    for key, factor in (("conv", 4), ("dense", 1), ("empty", 1)):
+        assert torch.equal(scaled[key].weight, factor * plain[key].weight)
+
+
+def test_a_bare_lenet_under_a_sparse_random_mask_keeps_its_signal_only_if_the_weights_are_scaled():
+    model = build("lenet_s", MNIST, 10)
+    x = torch.randn(64, *MNIST, generator=seeded(1))
+    dense = model(x).std()
+    masks = {n: torch.rand(p.shape, generator=seeded(2)) < 0.05 for n, p in model.named_parameters() if p.ndim > 1}
+    signal = {}
+    for name, options in (("kaiming_normal_fan_in", {}), ("density_scaled", {"masks": masks})):
+        initialise_(model, name, generator=seeded(0), **options)
+        for key, mask in masks.items():
+            model.get_parameter(key).data *= mask
+        signal[name] = (model(x).std() / dense).item()
+    assert signal["kaiming_normal_fan_in"] < 0.01
+    assert 0.2 < signal["density_scaled"] < 5
+
+
+@pytest.mark.parametrize(
+    ("name", "masks", "message"),
+    [
+        ("density_scaled", None, r"'density_scaled' needs the masks of a pruned network: .*prune it"),
+        ("lecun", {}, "masks were given, but init='lecun' does not depend on them"),
+        ("density_scaled", {"dense": torch.ones(900, 600).bool()}, "'dense' is torch.bool .* no weight of a layer"),
+        ("density_scaled", {"dense.bias": torch.ones(900).bool()}, "'dense.bias' is .* no weight of a layer"),
+        ("density_scaled", {"dense.weight": torch.ones(900, 600)}, "'dense.weight' is torch.float32"),
+        ("density_scaled", {"dense.weight": torch.ones(600, 900).bool()}, r"shape \(600, 900\).*shape \(900, 600\)"),
+        ("density_scaled", {"dense.weight": [True]}, "the mask 'dense.weight' is a builtins.list"),
+    ],
+)
+def test_masks_that_do_not_fit_are_refused_before_anything_is_drawn(name, masks, message):
+    model, generator = pruned()[0], seeded(0)
+    before = bits(model)
+    with pytest.raises(ValueError, match=message):
+        initialise_(model, name, generator=generator, masks=masks)
+    assert equal(bits(model), before)
+    assert torch.equal(generator.get_state(), seeded(0).get_state())
+
+
 @pytest.mark.parametrize(("name", "linear", "conv", "law"), STDS)
 def test_weights_follow_the_documented_law(name, linear, conv, law):
     model = nn.ModuleList([nn.Linear(600, 900), nn.Conv2d(64, 128, 3)])
@@ -344,7 +489,7 @@ def test_norms_start_at_scale_one_except_the_two_dimensional_batch_norm_of_fsp20
     model = norms()
     for tensor in model.state_dict().values():
         tensor.fill_(3)
-    initialise_(model, name, generator=seeded(0))
+    initialise_(model, name, generator=seeded(0), masks={} if name in WITH_MASKS else None)
     for key, module in model.items():
         assert (module.weight == (0.5 if name == "fsp2023" and key == "bn2" else 1)).all()
     for key, tensor in model.state_dict().items():
@@ -423,7 +568,9 @@ def test_a_model_that_cannot_be_seeded_in_full_is_refused_and_left_alone(make, e
     assert equal(bits(model[0]), before)
 
 
-mlp, resnet8, resnet18, vgg11 = (partial(build, name, DIGITS, 10) for name in ("mlp", "resnet8", "resnet18", "vgg11"))
+mlp, cnn, resnet8, resnet18, vgg11 = (
+    partial(build, name, DIGITS, 10) for name in ("mlp", "cnn", "resnet8", "resnet18", "vgg11")
+)
 
 
 @pytest.mark.parametrize(
@@ -434,6 +581,7 @@ mlp, resnet8, resnet18, vgg11 = (partial(build, name, DIGITS, 10) for name in ("
         (partial(mlp, width=3), TypeError, "mlp has no option width; it takes hidden, norm"),
         (partial(resnet8, stem="7x7"), TypeError, "no option stem; it takes width, shortcut, skip"),
         (partial(mlp, init="he"), ValueError, "init='he': expected one of .*'lecun', 'fsp2023'"),
+        (partial(mlp, init="density_scaled"), ValueError, "init='density_scaled' needs .*: build it with another init"),
         (partial(mlp, bn_gamma=0.5), ValueError, "bn_gamma=0.5: expected one of 'default', 'uniform'"),
         (partial(mlp, generator=3), ValueError, "generator=3: expected a torch.Generator on the CPU"),
         (partial(build, "mlp", (8, 8), 10), ValueError, r"shape=\(8, 8\): expected \(channels, height, width\)"),
@@ -447,6 +595,15 @@ mlp, resnet8, resnet18, vgg11 = (partial(build, name, DIGITS, 10) for name in ("
         (partial(resnet18, stem=7), ValueError, "stem=7"),
         (partial(vgg11, head=4096), ValueError, "head=4096: expected one of 'linear', '512', '4096'"),
         (partial(vgg11, conv_bias=None), ValueError, "conv_bias=None"),
+        (partial(cnn, widths=()), ValueError, r"widths=\(\): expected a sequence of positive integers"),
+        (partial(cnn, widths=(32, 0)), ValueError, "widths="),
+        (partial(cnn, kernel=4), ValueError, "kernel=4: expected an odd integer"),
+        (partial(cnn, strides=(1, 2)), ValueError, r"strides=\(1, 2\): expected 4 positive integers"),
+        (partial(cnn, strides=(1, 2, 2, 0)), ValueError, "strides="),
+        (partial(cnn, norm=0), ValueError, "norm=0: expected one of True, False"),
+        (partial(build, "lenet_s", MNIST, 10, norm="yes"), ValueError, "norm='yes'"),
+        (partial(build, "lenet_s", (1, 15, 28), 10), ValueError, "at least 16 pixels, or of exactly 1"),
+        (partial(MODELS["lenet_s"].func, "xl", COLOUR, 10), ValueError, "size='xl': expected one of 's', 'm', 'l'"),
         (partial(MODELS["resnet20"].func, 21, COLOUR, 10), ValueError, "depth=21: expected 6n . 2"),
         (partial(MODELS["resnet18"].func, 50, COLOUR, 10), ValueError, "depth=50: expected one of 18, 34"),
         (partial(MODELS["vgg11"].func, 13, COLOUR, 10), ValueError, "depth=13: expected one of 11, 16, 19"),
