@@ -4,13 +4,18 @@ A claim is a sentence, an estimate with its interval, and the bound that the sen
 verdict: `claim` computes it, and `contradictions` computes it again from a table.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 
-from fsp.compendium.stats import Estimate
+from fsp.checks import check_choice
+from fsp.compendium.stats import Estimate, p_value
+from fsp.paths import ROOT
 
 WHO = ("claim", "kind", "paper", "section")
 MEASURED = ("measured", "low", "high", "n")
@@ -83,6 +88,76 @@ def claim(
     holds = verdict(estimate, bound)
     entries = (text, kind, paper, section, *estimate, bound, published, holds, note)
     return dict(zip(CLAIM_COLUMNS, entries, strict=True))
+
+
+class Primary(NamedTuple):
+    """A primary claim as ``docs/claims.md`` states it; every entry is text."""
+
+    claim: str
+    paper: str
+    sentence: str
+    measured: str
+    testbed: str
+    bound: str
+    overturned: str
+
+
+@functools.cache
+def primaries(page: Path = ROOT / "docs" / "claims.md") -> dict[str, Primary]:
+    """Primary claims by their number, "P1" and so on, in the order of the page.
+
+    Raises
+    ------
+    ValueError
+        If an entry lacks a line, or its bound cannot be read.
+    """
+    found = {}
+    for part in page.read_text(encoding="utf-8").split("\n## ")[1:]:
+        heading, _, rest = part.partition("\n")
+        entries = {}
+        for item in rest.split("\n* **")[1:]:
+            name, _, text = item.partition(":** ")
+            entries[name.split()[0].lower()] = " ".join(text.split()).strip("`")
+        try:
+            found[heading.split(".")[0]] = Primary(claim=heading, **entries)
+        except TypeError as error:
+            raise ValueError(f"{page}, {heading!r}: expected the lines {', '.join(Primary._fields[1:])}") from error
+        _limits(entries["bound"])
+    return found
+
+
+def primary(number: str, estimate: Estimate, *, published: str = "", note: str = "") -> dict:
+    """The row of a primary claim: sentence, paper and bound are those of ``docs/claims.md``.
+
+    Parameters
+    ----------
+    number : str
+        Such as "P6".
+    estimate : Estimate
+    published, note : str
+        As for `claim`.
+
+    Returns
+    -------
+    dict
+        With the entries `CLAIM_COLUMNS`.
+
+    Raises
+    ------
+    ValueError
+        If the page has no such number.
+    """
+    check_choice("primary claim", number, primaries())
+    stated = primaries()[number]
+    holds = verdict(estimate, stated.bound)
+    entries = (stated.claim, "primary", stated.paper, "abstract", *estimate, stated.bound, published, holds, note)
+    return dict(zip(CLAIM_COLUMNS, entries, strict=True))
+
+
+def p_value_of(row: dict) -> float:
+    """Two-sided p-value of a claim's row: of its bound, of two the one that the estimate is nearer to."""
+    estimate = Estimate(*(row[name] for name in MEASURED))
+    return max(p_value(estimate, limit) for limit in _limits(row["bound"]) if math.isfinite(limit))
 
 
 def verdict(estimate: Estimate, bound: str) -> str:

@@ -6,7 +6,16 @@ import pandas as pd
 import pytest
 
 from fsp.compendium import report
-from fsp.compendium.claims import CLAIM_COLUMNS, LEAST, claim, contradictions, verdict
+from fsp.compendium.claims import (
+    CLAIM_COLUMNS,
+    LEAST,
+    claim,
+    contradictions,
+    p_value_of,
+    primaries,
+    primary,
+    verdict,
+)
 from fsp.compendium.stats import Estimate
 from fsp.paths import DATA
 
@@ -174,3 +183,37 @@ def test_a_verdict_that_its_row_does_not_give_is_named():
     assert wrong[1] == "verdict 'yes' is written, 'not decided' follows from its numbers: B"
     assert wrong[2].startswith("bound 'above half': expected")
     assert len(wrong) == 3
+
+
+# --- primary claims
+
+
+def test_a_primary_claim_has_the_sentence_and_the_bound_of_the_page():
+    row = primary("P6", between(0.1, 0.3), note="here")
+    stated = primaries()["P6"]
+    assert (row["claim"], row["bound"], row["kind"], row["holds"]) == (stated.claim, "> 0", "primary", "yes")
+    assert contradictions(pd.DataFrame([row])) == []
+    with pytest.raises(ValueError, match="'P0'"):
+        primary("P0", between(0.1, 0.3))
+
+
+def test_every_entry_of_the_page_is_whole_and_an_incomplete_one_is_named(tmp_path):
+    assert [entry.claim.split(".")[0] for entry in primaries().values()] == list(primaries())
+    page = tmp_path / "claims.md"
+    page.write_text("# Claims\n\n## P1. It is so\n\n* **Paper:** A\n* **Bound:** `> 0`\n")
+    with pytest.raises(ValueError, match="'P1. It is so': expected the lines paper, sentence"):
+        primaries(page)
+
+
+def test_primary_claims_of_notebooks_are_those_of_the_page():
+    written = report.read_claims(DATA / "results", COMMITTED)
+    written = written[written.kind == "primary"]
+    stated = {entry.claim: entry.bound for entry in primaries().values()}
+    assert written.claim.is_unique
+    assert dict(zip(written.claim, written.bound, strict=True)).items() <= stated.items()
+
+
+def test_the_p_value_of_a_claim_is_that_of_the_nearer_bound():
+    row = primary("P10", Estimate(0.01, -0.005, 0.025, 30))
+    assert 0.05 < p_value_of(row) == p_value_of(row | {"bound": "> 0.02"}) < 0.5
+    assert math.isnan(p_value_of(row | {"low": NAN}))
