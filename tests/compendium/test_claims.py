@@ -201,7 +201,7 @@ def test_every_entry_of_the_page_is_whole_and_an_incomplete_one_is_named(tmp_pat
     assert [entry.claim.split(".")[0] for entry in primaries().values()] == list(primaries())
     page = tmp_path / "claims.md"
     page.write_text("# Claims\n\n## P1. It is so\n\n* **Paper:** A\n* **Bound:** `> 0`\n")
-    with pytest.raises(ValueError, match="'P1. It is so': expected the lines paper, sentence"):
+    with pytest.raises(ValueError, match=r"'P1\. It is so': expected the lines paper, sentence"):
         primaries(page)
 
 
