@@ -5,6 +5,7 @@ All draws but those of the training come from one generator, in this order: init
 """
 
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -147,7 +148,7 @@ def sweep(
 
     Rows of the committed table, or of the one below ``out_dir``, are taken as they are. A committed file is never
     written, except for ``make refresh``: see `fsp.paths.outputs`. One printed line says where the results go, and
-    whether these are the runs that the text of the notebook describes.
+    whether these are the runs that the text of the notebook describes; another one how many rows other code made.
 
     Parameters
     ----------
@@ -179,7 +180,10 @@ def sweep(
     scheduler = None if here else given.scheduler
     options = {"store": place.runs, "table": known, "recompute": given.recompute, "scheduler": scheduler}
     try:
-        table = runs.sweep(function, configs, **options)
+        with warnings.catch_warnings():
+            # told below: Python shows a warning with the folder of this file, which no committed notebook may name
+            warnings.filterwarnings("ignore", "[0-9]+ of [0-9]+ runs were reused that other code made")
+            table = runs.sweep(function, configs, **options)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("stopped: finished runs are kept, and this cell goes on from there") from None
     _check_finished(table, place.runs)
@@ -187,6 +191,8 @@ def sweep(
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(known, path)  # the table as a refresh would make it
     tables.update(table, path)
+    if stale := len(table.attrs["stale"]):
+        print(f"{stale} of {len(configs)} runs were made by code that has been edited since; recompute=True redoes all")
     if not renewing():
         print(_where(place.results.parent, table, committed, whole))
     return tables.read(path) if whole else table

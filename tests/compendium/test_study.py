@@ -154,6 +154,16 @@ def test_one_line_says_where_results_go_and_whether_the_text_describes_them(tmp_
     assert said(1, whole=True) == f"{place}\n"  # all of the committed table is shown
 
 
+def test_rows_that_other_code_made_are_told_of_in_a_line_and_not_in_a_warning_that_names_a_folder(
+    repository, capsys, recwarn
+):
+    capsys.readouterr()
+    assert study.sweep(lambda config: square(config), xs(2, 3), asked(), "99_test").attrs["stale"]
+    said = capsys.readouterr()
+    assert said.out.startswith("1 of 2 runs were made by code that has been edited since; recompute=True redoes all\n")
+    assert (said.err, list(recwarn)) == ("", [])
+
+
 def test_a_refresh_alone_writes_the_committed_table_and_prints_nothing(monkeypatch, tmp_path, repository, capsys):
     capsys.readouterr()
     monkeypatch.setenv("FSP_RENEW", "1")
