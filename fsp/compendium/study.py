@@ -23,8 +23,9 @@ from fsp.data import Data, load, scoring_batches
 from fsp.masks import Masks
 from fsp.paths import COMMITTED, ROOT, outputs, renewing
 from fsp.runs import tables
+from fsp.runs.code import run_code
 from fsp.runs.provenance import provenance
-from fsp.runs.records import read_record
+from fsp.runs.records import CODE_DIGITS, code_of, read_record, whole_record
 from fsp.training import History, TrainConfig, fit
 
 # What a config needs for `begin` and `train`, beside its seed.
@@ -178,6 +179,8 @@ def sweep(
     path, committed = (folder / f"{stem}.csv" for folder in (place.results, COMMITTED.results))
     known = path if given.out_dir else committed
     scheduler = None if here else given.scheduler
+    if renewing():
+        _drop_records_of_other_code(function, configs, place.runs)
     options = {"store": place.runs, "table": known, "recompute": given.recompute, "scheduler": scheduler}
     try:
         with warnings.catch_warnings():
@@ -196,6 +199,15 @@ def sweep(
     if not renewing():
         print(_where(place.results.parent, table, committed, whole))
     return tables.read(path) if whole else table
+
+
+def _drop_records_of_other_code(function: Callable, configs: list[dict], store: Path) -> None:
+    """Delete the records of these runs that a refresh has left which failed, if their code has been edited since."""
+    code = run_code(function)[:CODE_DIGITS]
+    for path in (store / f"{runs.key(config)}.json" for config in configs):
+        record = whole_record(path)
+        if record is not None and code_of(record) != code:
+            path.unlink()
 
 
 def _check_finished(table: pd.DataFrame, store: Path) -> None:

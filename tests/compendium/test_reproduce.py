@@ -43,7 +43,7 @@ RUNS = (
     + """\
 print("backend", os.environ["MPLBACKEND"])
 for seed in seeds:
-    record = runs / f"{{seed}}.json"
+    record = runs / f"k{{seed}}.json"
     if recompute or not record.exists():
         time.sleep(pretrain)
         record.write_text("{{}}")
@@ -328,7 +328,7 @@ def in_process(monkeypatch):
     """Notebooks are run here and at once; the stems of those that ran."""
     ran = []
 
-    def run(jobs, *, workers, timeout):
+    def run(jobs, *, workers, timeout=None):
         for job in jobs:
             ran.append(job.source.stem)
             executed = nbformat.v4.new_notebook(metadata={"papermill": {"duration": 3.0}})
@@ -336,6 +336,8 @@ def in_process(monkeypatch):
             nbformat.write(executed, job.target)
             code = [cell.source for cell in execute.read(job.source).cells]
             error = ""
+            for name, value in job.environment.items():
+                monkeypatch.setenv(name, value)
             try:
                 exec("\n".join([code[0], *(f"{n} = {v!r}" for n, v in job.parameters.items()), *code[1:]]), {})
             except ValueError as raised:
@@ -398,7 +400,7 @@ def test_ctrl_c_stops_everything_and_the_same_command_continues(root, tmp_path):
         cwd=tmp_path,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # as a shell starts a background job
     )
-    wait_until(lambda: (out / "runs" / "0.json").exists() or first.poll() is not None, 120)
+    wait_until(lambda: (out / "runs" / "k0.json").exists() or first.poll() is not None, 120)
     started = {process.pid for process in psutil.Process(first.pid).children(recursive=True)}
     begin = time.monotonic()
     os.killpg(first.pid, signal.SIGINT)
@@ -476,11 +478,24 @@ def test_refresh_renews_notebook_tables_and_readme_and_check_changes_nothing(roo
     sanitize.unlink()
     assert reproduce.main(["--check"]) == 1
 
+
+def test_what_a_failed_refresh_has_computed_is_kept_and_the_next_one_goes_on_there(root, in_process, capsys):
+    (root / "README.md").write_text("<!-- claims -->\n<!-- /claims -->\n")
     write_notebook(root / "notebooks", "02_bad", RUNS, FAILS)
-    before = contents(root)
+    before, reproduced = contents(root), root / "reproduced"
     assert reproduce.main(["--refresh", "--recompute"]) == 1
-    assert contents(root) == before, "what finished beside a failure changes nothing either"
-    assert "failed, and nothing was changed: 02_bad" in capfd.readouterr().err
+    after = {name: content for name, content in contents(root).items() if not name.startswith("reproduced")}
+    assert after == before, "what finished beside a failure changes nothing either"
+    [kept] = reproduced.glob("refresh-*/data/runs")
+    said = capsys.readouterr().err
+    assert "bar at seed 1" in said
+    assert f"failed, and nothing was changed: 02_bad; finished runs are kept in {kept}, and the same command" in said
+
+    write_notebook(root / "notebooks", "02_bad", RUNS, TABLES)
+    assert reproduce.main(["--refresh", "--recompute"]) == 0
+    assert "bar at seed" not in capsys.readouterr().err, "a run that was done before the failure was done again"
+    assert (root / "data" / "results" / "02_bad.csv").exists()
+    assert list(reproduced.iterdir()) == [], "what is in the tables now is no longer kept beside them"
 
 
 def test_refresh_needs_a_tree_without_changes_so_that_results_can_name_their_commit(root, capsys):

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from fsp import models, paths, pruning
+from fsp import models, paths, pruning, runs
 from fsp.compendium import claims, stats, study
 from fsp.data import load, scoring_batches
 from fsp.runs import tables
@@ -173,6 +173,15 @@ def test_a_refresh_alone_writes_the_committed_table_and_prints_nothing(monkeypat
     assert not (tmp_path / "scratch").exists()
     monkeypatch.setenv("FSP_RENEW", "yes")
     assert paths.outputs("", "99_test").results != repository
+
+
+def test_a_refresh_goes_on_with_records_of_one_that_failed_but_not_with_those_of_other_code(monkeypatch, repository):
+    monkeypatch.setenv("FSP_RENEW", "1")
+    runs.sweep(lambda config: {"square": 0}, xs(3), store=paths.COMMITTED.runs)
+    runs.sweep(square, xs(4), store=paths.COMMITTED.runs)
+    made = study.sweep(square, xs(3, 4), asked(), "99_test")
+    assert made.square.tolist() == [9, 16]
+    assert (made.attrs["computed"], made.attrs["reused"]) == (1, 1)
 
 
 @pytest.mark.filterwarnings("ignore:.* runs failed")
