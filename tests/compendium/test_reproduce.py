@@ -586,7 +586,6 @@ def commit(root, capfd):
 
 def test_check_notices_an_edited_claim_cell_run_function_and_definition(commit):
     committed = commit("01_same", "02_claim", "03_cell", "04_run", "05_definition", "06_times")
-    assert committed.check() == {}
     edit(committed.notebooks / "02_claim.ipynb", "> 0.25", "> 0.125")
     edit(committed.results / "03_cell.csv", "k2,finished,4.5,4.5", "k2,finished,4.5,4.75")
     edit(committed.notebooks / "04_run.ipynb", "double(seed) + 0.5", "double(seed) + 0.625")
@@ -609,18 +608,19 @@ def test_check_notices_an_edited_claim_cell_run_function_and_definition(commit):
 
 
 def test_check_allows_another_processor_a_tenth_of_the_range_of_a_column_and_a_notebook_of_times_any_time(commit):
-    committed = commit("04_run", "06_times")
+    committed = commit("04_near", "05_far", "06_times")
+    edit(committed.notebooks / "04_near.ipynb", "double(seed) + 0.5", "double(seed) + 0.625")
+    edit(committed.notebooks / "05_far.ipynb", "double(seed) + 0.5", "double(seed) + 1.25")
     edit(committed.notebooks / "06_times.ipynb", "double(seed) + 0.5", "double(seed) + 99")
-    edit(committed.notebooks / "04_run.ipynb", "double(seed) + 0.5", "double(seed) + 0.625")
     written = committed.results / "provenance.json"
     known = json.loads(written.read_text())
-    assert list(known) == ["04_run", "06_times"]
-    known["04_run"]["made_with"]["cpu"] = "another"
+    assert list(known) == ["04_near", "05_far", "06_times"]
+    for stem in ("04_near", "05_far"):
+        known[stem]["made_with"]["cpu"] = "another"
     written.write_text(json.dumps(known))
-    assert committed.check() == {}
-    edit(committed.notebooks / "04_run.ipynb", "double(seed) + 0.625", "double(seed) + 1.25")
-    [found] = committed.check()["04_run"]
-    assert "`value`: 2 differ, by at most 0.75" in found
+    found = committed.check()
+    assert list(found) == ["05_far"]
+    assert "`value`: 2 differ, by at most 0.75" in found["05_far"][0]
 
 
 def test_check_says_what_is_not_committed(root, monkeypatch, capsys):
