@@ -94,8 +94,9 @@ def check_clean() -> None:
 def refresh(selected: list[Path], *, workers: int, recompute: bool) -> int:
     """Execute the committed notebooks in place and renew their tables, figures and the two pages with claims.
 
-    They run on a copy of the repository's tables in a temporary folder; only when all have finished do notebooks,
-    tables and figures replace the committed ones.
+    They run on a copy of the repository's tables in `kept_root`; only when all have finished do notebooks, tables and
+    figures replace the committed ones.  Run records that are in no table yet stay there, so that a call after a failure
+    does no run again.
 
     Parameters
     ----------
@@ -103,7 +104,8 @@ def refresh(selected: list[Path], *, workers: int, recompute: bool) -> int:
     workers : int
         Notebooks at once; see `fsp.compendium.execute.run`.
     recompute : bool
-        Leave the tables of the notebooks out of the copy, so that every row is computed.
+        Leave the tables of the notebooks out of the copy, so that every row is computed, now or by a call before that
+        failed.
 
     Returns
     -------
@@ -112,35 +114,49 @@ def refresh(selected: list[Path], *, workers: int, recompute: bool) -> int:
     """
     from fsp.compendium import report
     from fsp.files import replacing
+    from fsp.runs import tables
 
-    failed = []
-    with _copied_root() as root:
-        place = _place(root)
-        for source in selected if recompute else []:
-            for table in place.results.glob(f"{source.stem}.*"):
-                table.unlink()
-        for job, seconds, error in execute.run(_jobs(selected, root), workers=workers):
-            stem = job.source.stem
-            error = error or report.broken_promise(place, stem)
-            print(f"{stem}  {error or f'finished after {seconds:.0f} s'}", flush=True)
-            failed += [stem] if error else []
-        if failed:
-            print(f"failed, and nothing was changed: {', '.join(failed)}", file=sys.stderr)
-            return 1
-        known = _provenance()
-        known |= {source.stem: _provenance_of(source.stem, root, known, recompute) for source in selected}
-        texts = _pages(place.results)
-        texts[_results() / PROVENANCE] = json.dumps(dict(sorted(known.items())), indent=1) + "\n"
-        for source in selected:
-            for path in [*place.results.glob(f"{source.stem}.*"), *place.figures.glob(f"{source.stem}*")]:
-                with replacing(ROOT / path.relative_to(root)) as temporary:
-                    shutil.copyfile(path, temporary)
-            with replacing(source) as temporary:
-                nbformat.write(_plain(execute.read(root / "notebooks" / source.name)), temporary)
+    failed, root = [], kept_root()
+    place = _place(root)
+    _copy_into(root)
+    for source in selected if recompute else []:
+        for table in place.results.glob(f"{source.stem}.*"):
+            table.unlink()
+    for job, seconds, error in execute.run(_jobs(selected, root), workers=workers):
+        stem = job.source.stem
+        error = error or report.broken_promise(place, stem)
+        print(f"{stem}  {error or f'finished after {seconds:.0f} s'}", flush=True)
+        failed += [stem] if error else []
+    if failed:
+        kept = f"finished runs are kept in {place.runs}, and the same command continues there"
+        print(f"failed, and nothing was changed: {', '.join(failed)}; {kept}", file=sys.stderr)
+        return 1
+    known = _provenance()
+    known |= {source.stem: _provenance_of(source.stem, root, known, recompute) for source in selected}
+    texts = _pages(place.results)
+    texts[_results() / PROVENANCE] = json.dumps(dict(sorted(known.items())), indent=1) + "\n"
+    for source in selected:
+        for path in [*place.results.glob(f"{source.stem}.*"), *place.figures.glob(f"{source.stem}*")]:
+            with replacing(ROOT / path.relative_to(root)) as temporary:
+                shutil.copyfile(path, temporary)
+        with replacing(source) as temporary:
+            nbformat.write(_plain(execute.read(root / "notebooks" / source.name)), temporary)
     for path, text in texts.items():
         with replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
+    # What is in a table now is not taken from its record again; what others of the notebooks have done stays.
+    for source in selected:
+        for key in tables.read_cells(_results() / f"{source.stem}.csv")["key"]:
+            (place.runs / f"{key}.json").unlink(missing_ok=True)
+    if not any(place.runs.glob("*.json")):
+        shutil.rmtree(root)
     return 0
+
+
+def kept_root() -> Path:
+    """Where a refresh puts all until it is done: a folder that git ignores, one for each set of `SAME_BITS`."""
+    made_with = hashlib.sha256(json.dumps(_made_with()).encode()).hexdigest()
+    return ROOT / "reproduced" / f"refresh-{made_with[:8]}"
 
 
 def _nbval(selected: list[Path], root: Path, workers: int) -> int:
@@ -289,10 +305,16 @@ def _copied_root() -> Iterator[Path]:
     """Temporary folder with a copy of the committed tables and figures, for FSP_ROOT."""
     with tempfile.TemporaryDirectory(prefix="fsp-") as folder:
         root = Path(folder).resolve()
-        for name in ("data/results", "data/published", "figures"):
-            if (ROOT / name).is_dir():
-                shutil.copytree(ROOT / name, root / name)
+        _copy_into(root)
         yield root
+
+
+def _copy_into(root: Path) -> None:
+    """Make the tables and figures in another root those that are committed."""
+    for name in ("data/results", "data/published", "figures"):
+        shutil.rmtree(root / name, ignore_errors=True)
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, root / name)
 
 
 def _environment(root: Path) -> dict[str, str]:

@@ -72,8 +72,9 @@ def main(argv: list[str] | None = None) -> int:
         options = {"timeout": args.timeout, "workers": args.workers, "resume": args.resume}
         return reproduce(jobs, out, profile=args.profile, given=given, **options)
     except KeyboardInterrupt:
-        kept = f": finished runs are kept in {out / 'runs'}, and the same command continues there"
-        print("\nstopped" + ("" if args.check or args.refresh else kept), file=sys.stderr)
+        place = renew.kept_root() / "data" if args.refresh else out
+        kept = f": finished runs are kept in {place / 'runs'}, and the same command continues there"
+        print("\nstopped" + ("" if args.check else kept), file=sys.stderr)
         return 130
 
 

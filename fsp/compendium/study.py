@@ -5,6 +5,7 @@ All draws but those of the training come from one generator, in this order: init
 """
 
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,8 +21,9 @@ from fsp.data import Data, load, scoring_batches
 from fsp.masks import Masks
 from fsp.paths import COMMITTED, ROOT, outputs, renewing
 from fsp.runs import tables
+from fsp.runs.code import run_code
 from fsp.runs.provenance import provenance
-from fsp.runs.records import read_record
+from fsp.runs.records import CODE_DIGITS, code_of, read_record, whole_record
 from fsp.training import History, TrainConfig, fit
 
 # What a config needs for `begin` and `train`, beside its seed.
@@ -149,7 +151,7 @@ def sweep(
 
     Rows of the committed table, or of the one below ``out_dir``, are taken as they are. A committed file is never
     written, except for ``make refresh``: see `fsp.paths.outputs`. One printed line says where the results go, and
-    whether these are the runs that the text of the notebook describes.
+    whether these are the runs that the text of the notebook describes; another one how many rows other code made.
 
     Parameters
     ----------
@@ -179,9 +181,14 @@ def sweep(
     path, committed = (folder / f"{stem}.csv" for folder in (place.results, COMMITTED.results))
     known = path if given.out_dir else committed
     scheduler = None if here else given.scheduler
+    if renewing():
+        _drop_records_of_other_code(function, configs, place.runs)
     options = {"store": place.runs, "table": known, "recompute": given.recompute, "scheduler": scheduler}
     try:
-        table = runs.sweep(function, configs, **options)
+        with warnings.catch_warnings():
+            # told below: Python shows a warning with the folder of this file, which no committed notebook may name
+            warnings.filterwarnings("ignore", "[0-9]+ of [0-9]+ runs were reused that other code made")
+            table = runs.sweep(function, configs, **options)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("stopped: finished runs are kept, and this cell goes on from there") from None
     _check_finished(table, place.runs)
@@ -189,9 +196,20 @@ def sweep(
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(known, path)  # the table as a refresh would make it
     tables.update(table, path)
+    if stale := len(table.attrs["stale"]):
+        print(f"{stale} of {len(configs)} runs were made by code that has been edited since; recompute=True redoes all")
     if not renewing():
         print(_where(place.results.parent, table, committed, whole))
     return tables.read(path) if whole else table
+
+
+def _drop_records_of_other_code(function: Callable, configs: list[dict], store: Path) -> None:
+    """Delete the records of these runs that a refresh has left which failed, if their code has been edited since."""
+    code = run_code(function)[:CODE_DIGITS]
+    for path in (store / f"{runs.key(config)}.json" for config in configs):
+        record = whole_record(path)
+        if record is not None and code_of(record) != code:
+            path.unlink()
 
 
 def _check_finished(table: pd.DataFrame, store: Path) -> None:

@@ -23,8 +23,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
-from torchvision import datasets
-from torchvision.datasets.utils import check_integrity
+from torch.utils.data import Dataset
 
 from fsp import paths
 from fsp.checks import check_choice, check_count, check_options, check_shape, is_count
@@ -262,10 +261,17 @@ class _Files(NamedTuple):
             raise FileNotFoundError(f"{name}: {', '.join(self.missing)} not found in {self.folder}. {self.remedy}")
 
 
+def _reader(kind: str) -> type:
+    """Torchvision's reader of a dataset; imported here, because it takes as long as importing torch."""
+    from torchvision import datasets
+
+    return getattr(datasets, kind)
+
+
 def _look_for(kind: type, root: Path) -> _Files:
     """Look for the files of a torchvision dataset below a folder, without reading them."""
     name = kind.__name__.lower()
-    if issubclass(kind, datasets.CIFAR10):
+    if name.startswith("cifar"):
         folder, archive_folder = root / kind.base_folder, root
         files = [file for file, _ in kind.train_list + kind.test_list] + [kind.meta["filename"]]
         archives = [(kind.filename, kind.tgz_md5)]
@@ -282,9 +288,11 @@ def _look_for(kind: type, root: Path) -> _Files:
     return _Files(folder, missing, [(archive_folder / archive, md5) for archive, md5 in archives], remedy)
 
 
-def _torchvision(kind: type, classes: int, augmented: bool, root: Path, download: bool) -> _Source:
+def _torchvision(kind: str, classes: int, augmented: bool, root: Path, download: bool) -> _Source:
     """MNIST or CIFAR through torchvision's reader and checksums, with errors that say which folder and what to do."""
-    name = kind.__name__.lower()
+    from torchvision.datasets.utils import check_integrity
+
+    name, kind = kind.lower(), _reader(kind)
     files = _look_for(kind, root)
     if files.missing and not download:
         files.check(name)
@@ -303,7 +311,7 @@ def _torchvision(kind: type, classes: int, augmented: bool, root: Path, download
     return pool, test, classes, augmented
 
 
-def _checked_split(dataset: datasets.VisionDataset, classes: int) -> Split:
+def _checked_split(dataset: Dataset, classes: int) -> Split:
     """Tensors (N, C, H, W) and (N,) of a torchvision dataset; MNIST's unpacked files have no checksum."""
     images = torch.as_tensor(dataset.data, device="cpu")
     labels = torch.as_tensor(dataset.targets, dtype=torch.int64, device="cpu")
@@ -319,9 +327,9 @@ DATASETS = {
     "mnist1d": _mnist1d,
     "mnist5k": _mnist5k,
     "digits": _digits,
-    "mnist": partial(_torchvision, datasets.MNIST, 10, False),
-    "cifar10": partial(_torchvision, datasets.CIFAR10, 10, True),
-    "cifar100": partial(_torchvision, datasets.CIFAR100, 100, True),
+    "mnist": partial(_torchvision, "MNIST", 10, False),
+    "cifar10": partial(_torchvision, "CIFAR10", 10, True),
+    "cifar100": partial(_torchvision, "CIFAR100", 100, True),
     "synthetic": _synthetic,
 }
 
@@ -349,7 +357,7 @@ def check_files(name: str, *, root: str | Path = paths.RAW) -> None:
     """
     check_choice("dataset", name, DATASETS)
     if isinstance(DATASETS[name], partial):
-        _look_for(DATASETS[name].args[0], Path(root).expanduser()).check(name)
+        _look_for(_reader(DATASETS[name].args[0]), Path(root).expanduser()).check(name)
 
 
 @torch.inference_mode(False)

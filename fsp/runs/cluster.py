@@ -38,7 +38,8 @@ CONNECT_S = 5
 WAIT_S = 0.005  # between looks for new answers
 ANSWER_S = 5  # for an answer that was there a moment ago
 AGAIN = "records are kept, sweep again to go on"
-HEAVY = ("distributed", "pandas", "scipy", "sklearn.model_selection", "torch", "torchvision")  # seconds to import
+# Seconds to import; the last comes with the first optimiser that a process makes.
+HEAVY = ("distributed", "pandas", "scipy", "sklearn.model_selection", "torch", "torch._dynamo")
 THREADS = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
 
 
@@ -123,7 +124,7 @@ def connect(
     server = {"cls": Scheduler, "options": options}
     with dask.config.set(settings), _same_environment():  # Dask sets variables in this process, for good
         # after Dask's own list, which the first call sets
-        get_mp_context().set_forkserver_preload([name for name in HEAVY if name in sys.modules])
+        get_mp_context().set_forkserver_preload([name for name in HEAVY if name.split(".")[0] in sys.modules])
         cluster = SpecCluster(workers=spec, scheduler=server, silence_logs=logging.CRITICAL)
         with cluster, Client(cluster, set_as_default=False) as client:
             yield client

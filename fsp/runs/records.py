@@ -23,10 +23,10 @@ from fsp.paths import COMMITTED
 from fsp.runs.tables import OWN_COLUMNS, value_of
 
 EXCLUDED = frozenset({"device", "threads", "workers", "verbose", "out_dir", "root", "download"})
-SCHEMA = 2  # of the records; a change of EXCLUDED or of `key` is a change of schema
+SCHEMA = 3  # of the records; a change of EXCLUDED or of `key` is a change of schema
 KINDS = ("exception", "timeout", "non-finite", "out of memory", "worker died")
 CODE_DIGITS = 12  # of the digest of its code, in a table
-ADDED = {1: {"kind"}}  # fields that records of an older schema do not have yet
+ADDED = {1: {"kind", "digest"}, 2: {"digest"}}  # fields that records of an older schema do not have yet
 
 
 def key(config: dict) -> str:
@@ -78,17 +78,19 @@ def read_record(path: str | Path) -> dict:
     dict
         ``schema``, ``key``, ``config``, ``status`` ("finished" or "failed"), ``rows`` (missing metrics are nan),
         ``kind`` (of failure, one of `KINDS`, or None), ``error`` (traceback or None), ``provenance``, ``started``
-        (UTC, ISO 8601), ``wall_s`` (seconds), ``peak_memory_bytes`` (of the process so far: a bound for the run) and
-        ``peak_cuda_bytes`` (of the run, on its fullest GPU; None without).
+        (UTC, ISO 8601), ``wall_s`` (seconds), ``peak_memory_bytes`` (of the process so far: a bound for the run),
+        ``peak_cuda_bytes`` (of the run, on its fullest GPU; None without) and ``digest`` (SHA-256 of all the others).
 
     Raises
     ------
     ValueError
-        If the file is damaged, belongs to another config than its name says, or has a schema not known here.
+        If the file is damaged, was edited, belongs to another config than its name says, or has a schema not known
+        here.
 
     Notes
     -----
-    Records of schema 1, which had no ``kind``, are read as if their failures were of kind "exception".
+    Records of schema 1, which had no ``kind``, are read as if their failures were of kind "exception".  Before schema 3
+    there was no ``digest``, and an edited number is not noticed.
     """
     path = Path(path)
     try:
@@ -115,7 +117,7 @@ def write_record(path: Path, record: dict, *, replace: bool) -> dict:
     earlier = whole_record(path) if record["status"] == "failed" or not replace else None
     if earlier is not None and earlier["status"] == "finished":
         return record if replace else earlier
-    text = json.dumps(record, indent=1, allow_nan=False)
+    text = json.dumps(record | {"digest": _digest(record)}, indent=1, allow_nan=False)
     try:
         with replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -259,7 +261,14 @@ FIELDS: dict[str, Callable[[object], bool]] = {
     "wall_s": _is_amount,
     "peak_memory_bytes": _is_memory,
     "peak_cuda_bytes": _is_memory,
+    "digest": lambda value: isinstance(value, str),
 }
+
+
+def _digest(record: dict) -> str:
+    """SHA-256 of what a record says, whatever the order of its entries."""
+    said = {name: value for name, value in record.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def _check_record(record: object) -> None:
@@ -270,6 +279,8 @@ def _check_record(record: object) -> None:
         raise ValueError("its entries are not those of its schema")
     if wrong := [name for name in record if not FIELDS[name](record[name])]:
         raise ValueError(f"{wrong[0]!r} is {reprlib.repr(record[wrong[0]])}")
+    if "digest" in record and record["digest"] != _digest(record):
+        raise ValueError("its digest is not that of what it says: it was edited after the run")
     finished = record["status"] == "finished"
     told = [record.get("kind", record["error"]), record["error"]]  # of a failure
     if finished != bool(record["rows"]) or [text is None for text in told] != [finished, finished]:

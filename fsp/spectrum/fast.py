@@ -183,14 +183,18 @@ def _rows(M: sparse.csr_array, start: int, stop: int) -> Graph:
     return sparse.csr_array((M.data[first:last], columns, ends), shape=(stop - start, int(new[-1])))
 
 
+def touching(M: sparse.csr_array) -> Graph:
+    """A matrix without its zero columns."""
+    return _rows(M, 0, M.shape[0])
+
+
 def _without_zeros(M: sparse.csr_array) -> Graph:
     """The matrix without stored zeros, and without the rows and columns that then are empty."""
     if M.data.all():
         return M
     M = M.copy()
     M.eliminate_zeros()
-    rows = np.flatnonzero(np.diff(M.indptr))
-    return _rows(M[rows], 0, len(rows))
+    return touching(M[np.diff(M.indptr) > 0])
 
 
 # ---- dense -------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 from scipy import sparse
@@ -21,19 +22,17 @@ from fsp.spectrum.definitions import (
     PLAIN,
     RULES,
     Rules,
-    biadjacency,
-    counts,
+    blocks,
+    is_nested,
     is_valid,
     mean,
     narc_2023b,
-    nested_subgraphs,
     ramanujan_bound,
     rules_of,
     whole_narc,
     wiring_of,
-    without_isolated,
 )
-from fsp.spectrum.fast import top_two
+from fsp.spectrum.fast import top_two, touching
 from fsp.spectrum.full_spectrum import Coordinate, coordinates
 
 COLUMNS = """layer n_inputs n_outputs density n_left n_right edges sigma1 sigma2 degree_left degree_right expansion
@@ -145,10 +144,10 @@ def layer_table(
     rules = rules_of(rules)
     found = coordinates(masks, weights, rules=rules)  # checks every layer first
     wirings = wiring_of(weights)
-    layers = [
-        _Layer(name, mask, biadjacency(mask.detach().cpu(), wirings.get(name, PLAIN)).bool())
-        for name, mask in masks.items()
-    ]
+    layers = []
+    for name, mask in masks.items():
+        B = torch.block_diag(*blocks(mask.detach().cpu().bool(), wirings.get(name, PLAIN)).mT)
+        layers.append(_Layer(name, mask, sparse.csr_array(B.numpy())))
     rows = [
         _row(layer, found[layer.name], rules) | _passage(layer, following)
         for layer, following in zip(layers, [*layers[1:], None], strict=True)
@@ -161,12 +160,12 @@ class _Layer(NamedTuple):
 
     name: str
     mask: Tensor
-    B: Tensor
+    B: sparse.csr_array
 
     @property
     def channels(self) -> int:
         """Input channels: left vertices but for the positions of the kernel."""
-        return len(self.B) // self.mask[0, 0].numel()
+        return self.B.shape[0] // self.mask[0, 0].numel()
 
 
 class _Graph(NamedTuple):
@@ -194,12 +193,14 @@ class _Graph(NamedTuple):
 def _row(layer: _Layer, v: Coordinate, rules: Rules) -> dict[str, object]:
     """What is to be said of one layer by itself; what is undefined is nan or left out."""
     B = layer.B
-    parts = [without_isolated(B), *(K for _, K, _ in nested_subgraphs(B, rules))]
-    spectra = top_two([sparse.csr_array(K.numpy()) for K in parts])
-    whole, *nested = [_Graph(*counts(K), *sigma) for K, sigma in zip(parts, spectra, strict=True)]
+    degrees = B.count_nonzero(axis=1)
+    alike = [degrees == degree for degree in np.unique(degrees[degrees > 0])]
+    every, *groups = [touching(B[inputs]) for inputs in (degrees > 0, *alike)]
+    parts = [every, *(K for K in groups if is_nested(K.nnz, *K.shape, rules))]
+    whole, *nested = [_Graph(K.nnz, *K.shape, *sigma) for K, sigma in zip(parts, top_two(parts), strict=True)]
     number = whole.edges, whole.n_left, whole.n_right
     valid = {side: is_valid(*number, rules, left=side) for side in ("inputs", "outputs")}
-    degrees, bounds = torch.count_nonzero(B, 1), [K.bounds() for K in nested]
+    bounds = [K.bounds() for K in nested]
     expansions = [K.n_right / K.n_left for K in nested]
     row = {
         "layer": layer.name,
@@ -216,7 +217,7 @@ def _row(layer: _Layer, v: Coordinate, rules: Rules) -> dict[str, object]:
         "overlap": _overlap(layer),
         **v._asdict(),
         "norm": v.norm,
-        "degree_groups": len(degrees[degrees > 0].unique()),
+        "degree_groups": len(groups),
         "nested_valid": len(nested),
         "ism": mean([K["delta_s"] for K in bounds]),
         "ism_normalised": mean([_ratio(K["delta_s"], K["delta_s_bound"]) for K in bounds]),
@@ -243,20 +244,21 @@ def _row(layer: _Layer, v: Coordinate, rules: Rules) -> dict[str, object]:
 
 def _overlap(layer: _Layer) -> float:
     """Mean overlap of the outputs that an input channel's kernel positions meet."""
-    kernels = layer.B.numpy().reshape(layer.channels, -1, layer.B.shape[1])  # (channels, positions, outputs)
-    common, least = kernels.all(1).sum(1), kernels.sum(2).min(1)
+    kernels = layer.B.toarray().reshape(layer.channels, -1, layer.B.shape[1])  # (channels, positions, outputs)
+    common = np.count_nonzero(kernels.all(1), axis=1)
+    least = layer.B.count_nonzero(axis=1).reshape(layer.channels, -1).min(1)
     return float((common[least > 0] / least[least > 0]).mean()) if least.any() else math.nan
 
 
 def _passage(layer: _Layer, following: _Layer | None) -> dict[str, float]:
     """What a layer's live channels meet in the next layer; what is undefined is left out."""
-    if following is None or not _fits(layer, following) or not layer.B.any():
+    if following is None or not _fits(layer, following) or not layer.B.nnz:
         return {}
-    incoming, n_left = torch.count_nonzero(layer.B, 0).numpy(), int(layer.B.any(1).sum())
+    incoming, n_left = layer.B.count_nonzero(axis=0), np.count_nonzero(layer.B.count_nonzero(axis=1))
     live = incoming > 0
-    outgoing = torch.count_nonzero(following.B, 1).numpy().reshape(len(live), -1)[live]  # (live channels, positions)
+    outgoing = following.B.count_nonzero(axis=1).reshape(len(live), -1)[live]  # (live channels, positions)
     found = {"compatibility": float(outgoing.any(1).mean())}
-    n_right = int(following.B.any(0).sum())
+    n_right = np.count_nonzero(following.B.count_nonzero(axis=0))
     if n_right:
         found["copeland"] = float(((outgoing / n_right) / (incoming[live, None] / n_left)).mean())
     return found

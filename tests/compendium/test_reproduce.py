@@ -43,7 +43,7 @@ RUNS = (
     + """\
 print("backend", os.environ["MPLBACKEND"])
 for seed in seeds:
-    record = runs / f"{{seed}}.json"
+    record = runs / f"k{{seed}}.json"
     if recompute or not record.exists():
         time.sleep(pretrain)
         record.write_text("{{}}")
@@ -335,7 +335,7 @@ def in_process(monkeypatch):
     """Notebooks are run here and at once; the stems of those that ran."""
     ran = []
 
-    def run(jobs, *, workers, timeout):
+    def run(jobs, *, workers, timeout=None):
         for job in jobs:
             ran.append(job.source.stem)
             executed = nbformat.v4.new_notebook(metadata={"papermill": {"duration": 3.0}})
@@ -343,6 +343,8 @@ def in_process(monkeypatch):
             nbformat.write(executed, job.target)
             code = [cell.source for cell in execute.read(job.source).cells]
             error = ""
+            for name, value in job.environment.items():
+                monkeypatch.setenv(name, value)
             try:
                 exec("\n".join([code[0], *(f"{n} = {v!r}" for n, v in job.parameters.items()), *code[1:]]), {})
             except ValueError as raised:
@@ -405,7 +407,7 @@ def test_ctrl_c_stops_everything_and_the_same_command_continues(root, tmp_path):
         cwd=tmp_path,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # as a shell starts a background job
     )
-    wait_until(lambda: (out / "runs" / "0.json").exists() or first.poll() is not None, 120)
+    wait_until(lambda: (out / "runs" / "k0.json").exists() or first.poll() is not None, 120)
     started = {process.pid for process in psutil.Process(first.pid).children(recursive=True)}
     begin = time.monotonic()
     os.killpg(first.pid, signal.SIGINT)
@@ -483,11 +485,24 @@ def test_refresh_renews_notebook_tables_and_readme_and_check_changes_nothing(roo
     sanitize.unlink()
     assert reproduce.main(["--check"]) == 1
 
+
+def test_what_a_failed_refresh_has_computed_is_kept_and_the_next_one_goes_on_there(root, in_process, capsys):
+    (root / "README.md").write_text("<!-- claims -->\n<!-- /claims -->\n")
     write_notebook(root / "notebooks", "02_bad", RUNS, FAILS)
-    before = contents(root)
+    before, reproduced = contents(root), root / "reproduced"
     assert reproduce.main(["--refresh", "--recompute"]) == 1
-    assert contents(root) == before, "what finished beside a failure changes nothing either"
-    assert "failed, and nothing was changed: 02_bad" in capfd.readouterr().err
+    after = {name: content for name, content in contents(root).items() if not name.startswith("reproduced")}
+    assert after == before, "what finished beside a failure changes nothing either"
+    [kept] = reproduced.glob("refresh-*/data/runs")
+    said = capsys.readouterr().err
+    assert "bar at seed 1" in said
+    assert f"failed, and nothing was changed: 02_bad; finished runs are kept in {kept}, and the same command" in said
+
+    write_notebook(root / "notebooks", "02_bad", RUNS, TABLES)
+    assert reproduce.main(["--refresh", "--recompute"]) == 0
+    assert "bar at seed" not in capsys.readouterr().err, "a run that was done before the failure was done again"
+    assert (root / "data" / "results" / "02_bad.csv").exists()
+    assert list(reproduced.iterdir()) == [], "what is in the tables now is no longer kept beside them"
 
 
 def test_refresh_needs_a_tree_without_changes_so_that_results_can_name_their_commit(root, capsys):
@@ -578,7 +593,6 @@ def commit(root, capfd):
 
 def test_check_notices_an_edited_claim_cell_run_function_and_definition(commit):
     committed = commit("01_same", "02_claim", "03_cell", "04_run", "05_definition", "06_times")
-    assert committed.check() == {}
     edit(committed.notebooks / "02_claim.ipynb", "> 0.25", "> 0.125")
     edit(committed.results / "03_cell.csv", "k2,finished,4.5,4.5", "k2,finished,4.5,4.75")
     edit(committed.notebooks / "04_run.ipynb", "double(seed) + 0.5", "double(seed) + 0.625")
@@ -601,18 +615,19 @@ def test_check_notices_an_edited_claim_cell_run_function_and_definition(commit):
 
 
 def test_check_allows_another_processor_a_tenth_of_the_range_of_a_column_and_a_notebook_of_times_any_time(commit):
-    committed = commit("04_run", "06_times")
+    committed = commit("04_near", "05_far", "06_times")
+    edit(committed.notebooks / "04_near.ipynb", "double(seed) + 0.5", "double(seed) + 0.625")
+    edit(committed.notebooks / "05_far.ipynb", "double(seed) + 0.5", "double(seed) + 1.25")
     edit(committed.notebooks / "06_times.ipynb", "double(seed) + 0.5", "double(seed) + 99")
-    edit(committed.notebooks / "04_run.ipynb", "double(seed) + 0.5", "double(seed) + 0.625")
     written = committed.results / "provenance.json"
     known = json.loads(written.read_text())
-    assert list(known) == ["04_run", "06_times"]
-    known["04_run"]["made_with"]["cpu"] = "another"
+    assert list(known) == ["04_near", "05_far", "06_times"]
+    for stem in ("04_near", "05_far"):
+        known[stem]["made_with"]["cpu"] = "another"
     written.write_text(json.dumps(known))
-    assert committed.check() == {}
-    edit(committed.notebooks / "04_run.ipynb", "double(seed) + 0.625", "double(seed) + 1.25")
-    [found] = committed.check()["04_run"]
-    assert "`value`: 2 differ, by at most 0.75" in found
+    found = committed.check()
+    assert list(found) == ["05_far"]
+    assert "`value`: 2 differ, by at most 0.75" in found["05_far"][0]
 
 
 def test_check_says_what_is_not_committed(root, monkeypatch, capsys):

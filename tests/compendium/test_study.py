@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fsp import models, paths, pruning
+from fsp import models, paths, pruning, runs
 from fsp.compendium import claims, stats, study
 from fsp.data import load, scoring_batches
 from fsp.runs import tables
@@ -152,6 +152,16 @@ def test_one_line_says_where_results_go_and_whether_the_text_describes_them(tmp_
     assert said(1, whole=True) == f"{place}\n"  # all of the committed table is shown
 
 
+def test_rows_that_other_code_made_are_told_of_in_a_line_and_not_in_a_warning_that_names_a_folder(
+    repository, capsys, recwarn
+):
+    capsys.readouterr()
+    assert study.sweep(lambda config: square(config), xs(2, 3), asked(), "99_test").attrs["stale"]
+    said = capsys.readouterr()
+    assert said.out.startswith("1 of 2 runs were made by code that has been edited since; recompute=True redoes all\n")
+    assert (said.err, list(recwarn)) == ("", [])
+
+
 def test_a_refresh_alone_writes_the_committed_table_and_prints_nothing(monkeypatch, tmp_path, repository, capsys):
     capsys.readouterr()
     monkeypatch.setenv("FSP_RENEW", "1")
@@ -161,6 +171,15 @@ def test_a_refresh_alone_writes_the_committed_table_and_prints_nothing(monkeypat
     assert not (tmp_path / "scratch").exists()
     monkeypatch.setenv("FSP_RENEW", "yes")
     assert paths.outputs("", "99_test").results != repository
+
+
+def test_a_refresh_goes_on_with_records_of_one_that_failed_but_not_with_those_of_other_code(monkeypatch, repository):
+    monkeypatch.setenv("FSP_RENEW", "1")
+    runs.sweep(lambda config: {"square": 0}, xs(3), store=paths.COMMITTED.runs)
+    runs.sweep(square, xs(4), store=paths.COMMITTED.runs)
+    made = study.sweep(square, xs(3, 4), asked(), "99_test")
+    assert made.square.tolist() == [9, 16]
+    assert (made.attrs["computed"], made.attrs["reused"]) == (1, 1)
 
 
 @pytest.mark.filterwarnings("ignore:.* runs failed")

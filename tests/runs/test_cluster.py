@@ -256,11 +256,13 @@ def test_a_result_that_no_table_can_hold_stops_the_sweep_on_workers_too(tmp_path
     assert not (tmp_path / f"{key({'x': 2})}.json").exists()
 
 
-def test_an_unknown_address_is_named_within_ten_seconds(tmp_path):
+def test_an_unknown_address_is_named_within_ten_seconds(tmp_path, monkeypatch):
+    assert cluster.CONNECT_S <= 5
+    monkeypatch.setattr(cluster, "CONNECT_S", 0.5)
     start = time.monotonic()
     with pytest.raises(ConnectionError, match=r"no Dask scheduler answers at tcp://127.0.0.1:9: start one with `dask"):
         sweep(never, XS, store=tmp_path, scheduler="tcp://127.0.0.1:9")
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 5
 
 
 def test_a_scheduler_that_goes_away_is_told_of(tmp_path):
@@ -380,8 +382,8 @@ def is_forked(process):
     return parent is not None and parent.cmdline() == process.cmdline()
 
 
-def disturb(folder, number, kills, seed):
-    """Sweep `number` trainings under `kills` kills; how many hit a worker, how many the sweeping process."""
+def disturb(folder, number, victims, seed):
+    """Sweep `number` trainings, killing the `victims`; how many hit a worker, how many the sweeping process."""
     (folder / "driver.py").write_text(DRIVER)
     words = [sys.executable, folder / "driver.py", folder, Path(__file__).parent, str(number)]
     log = folder / "log"
@@ -390,17 +392,17 @@ def disturb(folder, number, kills, seed):
     def begun():
         return len(log.read_text().splitlines()) if log.exists() else 0
 
-    for _ in range(2 * kills + 5):
+    for _ in range(2 * len(victims) + 5):
         with (folder / "errors").open("a") as errors:
             driver = subprocess.Popen(words, stderr=errors, stdout=errors)
-        while driver.poll() is None and sum(hit.values()) < kills:
+        while driver.poll() is None and sum(hit.values()) < len(victims):
             before = begun()
             until(lambda: begun() > before or driver.poll() is not None, 600)  # noqa: B023
             time.sleep(moments.uniform(0, 0.3))
             try:
                 processes = psutil.Process(driver.pid).children(recursive=True)
                 workers = [each for each in processes if is_forked(each)]
-                victim = "driver" if moments.random() < 0.3 or not workers else "worker"
+                victim = victims[sum(hit.values())] if workers else "driver"
                 (psutil.Process(driver.pid) if victim == "driver" else moments.choice(workers)).kill()
             except psutil.Error:  # somebody ended between the look and the kill
                 continue
@@ -412,10 +414,10 @@ def disturb(folder, number, kills, seed):
     raise AssertionError((folder / "errors").read_text()[-3000:])
 
 
-def survive(folder, number, kills, seed=0):
+def survive(folder, number, victims, seed):
     """All that must hold after a disturbed sweep; what happened, by name."""
     start = time.monotonic()
-    hit = disturb(folder, number, kills, seed)
+    hit = disturb(folder, number, victims, seed)
     seconds = time.monotonic() - start
     configs = [{"seed": seed, "epochs": 3} for seed in range(number)]
     found = [read_record(path) for path in record_paths(folder / "runs")]
@@ -438,14 +440,15 @@ def survive(folder, number, kills, seed=0):
 
 
 def test_a_sweep_survives_kills_of_its_workers_and_of_itself(tmp_path):
-    happened = survive(tmp_path, number=40, kills=6, seed=1)
-    assert happened["kills of a worker"] + happened["kills of a driver"] >= 5
-    assert min(happened["kills of a worker"], happened["kills of a driver"]) >= 1
+    happened = survive(tmp_path, number=16, victims=["worker", "driver", "worker"], seed=1)
+    assert happened["kills of a worker"] >= 1
+    assert happened["kills of a driver"] >= 1
 
 
 @pytest.mark.slow
 def test_a_long_sweep_survives_fifty_kills(tmp_path):
-    happened = survive(tmp_path, number=150, kills=55, seed=2)
+    victims = random.Random(3).choices(["worker", "driver"], [0.7, 0.3], k=55)
+    happened = survive(tmp_path, number=150, victims=victims, seed=2)
     assert happened["kills of a worker"] + happened["kills of a driver"] >= 50
     if report := os.environ.get("FSP_FAULTS"):
         rows = "\n".join(f"| {name} | {value} |" for name, value in happened.items())

@@ -152,7 +152,7 @@ def test_a_record_tells_all_about_its_run(tmp_path):
     assert path.name == f"{key(config)}.json"
     assert raw["config"] == {"x": 0.5, "widths": [1, 2], "device": "cpu", "out_dir": str(tmp_path)}
     assert raw["rows"] == [{"y": None, "z": None}]
-    assert (raw["schema"], raw["key"], raw["status"]) == (2, key(config), "finished")
+    assert (raw["schema"], raw["key"], raw["status"]) == (3, key(config), "finished")
     assert (raw["kind"], raw["error"]) == (None, None)
     about = {"run_code": run_code(run), "host": os.uname().nodename, "process": os.getpid()}
     assert raw["provenance"] == provenance() | about
@@ -229,10 +229,12 @@ def test_a_failure_never_replaces_a_result(tmp_path):
 
 
 DAMAGES = [  # in the text of a record
-    ('"schema": 2', '"schema": 3'),
+    ('"schema": 3', '"schema": 4'),
     ('"x": 2', '"x": 4'),
     ('"wall_s"', '"wall"'),
     ('"square": 4', '"square": [4]'),
+    ('"square": 4', '"square": 5'),
+    ('"wall_s": ', '"wall_s": 1'),
     ('"finished"', '"done"'),
     ('"kind": null', '"kind": "timeout"'),
     ('"rows": [', '"rows": '),
@@ -284,10 +286,16 @@ def test_rows_that_other_code_made_are_reused_listed_and_told_of(tmp_path, sourc
     assert again["y"].tolist() == [2, 4, 6]
 
 
-def test_records_without_a_digest_count_as_of_other_code(tmp_path):
+def of_schema(schema, path):
+    """What a record had said in an older schema."""
+    raw = {n: value for n, value in json.loads(path.read_text()).items() if n not in records.ADDED[schema]}
+    return raw | {"schema": schema}
+
+
+def test_records_that_do_not_name_their_code_count_as_of_other_code(tmp_path):
     sweep(square, XS[:1], store=tmp_path)
     path = tmp_path / f"{key(XS[0])}.json"
-    raw = json.loads(path.read_text())
+    raw = of_schema(2, path)
     del raw["provenance"]["run_code"]
     path.write_text(json.dumps(raw))
     with pytest.warns(UserWarning, match="1 of 1 runs were reused that other code made"):
@@ -767,12 +775,11 @@ def test_a_gpu_error_that_spoils_the_process_ends_it_after_the_record_is_written
     assert attempt.attempt(spoil, task, die=die) == ("failed", read_record(path))  # a failure of this very sweep
 
 
-def test_records_of_schema_1_are_read_reused_and_retried_as_ever(tmp_path):
+@pytest.mark.parametrize("schema", records.ADDED)
+def test_records_of_older_schemas_are_read_reused_and_retried_as_ever(tmp_path, schema):
     before = sweep_with_a_failure(fails_at_2, store=tmp_path)
     for path in tmp_path.iterdir():
-        raw = json.loads(path.read_text())
-        del raw["kind"]
-        path.write_text(json.dumps({**raw, "schema": 1}, indent=1))
+        path.write_text(json.dumps(of_schema(schema, path), indent=1))
     assert load(tmp_path).equals(before)
     assert [read_record(tmp_path / f"{key(c)}.json")["kind"] for c in XS] == [None, "exception", None]
     assert counts(sweep(square, XS, store=tmp_path)) == [1, 2, 0]
