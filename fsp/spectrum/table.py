@@ -17,8 +17,8 @@ from scipy import sparse
 from torch import Tensor, nn
 
 from fsp.checks import plain_settings
+from fsp.masks import PLAIN, wiring_of
 from fsp.spectrum.definitions import (
-    PLAIN,
     RULES,
     Rules,
     biadjacency,
@@ -30,7 +30,6 @@ from fsp.spectrum.definitions import (
     ramanujan_bound,
     rules_of,
     whole_narc,
-    wiring_of,
     without_isolated,
 )
 from fsp.spectrum.fast import top_two
