@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from fsp import data, masks, models, pruning, search, spectrum, training
-from fsp.masks.algebra import scattered
 from fsp.pruning import scores
 from fsp.pruning.phew import phew
 from fsp.search.recombine import leading_vectors, swapped
@@ -34,10 +33,11 @@ CALLS = {  # each with all that it needs but a generator
     "keep_counts": partial(masks.keep_counts, {"w": torch.arange(4.0)}, {"w": 2}),
     "shuffle": partial(masks.shuffle, KEPT),
     "shuffle globally": partial(masks.shuffle, KEPT, scope="global"),
-    "scattered": partial(scattered, KEPT, NET),
+    "rewire": partial(masks.rewire, KEPT),
+    "scattered": partial(masks.scattered, KEPT, NET),
     **{
         f"prune {method}": partial(pruning.prune, NET, method, 0.5, batches=BATCHES)
-        for method in ("random", "erk", "magnitude", "snip", "grasp", "phew", "synflow")
+        for method in ("random", "erk", "regular", "ramanujan", "magnitude", "snip", "grasp", "phew", "synflow")
     },
     "imp": partial(pruning.lottery.imp, models.build("mlp", (1, 8, 8), 10), DIGITS, training.TrainConfig(1), levels=1),
     "phew": partial(phew, NET, 0.5, batches=BATCHES),

@@ -60,6 +60,8 @@ METHODS = _Looks(
         "pyramidal": Look("Pyramidal", "#7a8a00", ">", (5, 1, 1, 1)),
         "smart_ratio": Look("Smart-ratio", "#00664a", "*", (5, 1, 1, 1)),
         "ratio_of": Look("Ratio of another mask", "#a58fd0", POST, (2, 2)),
+        "regular": Look("Regular", "#17a2a2", (4, 1, 0), (2, 1)),
+        "ramanujan": Look("Ramanujan", "#0b5d66", (3, 1, 0), (4, 1, 1, 1)),
         "magnitude": Look("Magnitude", "#56b4e9", "v"),
         "snip": Look("SNIP", "#0072b2", "o"),
         "taylor": Look("Taylor", "#4a6fe3", UPPER_HALF),

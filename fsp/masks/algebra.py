@@ -8,7 +8,7 @@ from numbers import Real
 import torch
 from torch import Tensor, nn
 
-from fsp.checks import check_generator, check_tensors, given_or_seed_0, plain_settings
+from fsp.checks import check_tensors, given_or_seed_0, plain_settings
 from fsp.masks.layers import NAMES, PRUNABLE, layers_of, unpruned, weight_of
 
 Masks = dict[str, Tensor]
@@ -136,7 +136,7 @@ def keep_top(
     _check_scores(scores)
     flat = torch.cat([s.flatten() for s in scores.values()])
     kept = _top(flat, kept_count(flat.numel(), density), given_or_seed_0(generator), "all layers together")
-    return _unflattened(kept, scores)
+    return unflattened(kept, scores)
 
 
 @plain_settings()
@@ -219,77 +219,10 @@ def layer_densities(masks: Mapping[str, Tensor]) -> dict[str, float]:
     return {name: int(m.sum()) / max(1, m.numel()) for name, m in masks.items()}
 
 
-@plain_settings()
-def shuffle(masks: Mapping[str, Tensor], *, scope: str = "layer", generator: torch.Generator) -> Masks:
-    """Masks with their entries permuted at random: the topology goes, the counts stay.
-
-    Parameters
-    ----------
-    masks : Masks
-    scope : {"layer", "global"}
-        Permute within each tensor (keeps its count), or over all tensors together (keeps the total).
-    generator : torch.Generator on the CPU
-
-    Returns
-    -------
-    Masks
-        New tensors on the devices of the old ones.
-
-    References
-    ----------
-    Frankle et al., Pruning neural networks at initialization: why are we missing the mark? ICLR 2021, section 5.
-    """
-    check_generator(generator)
-    if scope == "layer":
-        return {name: _permuted(m.flatten(), generator).view_as(m) for name, m in masks.items()}
-    check_scope(scope)
-    flat = _permuted(torch.cat([m.flatten() for m in masks.values()]), generator)
-    return _unflattened(flat, masks)
-
-
-@plain_settings()
-def scattered(
-    masks: Mapping[str, Tensor], model: nn.Module, *, generator: torch.Generator
-) -> tuple[Masks, dict[str, Tensor]]:
-    """Random masks with the same count in every layer, and the kept weights in random order on them.
-
-    The control for a topology: neither densities nor the distribution of weights change, only positions.
-
-    Parameters
-    ----------
-    masks : Masks
-    model : nn.Module
-        Gives the weights; it is not changed.
-    generator : torch.Generator on the CPU
-
-    Returns
-    -------
-    masks : Masks
-    weights : dict of name to Tensor
-        Zero off the new masks.
-
-    Raises
-    ------
-    ValueError
-        If a mask fits no parameter of the model.
-    """
-    new, weights = shuffle(masks, generator=generator), {}
-    for name, parameter in check_masks(model, masks).items():
-        weight = parameter.detach()
-        kept = _permuted(weight[masks[name]], generator)
-        weights[name] = torch.zeros_like(weight).masked_scatter_(new[name], kept)
-    return new, weights
-
-
-def _unflattened(flat: Tensor, like: Mapping[str, Tensor]) -> Masks:
+def unflattened(flat: Tensor, like: Mapping[str, Tensor]) -> Masks:
     """One flat tensor cut into the tensors that it was joined from."""
     parts = flat.split([tensor.numel() for tensor in like.values()])
     return {name: part.view_as(tensor) for (name, tensor), part in zip(like.items(), parts, strict=True)}
-
-
-def _permuted(flat: Tensor, generator: torch.Generator) -> Tensor:
-    """Entries in random order, the order drawn on the CPU."""
-    return flat[torch.randperm(len(flat), generator=generator, device="cpu").to(flat.device)]
 
 
 # ---- checks of masks ---------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from torch import nn
 from fsp.checks import check_choice, check_count, check_has_values, check_options, given_or_seed_0, plain_settings
 from fsp.masks import Masks, all_kept, check_density, check_scope, keep_counts, keep_top, kept_count
 from fsp.pruning import allocate, scores
+from fsp.pruning.expanders import ramanujan, regular
 from fsp.pruning.phew import phew
 
 EachRound = Callable[[int], scores.Batches]
@@ -155,6 +156,8 @@ def at_random(
 METHODS: dict[str, Callable[..., Masks]] = {
     "random": partial(by_score, scores.random),
     **{name: partial(at_random, allocation) for name, allocation in allocate.ALLOCATIONS.items()},
+    "regular": regular,
+    "ramanujan": ramanujan,
     "magnitude": partial(by_score, scores.magnitude),
     "snip": partial(by_score, scores.snip),
     "taylor": partial(by_score, scores.taylor),

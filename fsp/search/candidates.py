@@ -28,7 +28,7 @@ CandidateBatches = Callable[[int], Batches | EachRound]
 # What can make the masks of a method differ, and of which methods.  Those that published code adds noise on the weights
 # to have it (D10).  "magnitude" is in no row: it depends on the weights alone.
 RANDOMNESS: dict[str, tuple[str, ...]] = {
-    "generator": ("random", "phew", *ALLOCATIONS),
+    "generator": ("random", "regular", "ramanujan", "phew", *ALLOCATIONS),
     "batches": ("snip", "taylor", "grasp", "force", "iterative_snip"),
     "noise": ("iterative_snip", "synflow", "synflow_l2"),
 }

@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fsp.masks import Masks, used_weights
+from fsp.masks import PLAIN, Masks, used_weights, wiring_of
 from fsp.pruning.scores import Batches
 from fsp.search.candidates import CandidateBatches, CandidateSource
 from fsp.search.judging import Plan, SearchResult, judge_candidates
 from fsp.search.recombine import leading_vectors, swapped
-from fsp.spectrum.definitions import PLAIN, Rules, rules_of, wiring_of
+from fsp.spectrum.definitions import Rules, rules_of
 
 
 def search(

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from fsp.checks import check_generator
-from fsp.masks import Masks, keep_counts
-from fsp.spectrum.definitions import PLAIN, Wiring, blocks
+from fsp.masks import PLAIN, Masks, Wiring, blocks, keep_counts
 
 SHARES = 0.02, 0.3  # least and greatest part of a layer's kept weights that one proposal swaps
 

@@ -17,10 +17,10 @@ References
    ICLR 2023.
 """
 
+from fsp.masks import Wiring
 from fsp.spectrum.definitions import (
     RULES,
     Rules,
-    Wiring,
     biadjacency,
     imdb,
     imsg,

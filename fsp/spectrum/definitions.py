@@ -12,12 +12,13 @@ References
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from fsp.masks import PLAIN, Wiring, blocks
 
 
 @dataclass(frozen=True)
@@ -75,69 +76,6 @@ def rules_of(rules: str | Rules) -> Rules:
     return RULES[rules]
 
 
-class Wiring(NamedTuple):
-    """How the entries of a layer's weight connect inputs and outputs.
-
-    Attributes
-    ----------
-    groups : int
-        Of a grouped convolution; a depthwise one has as many as channels.
-    transposed : bool
-        Whether inputs come first, as in the weight of a transposed convolution.
-    """
-
-    groups: int = 1
-    transposed: bool = False
-
-
-PLAIN = Wiring()
-
-
-def wiring_of(weights: nn.Module | Mapping[str, Tensor]) -> dict[str, Wiring]:
-    """Wiring of every convolution's weight in a model, by parameter name; anything else has the default.
-
-    Weights under `torch.nn.utils.prune` (``weight_orig``) and under a parametrisation are found too.  A dict of
-    weights does not say what they belong to: all have the default.
-    """
-    found = {}
-    for prefix, module in weights.named_modules() if isinstance(weights, nn.Module) else ():
-        if isinstance(module, nn.modules.conv._ConvNd):
-            wiring = Wiring(module.groups, module.transposed)
-            for name in ("weight", "weight_orig", "parametrizations.weight.original"):
-                found[f"{prefix}.{name}" if prefix else name] = wiring
-    return found
-
-
-def blocks(tensor: Tensor, wiring: Wiring = PLAIN) -> Tensor:
-    """A layer's tensor as one matrix a group, outputs by unrolled inputs.
-
-    Parameters
-    ----------
-    tensor : Tensor, shape (C_out, C_in / groups, *kernel), or (C_in, C_out / groups, *kernel) if transposed
-    wiring : Wiring
-
-    Returns
-    -------
-    Tensor, shape (groups, C_out / groups, C_in / groups * prod(kernel))
-
-    Raises
-    ------
-    ValueError
-        For a tensor of fewer than two dimensions or without entries, or whose first dimension the groups do not divide.
-    """
-    if tensor.ndim < 2 or tensor.numel() == 0:
-        raise ValueError(
-            f"a layer's tensor has shape (outputs, inputs, ...) and entries, this has {tuple(tensor.shape)}"
-        )
-    groups, transposed = wiring
-    if tensor.shape[0] % groups:
-        raise ValueError(f"{groups} groups do not divide the first dimension of {tuple(tensor.shape)}")
-    if not transposed:
-        return tensor.reshape(groups, tensor.shape[0] // groups, -1)
-    split = tensor.reshape(groups, tensor.shape[0] // groups, tensor.shape[1], -1)  # (groups, in, out, kernel)
-    return split.transpose(1, 2).flatten(2)
-
-
 def biadjacency(tensor: Tensor, wiring: Wiring = PLAIN) -> Tensor:
     """Biadjacency matrix of a layer: rows are unrolled inputs, columns are outputs.
 
@@ -157,7 +95,7 @@ def biadjacency(tensor: Tensor, wiring: Wiring = PLAIN) -> Tensor:
     Raises
     ------
     ValueError
-        As for `blocks`.
+        As for `fsp.masks.blocks`.
 
     Examples
     --------

@@ -20,7 +20,8 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from fsp.spectrum.definitions import Rules, Wiring, blocks, is_nested, is_valid, mean, ramanujan_bound, subgraph_factor
+from fsp.masks import Wiring, blocks
+from fsp.spectrum.definitions import Rules, is_nested, is_valid, mean, ramanujan_bound, subgraph_factor
 from fsp.spectrum.lanczos import two_largest
 
 # Seconds on one core of a current server, for choosing the cheaper way; results do not depend on them.

@@ -15,11 +15,9 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from fsp.checks import check_has_values, check_tensors, plain_settings
-from fsp.masks import used_weights
+from fsp.masks import PLAIN, Wiring, used_weights, wiring_of
 from fsp.spectrum.definitions import (
-    PLAIN,
     Rules,
-    Wiring,
     biadjacency,
     imdb,
     imsg,
@@ -27,7 +25,6 @@ from fsp.spectrum.definitions import (
     ramanujan_gap,
     rules_of,
     weighted_gap,
-    wiring_of,
 )
 from fsp.spectrum.fast import dense_coordinates, sparse_coordinates
 

@@ -18,8 +18,8 @@ from scipy import sparse
 from torch import Tensor, nn
 
 from fsp.checks import plain_settings
+from fsp.masks import PLAIN, wiring_of
 from fsp.spectrum.definitions import (
-    PLAIN,
     RULES,
     Rules,
     blocks,
@@ -30,7 +30,6 @@ from fsp.spectrum.definitions import (
     ramanujan_bound,
     rules_of,
     whole_narc,
-    wiring_of,
 )
 from fsp.spectrum.fast import top_two, touching
 from fsp.spectrum.full_spectrum import Coordinate, coordinates

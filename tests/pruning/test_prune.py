@@ -686,6 +686,7 @@ def test_a_method_takes_its_options_and_nothing_internal():
         "balanced": ("exclude", "redistribute"),
         "smart_ratio": ("exclude", "vgg", "classifier"),
         "ratio_of": ("exclude", "like"),
+        **dict.fromkeys(["regular", "ramanujan"], ("exclude", "allocation", "like")),
         "magnitude": ranking,
         **dict.fromkeys(ON_DATA, (*ranking, "training", "dtype", "forward", "loss")),
         "grasp": (*ranking, "temperature", "training", "dtype", "forward", "loss"),
