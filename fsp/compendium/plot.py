@@ -33,6 +33,7 @@ POST = Outline([(-0.4, -1), (0.4, -1), (0.4, 1), (-0.4, 1), (-0.4, -1)], closed=
 RHOMBUS = Outline([(-1, 0), (0, -0.6), (1, 0), (0, 0.6), (-1, 0)], closed=True)  # SynFlow's diamond, lying
 HOURGLASS = Outline([(-1, -1), (1, -1), (0.35, 0), (1, 1), (-1, 1), (-0.35, 0), (-1, -1)], closed=True)
 BOWTIE = Outline([(-1, -1), (0, -0.35), (1, -1), (1, 1), (0, 0.35), (-1, 1), (-1, -1)], closed=True)
+CHEVRON = Outline([(-1, -0.9), (0, 0), (1, -0.9), (1, 0.1), (0, 1), (-1, 0.1), (-1, -0.9)], closed=True)
 TEE = Outline(
     [(-1, 1), (1, 1), (1, 0.3), (0.4, 0.3), (0.4, -1), (-0.4, -1), (-0.4, 0.3), (-1, 0.3), (-1, 1)], closed=True
 )
@@ -61,7 +62,7 @@ METHODS = _Looks(
         "smart_ratio": Look("Smart-ratio", "#00664a", "*", (5, 1, 1, 1)),
         "ratio_of": Look("Ratio of another mask", "#a58fd0", POST, (2, 2)),
         "regular": Look("Regular", "#17a2a2", (4, 1, 0), (2, 1)),
-        "ramanujan": Look("Ramanujan", "#0b5d66", (3, 1, 0), (4, 1, 1, 1)),
+        "ramanujan": Look("Ramanujan", "#0b5d66", CHEVRON, (4, 1, 1, 1)),
         "magnitude": Look("Magnitude", "#56b4e9", "v"),
         "snip": Look("SNIP", "#0072b2", "o"),
         "taylor": Look("Taylor", "#4a6fe3", UPPER_HALF),

@@ -115,7 +115,7 @@ def rewire(
     rounds; there are 32.
 
     *Partial rewiring.*  Edges that are put at risk may come back to where they were, so somewhat less than `share`
-    moves, in the same proportion as for `shuffle`.  Edges that stay are obstacles; the draw is uniform among the
+    moves, about as for `shuffle` where degrees are even.  Edges that stay are obstacles; the draw is uniform among the
     graphs that trades reach around them.
 
     References
