@@ -23,11 +23,23 @@ METADATA = {
     "language_info": {"name": "python"},
 }
 MARKERS = "<!-- claims -->", "<!-- /claims -->"
-CLAIMS_PAGE = """# The papers' claims, as measured here
+CLAIMS_PAGE = """# What the papers say, and what holds here
 
-Written by `make refresh` from the files `NN_name.claims.csv`, which also hold notes. Means have Student's t intervals,
-correlations bootstrap intervals, both at 95 %. *Not decided*: the interval holds the bound of the claim, or there are
-fewer than three observations. *Equivalent*: the interval lies within the two bounds of the claim.
+Written by `make refresh` from the files `NN_name.claims.csv`, which also hold notes. *Not decided*: the interval holds
+the bound of the claim, or there are fewer than three observations. *Equivalent*: the interval lies within the two
+bounds of the claim. Intervals have 95 %: of means Student's t, of correlations a bootstrap, or a jackknife over seeds
+and methods where rows share them.
+
+## Primary claims
+
+One or two for each sentence of the papers' abstracts, [written down before the runs](../../docs/claims.md); p is
+corrected by Holm's procedure for their number.
+
+{answers}
+
+## All claims
+
+{claims}
 """
 PROVENANCE = "provenance.json"  # in data/results: what the files of each notebook were made with, and their SHA-256
 SAME_BITS = ("cpu", "torch", "numpy", "scipy")  # what must be the same for rows to be so to the last bit
@@ -340,9 +352,15 @@ def _pages(results: Path) -> dict[Path, str]:
     stems = sorted(path.name.removesuffix(".claims.csv") for path in results.glob("*.claims.csv"))
     claims = report.read_claims(results, stems)
     headings = {stem: _heading(ROOT / "notebooks" / f"{stem}.ipynb") for stem in stems}
+    verdicts, away = report.verdicts_table(claims, headings, link="notebooks"), "../../notebooks"
+    all_claims = report.claims_table(claims, link=away)
+
+    def answers(whole: bool, link: str) -> str:
+        return report.answers_table(claims, link=link, whole=whole)
+
     return {
-        ROOT / "README.md": readme_with(report.verdicts_table(claims, headings, link="notebooks")),
-        _results() / "README.md": f"{CLAIMS_PAGE}\n{report.claims_table(claims, link='../../notebooks')}\n",
+        ROOT / "README.md": readme_with(f"{answers(False, 'notebooks')}\n\n{verdicts}"),
+        _results() / "README.md": CLAIMS_PAGE.format(answers=answers(True, away), claims=all_claims),
     }
 
 

@@ -11,7 +11,8 @@ from nbconvert.filters import markdown2html
 from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
 from fsp import paths
-from fsp.compendium.claims import CLAIM_COLUMNS, MEASURED, VERDICTS, contradictions
+from fsp.compendium import stats
+from fsp.compendium.claims import CLAIM_COLUMNS, MEASURED, VERDICTS, contradictions, p_value_of, primaries
 from fsp.files import replacing
 from fsp.runs import tables
 from fsp.runs.provenance import provenance
@@ -103,6 +104,46 @@ def claims_table(claims: pd.DataFrame, *, link: str) -> str:
         found = [measured(row), row["n"], row["bound"]]
         lines.append([row["claim"], source, *found, row["published"], row["holds"], link_to])
     head = ["Claim", "Paper", "Measured here [interval]", "n", "Bound", "Published", "Holds", "Notebook"]
+    return _markdown(head, lines)
+
+
+def answers_table(claims: pd.DataFrame, *, link: str, whole: bool) -> str:
+    """Markdown table of the primary claims that notebooks have judged, in the order of ``docs/claims.md``.
+
+    A verdict that Holm's correction among all of them does not leave standing is marked.
+
+    Parameters
+    ----------
+    claims : pandas.DataFrame
+        From `read_claims`.
+    link : str
+        Folder of the notebooks as seen from the page.
+    whole : bool
+        With the papers' sentences, bounds, testbeds, and what would overturn the answer.
+
+    Returns
+    -------
+    str
+    """
+    judged = claims[claims.kind == "primary"].copy()
+    judged["p"] = stats.holm([p_value_of(row) for row in judged.to_dict("records")])
+    found = judged.set_index("claim").to_dict("index")
+    lines = []
+    for stated in primaries().values():
+        if stated.claim not in found:
+            continue
+        row = found[stated.claim]
+        answer = row["holds"]
+        if answer != "not decided" and row["p"] >= 1 - stats.CONFIDENCE:
+            answer += ", but not after Holm's correction"
+        line = [stated.claim, f"**{answer}**", measured(row), row["n"], _link(row["notebook"], link)]
+        if whole:
+            line = [stated.sentence, *line[:3], row["bound"], f"{row['p']:.2g}", line[3], stated.testbed]
+            line += [stated.overturned, _link(row["notebook"], link)]
+        lines.append(line)
+    head = ["Tested here", "Answer", "Measured [interval]", "n", "Notebook"]
+    if whole:
+        head = ["The paper's sentence", *head[:3], "Bound", "p (Holm)", "n", "Testbed", "Overturned by", "Notebook"]
     return _markdown(head, lines)
 
 

@@ -217,3 +217,16 @@ def test_the_p_value_of_a_claim_is_that_of_the_nearer_bound():
     row = primary("P10", Estimate(0.01, -0.005, 0.025, 30))
     assert 0.05 < p_value_of(row) == p_value_of(row | {"bound": "> 0.02"}) < 0.5
     assert math.isnan(p_value_of(row | {"low": NAN}))
+
+
+def test_the_answers_are_in_the_order_of_the_page_and_marked_where_holm_leaves_nothing():
+    weak, strong = Estimate(0.1, 0.001, 0.199, 30), Estimate(0.5, 0.4, 0.6, 30)
+    rows = [primary("P9", weak), primary("P6", strong), primary("P8", weak), claim("E", weak, above=0, paper="P")]
+    written = pd.DataFrame(rows).assign(notebook="14_x")
+    short = report.answers_table(written, link="n", whole=False).splitlines()[2:]
+    assert [line.split(".")[0] for line in short] == ["| P6", "| P8", "| P9"]
+    assert "**yes** | 0.5 [0.4, 0.6] | 30 | [14](n/14_x.ipynb)" in short[0]
+    assert all("**yes, but not after Holm's correction**" in line for line in short[1:])
+    whole = report.answers_table(written, link="n", whole=True).splitlines()
+    assert len(whole) == 5
+    assert primaries()["P6"].overturned in whole[2]
