@@ -98,5 +98,6 @@ def test_a_heavy_package_is_imported_by_its_owner_alone(heavy, owner):
     assert [wing for wing in WINGS if packages(wing) & heavy] == [owner]
 
 
-def test_dask_is_never_imported_with_a_module():
-    assert [wing for wing in WINGS if packages(wing, at_import_only=True) & {"dask", "distributed"}] == []
+def test_dask_and_torchvision_are_never_imported_with_a_module():
+    late = {"dask", "distributed", "torchvision"}  # seconds for every process, of which few need them
+    assert [wing for wing in WINGS if packages(wing, at_import_only=True) & late] == []

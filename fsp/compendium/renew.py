@@ -53,7 +53,8 @@ def check(selected: list[Path], *, workers: int) -> int:
     * The notebooks run with nbval in a copy of the tables: their tagged outputs are the same, and so are their claims.
     * Meanwhile some runs of each are done anew, unless it measures time: one of each kind, and two at least (see
       `_some_runs`). With the processor and the libraries of the committed table their rows must be the same bits.
-      Elsewhere they are done apart, and a number may move by `ELSEWHERE` of the range that its column has.
+      Elsewhere they are done apart, and a number may move by `ELSEWHERE` of the range that its column has, an accuracy
+      by `fsp.compendium.report.ACCURACY` in any case.
 
     ``tests/nbval_sanitize.cfg`` is used where it exists.
 

@@ -17,6 +17,9 @@ from fsp.files import replacing
 from fsp.runs import tables
 from fsp.runs.provenance import provenance
 
+# Of accuracies, where numbers may move by a share of their column's range: in a column of good methods alone that is
+# less than an image. Between two processors an accuracy was seen to move by 7 of 360 test images.
+ACCURACY = 0.03
 RTOL = 1e-6  # numbers closer than this, relative to the committed one, count as the same
 STYLE = "body { font: 16px sans-serif; margin: 2em } td, th { padding: 0 1em 0.3em 0; text-align: left }"
 TEXTS = [name for name in CLAIM_COLUMNS if name not in MEASURED]
@@ -214,7 +217,8 @@ def compare_rows(
     rtol : float
         Tolerance for numbers, relative to the committed one.
     of_range : float
-        More tolerance, as a share of the range that the column has in the committed table.
+        More tolerance, as a share of the range that the column has in the committed table; for a column whose name
+        begins with ``accuracy`` it is `ACCURACY` at least.
 
     Returns
     -------
@@ -242,6 +246,8 @@ def compare_rows(
         if all(is_numeric_dtype(column) and not is_bool_dtype(column) for column in (a, b)):
             span = committed[name].max() - committed[name].min()
             atol = of_range * span if span > 0 else 0
+            if of_range and name.startswith("accuracy"):
+                atol = max(atol, ACCURACY)
             unequal = ~np.isclose(a, b, rtol=rtol, atol=atol, equal_nan=True)
             gap = (a - b).abs()[unequal].max()
             largest = ", one is missing" if math.isnan(gap) else f", by at most {gap:.3g}"

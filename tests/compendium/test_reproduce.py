@@ -692,6 +692,11 @@ def test_more_tolerance_is_a_share_of_the_range_of_the_committed_column():
     assert report.compare_rows(old.assign(x=[0.9, 10.0, 0.0], code="2"), old, of_range=0.1).differing == {}
     assert report.compare_rows(old.assign(x=[1.1, 10.0, 0.0]), old[:2], of_range=0.1).differing != {}
     assert report.compare_rows(old.assign(x=[0.9, 10.0, 0.0]), old).differing != {}
+    good = old.assign(accuracy=[0.95, 0.96, 0.95])  # 10 % of their range is less than an image
+    near, far = (good.assign(accuracy=[0.95, 0.96, 0.95 - moved]) for moved in (0.028, 0.032))
+    assert report.compare_rows(near, good, of_range=0.1).differing == {}
+    assert report.compare_rows(far, good, of_range=0.1).differing == {"accuracy": "1 differ, by at most 0.032"}
+    assert report.compare_rows(near, good).differing == {"accuracy": "1 differ, by at most 0.028"}
     last_bit = old.assign(x=[0.0, 10.000000000000002, 0.0])
     assert report.compare_rows(last_bit, old).differing == {}
     assert report.compare_rows(last_bit, old, rtol=0).differing != {}
