@@ -210,11 +210,11 @@ def forest(axes: Axes, estimates: pd.DataFrame, label: str) -> None:
     ----------
     axes : Axes
     estimates : DataFrame of `fsp.compendium.stats.Estimate`
-        Index: keys of `QUANTITIES`.
+        Index: keys of `QUANTITIES`, or names as they are to be shown.
     label : str
         Of the horizontal axis.
     """
-    looks = [("#000000", "o"), ("#999999", "s"), ("#d55e00", "^"), ("#0072b2", "v"), ("#e69f00", "d"), ("#cc79a7", "X")]
+    looks = [("#000000", "o"), ("#999999", "s"), ("#555555", "^"), ("#0072b2", "v"), ("#e69f00", "d"), ("#cc79a7", "X")]
     if estimates.shape[1] > len(looks):
         raise ValueError(f"{estimates.shape[1]} columns are too many for one axes: at most {len(looks)}")
     offsets = [0.16 * (i - (estimates.shape[1] - 1) / 2) for i in range(estimates.shape[1])]
@@ -231,6 +231,7 @@ def forest(axes: Axes, estimates: pd.DataFrame, label: str) -> None:
             label=column,
         )
     axes.axvline(0, color="0.7", linewidth=0.8, zorder=0)
-    axes.set(yticks=range(len(estimates)), yticklabels=[QUANTITIES[q][0] for q in estimates.index], xlabel=label)
+    names = [QUANTITIES.get(name, [name])[0] for name in estimates.index]
+    axes.set(yticks=range(len(estimates)), yticklabels=names, xlabel=label)
     axes.invert_yaxis()
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(estimates.columns))
