@@ -27,6 +27,7 @@ from fsp.training.dynamic import PRESETS
 SEARCHED = [name for name in METHODS if name != "magnitude"]  # all its masks of a network are the same
 TRAIN_OPTIONS = {field.name for field in dataclasses.fields(TrainConfig)} - {"epochs", "lr", "seed"}
 LISTS = {"networks", "methods", "searched", "dynamics", "densities", "published_densities", "seeds"}
+LISTS |= {"dosed", "shares", "confirmed", "confirm_seeds", "settled"}
 STRUCTURED = LISTS | {"model_options", "train_options"}  # papermill's -p gives them as text
 Rule = tuple[Callable[[object], bool], str]  # whether a value is right, and what is expected
 
@@ -186,6 +187,9 @@ COUNT = (lambda value: is_count(value, 1)), "a whole number of at least 1"
 STEPS = (lambda value: is_count(value, 0)), "a whole number of steps from 0 on"
 FRACTION = _is_fraction, "a fraction in (0, 1], such as 0.05"
 FRACTIONS = _list_of(_is_fraction, "fractions in (0, 1], such as [0.05]")
+SEEDS = _list_of(
+    lambda value: is_count(value, 0) and value < 2**63, "whole numbers from 0 to 2**63 - 1, such as [0, 1]"
+)
 RULES: dict[str, Rule] = {
     "dataset": _one_of(DATASETS),
     "model": _one_of(MODELS),
@@ -199,12 +203,13 @@ RULES: dict[str, Rule] = {
     "explore": FRACTION,
     "densities": FRACTIONS,
     "published_densities": FRACTIONS,
-    "seeds": _list_of(
-        lambda value: is_count(value, 0) and value < 2**63, "whole numbers from 0 to 2**63 - 1, such as [0, 1]"
-    ),
+    **dict.fromkeys(["seeds", "confirm_seeds"], SEEDS),
     **dict.fromkeys(["epochs", "ticket_epochs", "batch_size", "early_steps", "update_every"], COUNT),
     **dict.fromkeys(["population", "repeats", "shuffles", "trainings", "empty_runs", "ticket_count"], COUNT),
     "threads": COUNT,
+    **dict.fromkeys(["image_epochs", "cnn_epochs", "short_epochs", "long_epochs", "crossed"], COUNT),
+    **dict.fromkeys(["dosed", "confirmed", "settled"], _some_of(METHODS)),
+    "shares": FRACTIONS,
     "pretrain": STEPS,
     "rewind": STEPS,
     "imp_rate": ((lambda value: _is_number(value) and 0 <= value < 1), "a number in [0, 1), such as 0.2"),

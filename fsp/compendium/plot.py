@@ -87,6 +87,7 @@ METHODS = _Looks(
         "static": Look("Static ERK", "#e69f00", "^", (3, 1)),
         "static_uniform": Look("Static uniform", "#7b2d8e", "D", (4, 1, 1, 1)),
         "shuffled": Look("Same density, random", "#999999", "X", (1, 1)),
+        "rewired": Look("Same degrees, random", "#4b3fa0", "D", (4, 1, 1, 1)),
     }
 )
 

@@ -26,6 +26,7 @@ from fsp.training.dynamic import PRESETS
 COUNTS = [
     "epochs", "ticket_epochs", "batch_size", "early_steps", "update_every", "population", "repeats", "shuffles",
     "trainings", "empty_runs", "ticket_count", "threads",
+    "image_epochs", "cnn_epochs", "short_epochs", "long_epochs", "crossed",
 ]  # fmt: skip
 BAD_DENSITIES = [0.1, [], [0.1, 0.1], [1, 1.0], [0.1, 0], [0.1, 2], [True], ["0.1"], None, "0.1", "[0.1", ""]
 CASES = (
@@ -81,6 +82,11 @@ CASES = (
             "a dict of fields of TrainConfig",
         ),
     }
+    | dict.fromkeys(
+        ["dosed", "confirmed", "settled"], ([["snip"], ["erk", "phew"]], ["snip", [], ["sinp"]], "random, uniform")
+    )
+    | {"shares": ([[0.25], [0.5, 1]], [0.5, [], [0.0], [1.1], ["0.5"]], "such as [0.05]")}
+    | {"confirm_seeds": ([[0], [3, 4]], [0, [], [0, 0], [-1]], "such as [0, 1]")}
     | {name: ([1, 160, np.int64(3)], [0, -1, 1.0, "3", None, True], "a whole number of at least 1") for name in COUNTS}
 )
 EVERY = pytest.mark.parametrize("name", CASES)
