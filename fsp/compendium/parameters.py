@@ -27,6 +27,7 @@ from fsp.training.dynamic import PRESETS
 SEARCHED = [name for name in METHODS if name != "magnitude"]  # all its masks of a network are the same
 TRAIN_OPTIONS = {field.name for field in dataclasses.fields(TrainConfig)} - {"epochs", "lr", "seed"}
 LISTS = {"networks", "methods", "searched", "dynamics", "densities", "published_densities", "seeds"}
+LISTS |= {"untrained", "between"}
 STRUCTURED = LISTS | {"model_options", "train_options"}  # papermill's -p gives them as text
 Rule = tuple[Callable[[object], bool], str]  # whether a value is right, and what is expected
 
@@ -193,12 +194,14 @@ RULES: dict[str, Rule] = {
     "networks": _some_of(MODELS),
     "init": _one_of([name for name in INITS if name not in WITH_MASKS]),
     "methods": _some_of(METHODS),
+    "untrained": _some_of(METHODS),
     "searched": _some_of(SEARCHED),
     "dynamics": _some_of(PRESETS),
     "density": FRACTION,
     "explore": FRACTION,
     "densities": FRACTIONS,
     "published_densities": FRACTIONS,
+    "between": FRACTIONS,
     "seeds": _list_of(
         lambda value: is_count(value, 0) and value < 2**63, "whole numbers from 0 to 2**63 - 1, such as [0, 1]"
     ),
