@@ -27,7 +27,7 @@ from fsp.training.dynamic import PRESETS
 SEARCHED = [name for name in METHODS if name != "magnitude"]  # all its masks of a network are the same
 TRAIN_OPTIONS = {field.name for field in dataclasses.fields(TrainConfig)} - {"epochs", "lr", "seed"}
 LISTS = {"networks", "methods", "searched", "dynamics", "densities", "published_densities", "seeds"}
-LISTS |= {"dosed", "shares", "confirmed", "confirm_seeds", "settled"}
+LISTS |= {"dosed", "shares", "confirmed", "confirm_seeds", "settled", "untrained", "between"}
 STRUCTURED = LISTS | {"model_options", "train_options"}  # papermill's -p gives them as text
 Rule = tuple[Callable[[object], bool], str]  # whether a value is right, and what is expected
 
@@ -197,12 +197,14 @@ RULES: dict[str, Rule] = {
     "networks": _some_of(MODELS),
     "init": _one_of([name for name in INITS if name not in WITH_MASKS]),
     "methods": _some_of(METHODS),
+    "untrained": _some_of(METHODS),
     "searched": _some_of(SEARCHED),
     "dynamics": _some_of(PRESETS),
     "density": FRACTION,
     "explore": FRACTION,
     "densities": FRACTIONS,
     "published_densities": FRACTIONS,
+    "between": FRACTIONS,
     **dict.fromkeys(["seeds", "confirm_seeds"], SEEDS),
     **dict.fromkeys(["epochs", "ticket_epochs", "batch_size", "early_steps", "update_every"], COUNT),
     **dict.fromkeys(["population", "repeats", "shuffles", "trainings", "empty_runs", "ticket_count"], COUNT),
