@@ -27,8 +27,8 @@ CLAIMS_PAGE = """# What the papers say, and what holds here
 
 Written by `make refresh` from the files `NN_name.claims.csv`, which also hold notes. *Not decided*: the interval holds
 the bound of the claim, or there are fewer than three observations. *Equivalent*: the interval lies within the two
-bounds of the claim. Intervals have 95 %: of means Student's t, of correlations a bootstrap, or a jackknife over seeds
-and methods where rows share them.
+bounds of the claim. Intervals have 95 %: of means Student's t, and where rows share seeds or methods a jackknife over
+them.
 
 ## Primary claims
 
