@@ -74,11 +74,11 @@ METHODS = _Looks(
         "phew": Look("PHEW", "#7b2d8e", (6, 1, 0)),
         "imp": Look("IMP", "#b0003a", HOURGLASS),
         "imp_rewind": Look("IMP-rewind", "#6b2f4a", BOWTIE, (3, 1)),
-        "search_alone": Look("Mask 0", "#000000", "o"),
-        "search_published": Look("Published search", "#e69f00", "s"),
-        "search_matched": Look("Base method, its densities", "#999999", "X"),
-        "search_exact": Look("Exact-density search", "#0072b2", "^"),
-        "search_optimised": Look("Optimised masks", "#d55e00", "d"),
+        "search_published": Look("Published search", "#e0529c", "s"),
+        "search_gap": Look("Search for the gap", "#3d5a1f", "P", (3, 1, 1, 1)),
+        "search_pretrained": Look("Search after pretraining", "#2f6fdb", "^", (5, 1)),
+        "search_optimised": Look("Optimised masks", "#00a5c4", "d", (2, 1)),
+        "search_again": Look("Another draw", "#a0522d", "v", (1, 1)),
         "set": Look("SET", "#56b4e9", "v", (1, 1)),
         "rigl": Look("RigL", "#cc79a7", "d", (6, 1, 1, 1)),
         "set_itop": Look("SET-ITOP", "#0072b2", "o"),
@@ -87,6 +87,7 @@ METHODS = _Looks(
         "static": Look("Static ERK", "#e69f00", "^", (3, 1)),
         "static_uniform": Look("Static uniform", "#7b2d8e", "D", (4, 1, 1, 1)),
         "shuffled": Look("Same density, random", "#999999", "X", (1, 1)),
+        "rewired": Look("Same degrees, random", "#4b3fa0", "D", (4, 1, 1, 1)),
     }
 )
 

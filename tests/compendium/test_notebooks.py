@@ -23,7 +23,7 @@ from fsp.paths import NOTEBOOKS, PROFILES, ROOT, outputs
 from fsp.runs import read_record, tables
 
 ALL = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
-NOT_YET_READABLE = ["03", "04", "05", "06", "07", "08"]  # their arguments are to be written anew
+NOT_YET_READABLE = ["03", "04", "05", "07", "08"]  # their arguments are to be written anew
 READABLE = [path for path in ALL if path.stem[:2] not in NOT_YET_READABLE]
 each = pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
 each_readable = pytest.mark.parametrize("path", READABLE, ids=lambda path: path.stem)
@@ -136,7 +136,7 @@ def test_after_the_check_the_parameters_are_read_from_its_result_alone(path):
 
 
 def parameters_read(code: str) -> set[str]:
-    """Parameters that code takes from ``given``, by name or through `fsp.compendium.study`."""
+    """Parameters that code takes from ``given``, by name or through `fsp.compendium`'s functions."""
     tree, names = ast.parse(code), set()
     tuples = {"study.TRAINING": study.TRAINING}
     for node in ast.walk(tree):
@@ -150,6 +150,8 @@ def parameters_read(code: str) -> set[str]:
             for argument in node.args[1:]:
                 starred = isinstance(argument, ast.Starred)
                 names |= set(tuples[ast.unparse(argument.value)]) if starred else {ast.literal_eval(argument)}
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("population.members", "members"):
+            names |= {*study.TRAINING, "early_steps"}
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "study.sweep":
             assert ast.unparse(node.args[2]) == "given"
             here = any(keyword.arg == "here" for keyword in node.keywords)
@@ -162,6 +164,7 @@ def test_what_reads_a_parameter_is_known():
     assert parameters_read(code) == {"seeds", "lr", "init", "density", *study.TRAINING}
     assert parameters_read("study.sweep(run, configs, given, STEM)") == {"out_dir", "recompute", "scheduler"}
     assert parameters_read("study.sweep(run, configs, given, STEM, here=True)") == {"out_dir", "recompute"}
+    assert parameters_read("population.members(given, [], [], [])") == {*study.TRAINING, "early_steps"}
     assert parameters_read("'seeds'; seeds; other.seeds") == set()
 
 
