@@ -15,7 +15,7 @@ import pandas as pd
 
 from fsp.checks import check_choice
 from fsp.compendium.stats import Estimate, p_value
-from fsp.paths import ROOT
+from fsp.paths import PACKAGE
 
 WHO = ("claim", "kind", "paper", "section")
 MEASURED = ("measured", "low", "high", "n")
@@ -103,7 +103,7 @@ class Primary(NamedTuple):
 
 
 @functools.cache
-def primaries(page: Path = ROOT / "docs" / "claims.md") -> dict[str, Primary]:
+def primaries(page: Path = PACKAGE.parent / "docs" / "claims.md") -> dict[str, Primary]:
     """Primary claims by their number, "P1" and so on, in the order of the page.
 
     Raises

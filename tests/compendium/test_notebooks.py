@@ -23,7 +23,7 @@ from fsp.paths import NOTEBOOKS, PROFILES, ROOT, outputs
 from fsp.runs import read_record, tables
 
 ALL = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
-NOT_YET_READABLE = ["06"]  # its argument is to be written anew
+NOT_YET_READABLE = ["03", "06"]  # a tuple of four in its runs; its argument is to be written anew
 READABLE = [path for path in ALL if path.stem[:2] not in NOT_YET_READABLE]
 each = pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
 each_readable = pytest.mark.parametrize("path", READABLE, ids=lambda path: path.stem)
