@@ -360,7 +360,7 @@ def _pages(results: Path) -> dict[Path, str]:
         return report.answers_table(claims, link=link, whole=whole)
 
     return {
-        ROOT / "README.md": readme_with(f"{answers(False, 'notebooks')}\n\n{verdicts}"),
+        ROOT / "README.md": readme_with(f"{answers(False, 'notebooks')}\n\n{verdicts}".strip()),
         _results() / "README.md": CLAIMS_PAGE.format(answers=answers(True, away), claims=all_claims),
     }
 

@@ -127,8 +127,11 @@ def answers_table(claims: pd.DataFrame, *, link: str, whole: bool) -> str:
     Returns
     -------
     str
+        Empty if none is judged.
     """
     judged = claims[claims.kind == "primary"].copy()
+    if judged.empty:
+        return ""
     judged["p"] = stats.holm([p_value_of(row) for row in judged.to_dict("records")])
     found = judged.set_index("claim").to_dict("index")
     lines = []

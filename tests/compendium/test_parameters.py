@@ -26,7 +26,8 @@ from fsp.training.dynamic import PRESETS
 COUNTS = [
     "epochs", "ticket_epochs", "batch_size", "early_steps", "update_every", "population", "repeats", "shuffles",
     "trainings", "empty_runs", "ticket_count", "threads",
-    "image_epochs", "cnn_epochs", "short_epochs", "long_epochs", "crossed",
+    "image_epochs", "cnn_epochs", "short_epochs", "long_epochs", "crossed", "measure_every", "moment",
+    "pretrained_population", "optimised_population",
 ]  # fmt: skip
 BAD_DENSITIES = [0.1, [], [0.1, 0.1], [1, 1.0], [0.1, 0], [0.1, 2], [True], ["0.1"], None, "0.1", "[0.1", ""]
 CASES = (
@@ -83,8 +84,19 @@ CASES = (
         ),
     }
     | dict.fromkeys(
-        ["dosed", "confirmed", "settled"], ([["snip"], ["erk", "phew"]], ["snip", [], ["sinp"]], "random, uniform")
+        ["dosed", "confirmed", "settled", "untrained"],
+        ([["snip"], ["erk", "phew"]], ["snip", [], ["sinp"]], "random, uniform"),
     )
+    | {"growths": ([0, 6], [-1, 0.5, None, True], "a whole number from 0 on")}
+    | {
+        "searches": (
+            [["gap"], ["published", "optimised"]],
+            ["gap", [], ["norm"]],
+            "published, gap, pretrained, optimised",
+        )
+    }
+    | {"candidates": ([[20], [20, 100]], [20, [], [0], [20, 20]], "such as [20, 100]")}
+    | {"between": ([[0.25], [0.5, 1]], [0.5, [], [0.0], [1.1], ["0.5"]], "such as [0.05]")}
     | {"shares": ([[0.25], [0.5, 1]], [0.5, [], [0.0], [1.1], ["0.5"]], "such as [0.05]")}
     | {"confirm_seeds": ([[0], [3, 4]], [0, [], [0, 0], [-1]], "such as [0, 1]")}
     | {name: ([1, 160, np.int64(3)], [0, -1, 1.0, "3", None, True], "a whole number of at least 1") for name in COUNTS}
