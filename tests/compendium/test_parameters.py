@@ -24,10 +24,9 @@ from fsp.pruning import METHODS
 from fsp.training.dynamic import PRESETS
 
 COUNTS = [
-    "epochs", "ticket_epochs", "batch_size", "early_steps", "update_every", "population", "repeats", "shuffles",
+    "epochs", "batch_size", "early_steps", "update_every", "population", "repeats", "shuffles",
     "trainings", "empty_runs", "ticket_count", "threads",
     "image_epochs", "cnn_epochs", "short_epochs", "long_epochs", "crossed", "measure_every", "moment",
-    "pretrained_population", "optimised_population",
 ]  # fmt: skip
 BAD_DENSITIES = [0.1, [], [0.1, 0.1], [1, 1.0], [0.1, 0], [0.1, 2], [True], ["0.1"], None, "0.1", "[0.1", ""]
 CASES = (
@@ -56,7 +55,6 @@ CASES = (
             [0, -0.1, 1.1, math.nan, "0.05", None, True, [0.05]],
             "a fraction in",
         ),
-        "explore": ([0.25, 1.0], [0, 1.5, None, True], "a fraction in (0, 1]"),
         "densities": ([[0.1], [0.1, 0.05, 1.0], (0.2, 0.1)], BAD_DENSITIES, "such as [0.05]"),
         "published_densities": ([[0.1], [0.01, 0.4]], BAD_DENSITIES, "such as [0.05]"),
         "seeds": (
@@ -65,7 +63,6 @@ CASES = (
             "such as [0, 1]",
         ),
         "pretrain": ([0, 14, 500], [-1, 0.5, "14", None], "a whole number of steps"),
-        "rewind": ([0, 500], [-1, 0.5, None], "a whole number of steps"),
         "imp_rate": ([0, 0.2, 0.6], [1, -0.1, None, True, "0.2"], "a number in [0, 1)"),
         "lr": ([0.1, 1, 1e-6], [0, -0.1, math.nan, math.inf, "1e-3", None, True], "a number above 0"),
         "device": (["cpu", torch.device("cpu")], ["gpu", "", None, 0], "auto or cpu"),
@@ -95,7 +92,6 @@ CASES = (
             "published, gap, pretrained, optimised",
         )
     }
-    | {"candidates": ([[20], [20, 100]], [20, [], [0], [20, 20]], "such as [20, 100]")}
     | {"between": ([[0.25], [0.5, 1]], [0.5, [], [0.0], [1.1], ["0.5"]], "such as [0.05]")}
     | {"shares": ([[0.25], [0.5, 1]], [0.5, [], [0.0], [1.1], ["0.5"]], "such as [0.05]")}
     | {"confirm_seeds": ([[0], [3, 4]], [0, [], [0, 0], [-1]], "such as [0, 1]")}

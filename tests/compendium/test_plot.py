@@ -23,7 +23,7 @@ NAN = math.nan
 FAMILIES = {
     "at initialisation": ["dense", *pruning.METHODS, "imp"],
     "dynamic": ["dense", "set", "rigl", "static", "shuffled"],
-    "in-time": ["set_itop", "set_itop_guided", "rigl_itop", "static", "static_uniform", "shuffled"],
+    "in-time": ["set_itop", "set_itop_guided", "rigl_itop", "static", "shuffled"],
 }
 
 
