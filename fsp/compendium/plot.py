@@ -32,7 +32,6 @@ BEAM = Outline([(-1, -0.4), (1, -0.4), (1, 0.4), (-1, 0.4), (-1, -0.4)], closed=
 POST = Outline([(-0.4, -1), (0.4, -1), (0.4, 1), (-0.4, 1), (-0.4, -1)], closed=True)
 RHOMBUS = Outline([(-1, 0), (0, -0.6), (1, 0), (0, 0.6), (-1, 0)], closed=True)  # SynFlow's diamond, lying
 HOURGLASS = Outline([(-1, -1), (1, -1), (0.35, 0), (1, 1), (-1, 1), (-0.35, 0), (-1, -1)], closed=True)
-BOWTIE = Outline([(-1, -1), (0, -0.35), (1, -1), (1, 1), (0, 0.35), (-1, 1), (-1, -1)], closed=True)
 CHEVRON = Outline([(-1, -0.9), (0, 0), (1, -0.9), (1, 0.1), (0, 1), (-1, 0.1), (-1, -0.9)], closed=True)
 TEE = Outline(
     [(-1, 1), (1, 1), (1, 0.3), (0.4, 0.3), (0.4, -1), (-0.4, -1), (-0.4, 0.3), (-1, 0.3), (-1, 1)], closed=True
@@ -73,12 +72,11 @@ METHODS = _Looks(
         "synflow_l2": Look("SynFlow-L2", "#8a2f00", RHOMBUS),
         "phew": Look("PHEW", "#7b2d8e", (6, 1, 0)),
         "imp": Look("IMP", "#b0003a", HOURGLASS),
-        "imp_rewind": Look("IMP-rewind", "#6b2f4a", BOWTIE, (3, 1)),
-        "search_alone": Look("Mask 0", "#000000", "o"),
         "search_published": Look("Published search", "#e0529c", "s"),
-        "search_matched": Look("Base method, its densities", "#8c8c8c", "X"),
-        "search_exact": Look("Exact-density search", "#1b4f9c", "^"),
+        "search_gap": Look("Search for the gap", "#3d5a1f", "P", (3, 1, 1, 1)),
+        "search_pretrained": Look("Search after pretraining", "#2f6fdb", "^", (5, 1)),
         "search_optimised": Look("Optimised masks", "#00a5c4", "d", (2, 1)),
+        "search_again": Look("Another draw", "#a0522d", "v", (1, 1)),
         "set": Look("SET", "#56b4e9", "v", (1, 1)),
         "rigl": Look("RigL", "#cc79a7", "d", (6, 1, 1, 1)),
         "set_itop": Look("SET-ITOP", "#0072b2", "o"),

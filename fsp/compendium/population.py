@@ -21,7 +21,6 @@ from fsp.training import Snapshots, steps
 ITSELF = {"variant": "itself"}
 SHUFFLED = {"variant": "shuffled", "share": 1.0}  # positions drawn anew inside each layer
 REWIRED = {"variant": "rewired", "share": 1.0}  # edges drawn anew with every degree of every vertex kept
-RANDOMISED = {"shuffled": masks.shuffle, "rewired": masks.rewire}
 ICLR = ("gap_normalised", "imdb_normalised", "imdb_stable", "narc_iclr2023", "narc_iclr2023_undirected")
 DENSITY_SCALED = "density_scaled"
 
@@ -65,8 +64,8 @@ def member(config: dict) -> dict[str, object]:
     config : dict
         ``method``, ``density``, ``seed``, ``variant`` ("itself", "shuffled" or "rewired"; then with ``share``), those
         of `fsp.compendium.study.begin` and `fsp.compendium.study.train`, and ``early_steps``.  With ``mask_seed`` the
-        mask is made on the network of that seed; with ``init`` "density_scaled" the weights are drawn anew, scaled to
-        the density of each layer, once the mask is there.
+        mask is made on the network of that seed.  ``init``, if given, is the initialiser; with "density_scaled" the
+        weights are drawn anew, scaled to the density of each layer, once the mask is there.
 
     Returns
     -------
@@ -80,12 +79,14 @@ def member(config: dict) -> dict[str, object]:
           of weights into such a unit), ``weight_norm`` (of the kept weights), ``empty_layers``
         * ``moved``: share of the kept weights of the mask itself that this variant does not keep
     """
-    data, network, _ = start = begin({name: value for name, value in config.items() if name != "init"})
+    scaled = config.get("init") == DENSITY_SCALED  # which needs the mask: until then the network has its own weights
+    setting = {name: value for name, value in config.items() if not (scaled and name == "init")}
+    data, network, _ = start = begin(setting)
     if "mask_seed" in config:
-        start = begin(config | {"seed": config["mask_seed"]})
+        start = begin(setting | {"seed": config["mask_seed"]})
     own = prune(config, *start)
-    kept = _varied(config, own)
-    if config.get("init") == DENSITY_SCALED:
+    kept = _varied(config, own, network)
+    if scaled:
         models.initialise_(network, DENSITY_SCALED, generator=_aside(config, 1), masks=kept)
     at_start = spectrum.coordinates(kept, network)
     row = _graph(kept, network, data) | _quantities(at_start)
@@ -105,11 +106,17 @@ def member(config: dict) -> dict[str, object]:
     return {"accuracy": history.test_accuracy, "validation": validation, "training": history.status} | row | after
 
 
-def _varied(config: dict, own: Masks) -> Masks:
+def _varied(config: dict, own: Masks, network: nn.Module) -> Masks:
     """The mask itself, or the control that the config asks for."""
-    if config["variant"] == "itself":
-        return own
-    return RANDOMISED[config["variant"]](own, generator=_aside(config, 0), share=config["share"])
+    drawn = {"generator": _aside(config, 0), "share": config.get("share")}
+    match config["variant"]:
+        case "itself":
+            return own
+        case "shuffled":
+            return masks.shuffle(own, **drawn)
+        case "rewired":
+            return masks.rewire(own, model=network, **drawn)
+    raise ValueError(f"variant={config['variant']!r}: expected itself, shuffled or rewired")
 
 
 def _aside(config: dict, number: int) -> torch.Generator:

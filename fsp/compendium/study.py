@@ -4,7 +4,6 @@ A run is ``begin`` (data, network, generator), ``prune`` and ``train``; every st
 All draws but those of the training come from one generator, in this order: initial weights, scoring examples, masks.
 """
 
-import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -193,8 +192,7 @@ def sweep(
         raise KeyboardInterrupt("stopped: finished runs are kept, and this cell goes on from there") from None
     _check_finished(table, place.runs)
     if known != path and known.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(known, path)  # the table as a refresh would make it
+        tables.update(tables.read_cells(known), path)  # the table as a refresh would make it
     tables.update(table, path)
     if stale := len(table.attrs["stale"]):
         print(f"{stale} of {len(configs)} runs were made by code that has been edited since; recompute=True redoes all")

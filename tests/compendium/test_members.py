@@ -92,6 +92,31 @@ def test_scaled_weights_have_the_variance_of_their_layers_density():
     assert scaled["imdb"] == plain["imdb"]
 
 
+def test_any_other_initialiser_is_that_of_the_network_the_mask_is_made_on(monkeypatch):
+    """With a mask of another seed as well: both networks begin as the config says."""
+    begun = []
+
+    def watched(config):
+        begun.append(config.get("init"))
+        return study.begin(config)
+
+    monkeypatch.setattr(population, "begin", watched)
+    plain, lecun = (population.member(config("snip", mask_seed=4, **way)) for way in ({}, {"init": "lecun"}))
+    assert begun == [None, None, "lecun", "lecun"]
+    assert lecun["weight_norm"] != plain["weight_norm"]
+    population.member(config("snip", mask_seed=4, init=population.DENSITY_SCALED))
+    assert begun[4:] == [None, None]
+
+
+def test_a_rewiring_keeps_the_degrees_of_the_graph_of_a_grouped_convolution(monkeypatch):
+    """A depthwise kernel has no two edges to trade: as a matrix it would have been rewired."""
+    network = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3, groups=8))
+    own = pruning.prune(network, "random", 0.5, generator=torch.Generator().manual_seed(0))
+    kept = population._varied(config(way=population.REWIRED), own, network)
+    assert torch.equal(kept["0.weight"], own["0.weight"])
+    assert not torch.equal(masks.rewire(own, generator=torch.Generator().manual_seed(0))["0.weight"], own["0.weight"])
+
+
 def test_the_same_config_makes_the_same_run_whoever_asks():
     """The run is known by its config alone: no name of a notebook is in it."""
     configs = population.members(GIVEN, ["erk", "snip"], [0.2, 0.1], [0, 1], [population.ITSELF, population.REWIRED])

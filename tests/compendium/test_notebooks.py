@@ -23,10 +23,7 @@ from fsp.paths import NOTEBOOKS, PROFILES, ROOT, outputs
 from fsp.runs import read_record, tables
 
 ALL = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
-NOT_YET_READABLE = ["03", "06"]  # a tuple of four in the runs of one; the other's argument is to be written anew
-READABLE = [path for path in ALL if path.stem[:2] not in NOT_YET_READABLE]
 each = pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
-each_readable = pytest.mark.parametrize("path", READABLE, ids=lambda path: path.stem)
 CORRELATION = NOTEBOOKS / "04_weighted_gap_correlation.ipynb"
 TAGS = {"parameters", "timing", "nbval-check-output", "nbval-ignore-output"}
 COMPREHENSIONS = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
@@ -97,7 +94,6 @@ def run(path: Path, out: Path, parameters: dict) -> nbformat.NotebookNode:
 
 def test_there_are_notebooks():
     assert CORRELATION in ALL
-    assert len(READABLE) == len(ALL) - len(NOT_YET_READABLE) > 0
 
 
 @each
@@ -248,7 +244,7 @@ def test_no_name_comes_from_a_table_of_names(path):
     assert [cell.source for cell in code_cells(path) if re.search(r"\b(globals|locals)\(", cell.source)] == []
 
 
-@each_readable
+@each
 def test_it_has_one_plain_statement_a_line(path):
     for cell in code_cells(path):
         assert max(len(line) for line in cell.source.splitlines()) <= 100, cell.source
@@ -259,7 +255,7 @@ def test_it_has_one_plain_statement_a_line(path):
         assert [t for t in targets if isinstance(t, ast.Tuple) and len(t.elts) > 3] == [], cell.source
 
 
-@each_readable
+@each
 def test_a_sentence_before_each_code_cell_says_what_it_does(path):
     for before, cell in pairwise(cells_of(path)):
         if cell.cell_type == "code":

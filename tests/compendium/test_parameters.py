@@ -25,8 +25,9 @@ from fsp.training.dynamic import PRESETS
 
 COUNTS = [
     "epochs", "batch_size", "early_steps", "update_every", "population", "repeats", "shuffles",
-    "trainings", "empty_runs", "ticket_count", "threads",
+    "trainings", "empty_runs", "threads",
     "image_epochs", "cnn_epochs", "short_epochs", "long_epochs", "crossed", "measure_every", "moment",
+    "pretrained_population", "optimised_population",
 ]  # fmt: skip
 BAD_DENSITIES = [0.1, [], [0.1, 0.1], [1, 1.0], [0.1, 0], [0.1, 2], [True], ["0.1"], None, "0.1", "[0.1", ""]
 CASES = (
@@ -90,7 +91,8 @@ CASES = (
             [["gap"], ["published", "optimised"]],
             ["gap", [], ["norm"]],
             "published, gap, pretrained, optimised",
-        )
+        ),
+        "candidates": ([[20], [1, 100]], [20, [], [0], [0.5], ["20"]], "such as [20, 100]"),
     }
     | {"between": ([[0.25], [0.5, 1]], [0.5, [], [0.0], [1.1], ["0.5"]], "such as [0.05]")}
     | {"shares": ([[0.25], [0.5, 1]], [0.5, [], [0.0], [1.1], ["0.5"]], "such as [0.05]")}

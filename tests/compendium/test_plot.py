@@ -23,6 +23,15 @@ NAN = math.nan
 FAMILIES = {
     "at initialisation": ["dense", *pruning.METHODS, "imp"],
     "dynamic": ["dense", "set", "rigl", "static", "shuffled"],
+    "searched": [
+        "search_published",
+        "search_gap",
+        "search_pretrained",
+        "search_optimised",
+        "search_again",
+        "shuffled",
+        "rewired",
+    ],
     "in-time": ["set_itop", "set_itop_guided", "rigl_itop", "static", "shuffled"],
 }
 

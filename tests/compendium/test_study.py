@@ -133,6 +133,8 @@ def test_without_a_folder_committed_rows_are_taken_and_never_written(tmp_path, r
     assert files(repository) == before
     results = tmp_path / "scratch" / "99_test" / "results"
     assert tables.read(results / "99_test.csv").square.tolist() == [9, 1, 4]  # as a refresh would make it
+    study.sweep(square, xs(2, 5), asked(), "99_test")
+    assert tables.read(results / "99_test.csv").square.tolist() == [4, 25, 1, 9]  # a second sweep drops no new row
     assert tables.read(results / "99_test.claims.csv").holds.tolist() == ["yes"]
     assert paths.outputs("", "99_test").figures == results.parent / "figures"
 
