@@ -190,6 +190,10 @@ FRACTIONS = _list_of(_is_fraction, "fractions in (0, 1], such as [0.05]")
 SEEDS = _list_of(
     lambda value: is_count(value, 0) and value < 2**63, "whole numbers from 0 to 2**63 - 1, such as [0, 1]"
 )
+RATE = (
+    (lambda value: _is_number(value) and 0 < value < math.inf),
+    "a number above 0, such as 0.001",
+)
 RULES: dict[str, Rule] = {
     "dataset": _one_of(DATASETS),
     "model": _one_of(MODELS),
@@ -208,7 +212,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(["epochs", "batch_size", "early_steps", "update_every"], COUNT),
     **dict.fromkeys(["population", "repeats", "shuffles", "trainings", "empty_runs"], COUNT),
     "threads": COUNT,
-    **dict.fromkeys(["image_epochs", "cnn_epochs", "short_epochs", "long_epochs", "crossed"], COUNT),
+    **dict.fromkeys(["image_epochs", "cnn_epochs", "short_epochs", "long_epochs", "settled_epochs", "crossed"], COUNT),
     **dict.fromkeys(["dosed", "confirmed", "settled"], _some_of(METHODS)),
     "shares": FRACTIONS,
     **dict.fromkeys(["measure_every", "moment", "pretrained_population", "optimised_population"], COUNT),
@@ -217,10 +221,7 @@ RULES: dict[str, Rule] = {
     "candidates": _list_of(lambda value: is_count(value, 1), "whole numbers of at least 1, such as [20, 100]"),
     "pretrain": STEPS,
     "imp_rate": ((lambda value: _is_number(value) and 0 <= value < 1), "a number in [0, 1), such as 0.2"),
-    "lr": (
-        (lambda value: _is_number(value) and 0 < value < math.inf),
-        "a number above 0, such as 0.001",
-    ),
+    **dict.fromkeys(["lr", "settled_lr", "confirm_lr"], RATE),
     "train_options": (
         (lambda value: isinstance(value, dict) and value.keys() <= TRAIN_OPTIONS),
         f"a dict of fields of TrainConfig, of {', '.join(sorted(TRAIN_OPTIONS))}",

@@ -26,7 +26,7 @@ from fsp.training.dynamic import PRESETS
 COUNTS = [
     "epochs", "batch_size", "early_steps", "update_every", "population", "repeats", "shuffles",
     "trainings", "empty_runs", "threads",
-    "image_epochs", "cnn_epochs", "short_epochs", "long_epochs", "crossed", "measure_every", "moment",
+    "image_epochs", "cnn_epochs", "short_epochs", "long_epochs", "settled_epochs", "crossed", "measure_every", "moment",
     "pretrained_population", "optimised_population",
 ]  # fmt: skip
 BAD_DENSITIES = [0.1, [], [0.1, 0.1], [1, 1.0], [0.1, 0], [0.1, 2], [True], ["0.1"], None, "0.1", "[0.1", ""]
@@ -85,6 +85,7 @@ CASES = (
         ["dosed", "confirmed", "settled", "untrained"],
         ([["snip"], ["erk", "phew"]], ["snip", [], ["sinp"]], "random, uniform"),
     )
+    | dict.fromkeys(["settled_lr", "confirm_lr"], ([0.1, 1], [0, -0.1, "1e-3", None, True], "a number above 0"))
     | {"growths": ([0, 6], [-1, 0.5, None, True], "a whole number from 0 on")}
     | {
         "searches": (
