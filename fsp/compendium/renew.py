@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 
 from fsp import paths
 from fsp.compendium import execute
@@ -188,6 +189,7 @@ def _some_runs(source: Path) -> list[str]:
     """Keys of a few runs in a notebook's committed table: one of each kind, and two at least.
 
     Runs are of one kind if their rows fill the same columns. The choice is random; its seed is the notebook's code.
+    Of searches it is one of those with the fewest candidates: the largest ones take minutes.
     """
     from fsp.runs import tables
 
@@ -196,6 +198,9 @@ def _some_runs(source: Path) -> list[str]:
     keys = list(filled.index)
     code = [cell.source for cell in execute.read(source).cells if cell.cell_type == "code"]
     random.Random("\n".join(code)).shuffle(keys)
+    if "population" in table:
+        candidates = pd.to_numeric(table.groupby("key")["population"].first()).fillna(0)
+        keys.sort(key=candidates.get, reverse=True)  # below, the last one of a kind is taken
     one_of_each = list({tuple(filled.loc[key]): key for key in keys}.values())
     if len(one_of_each) > 1:
         return one_of_each

@@ -630,6 +630,19 @@ def test_check_allows_another_processor_a_tenth_of_the_range_of_a_column_and_a_n
     assert "`value`: 2 differ, by at most 0.75" in found["05_far"][0]
 
 
+def test_the_search_that_check_does_anew_is_one_of_the_smallest(root, monkeypatch):
+    """Rows of one kind fill the same columns: here there are searches, and trainings without one."""
+    source = write_notebook(root / "notebooks", "07_searches", "pass")
+    runs = {"a": 3000, "b": 20, "c": 500, "d": 3000, "e": "", "f": ""}
+    rows = "".join(f"{key},finished,{population},0.5\n" for key, population in runs.items())
+    path = root / "data" / "results" / "07_searches.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"key,status,population,accuracy\n{rows}")
+    search, training = sorted(renew._some_runs(source))
+    assert search == "b"
+    assert training in "ef"
+
+
 def test_check_says_what_is_not_committed(root, monkeypatch, capsys):
     monkeypatch.setattr(renew, "_nbval", lambda *_: 0)
     assert reproduce.main(["--check"]) == 1
