@@ -184,7 +184,7 @@ ecn3 = partial(build, "ecn3", (1, 8, 8), 10)
     [
         (partial(build, "ecn6_s", (1, 8, 8), 10), ValueError, "layers=6 at rate=0.75 shrink the map from 8x8 to 6x6 to "
          "4x4 to 3x3 to 2x2 to 1x1, and layer 6 would have less than one pixel: use at most 5 layers"),
-        (partial(build, "ecn3", (1, 8, 2), 10, rate=0.4), ValueError, "from 8x2, and layer 1 .*: use a rate nearer to 1"),
+        (partial(build, "ecn3", (1, 8, 2), 10, rate=0.4), ValueError, "from 8x2, and layer 1 .*: use a rate near"),
         (partial(ecn3, layers=0), ValueError, "layers=0: expected an integer of at least 1"),
         (partial(ecn3, width=0), ValueError, "width=0"),
         (partial(ecn3, growth=-1), ValueError, "growth=-1: expected an integer of at least 0"),
