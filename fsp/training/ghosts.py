@@ -138,7 +138,7 @@ class Ghosted(nn.Module):
 
     def __init__(self, model: nn.Module, places: "Places", activation: str | None):
         super().__init__()
-        self.module = model
+        self.module, self.places = model, places
         branches = [Branch(model.get_submodule(around.conv)) for around in places.branches]
         self.ghosts = nn.ModuleList(branches)
         for around, branch in zip(places.branches, branches, strict=True):
@@ -155,6 +155,12 @@ class Ghosted(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The model's, ghosts included."""
         return self.module(x)
+
+    def keep_(self) -> None:
+        """Make each branch the module ``ghost`` of its convolution, part of the model and of its ``state_dict``."""
+        for around, branch in zip(self.places.branches, self.ghosts, strict=True):
+            # a container may run all its modules, as nn.Sequential does; a convolution runs none
+            self.module.get_submodule(around.conv).ghost = branch
 
     def set_(self, *, alpha: float, over: float) -> None:
         """Weight of the branches, and how much of the annealing of the activations is over."""
@@ -196,14 +202,8 @@ def strip_(model: nn.Module) -> None:
         hooks = module._forward_hooks  # torch has no public list of them, and a copy of a model has no handles
         for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), Branch)]:
             del hooks[key]
-    if has_ghosts(model):
-        del model.ghosts
-
-
-def has_ghosts(model: nn.Module) -> bool:
-    """Whether a model keeps branches as a module of its own."""
-    kept = getattr(model, "ghosts", None)
-    return isinstance(kept, nn.ModuleList) and all(isinstance(branch, Branch) for branch in kept)
+        if isinstance(getattr(module, "ghost", None), Branch):
+            del module.ghost
 
 
 # ---- where ghosts go ---------------------------------------------------------------------------------------------
@@ -252,7 +252,7 @@ def places_of(model: nn.Module, shape: tuple[int, int, int], *, activation: str 
     check_shape(shape)
     check_choice("activation", activation, ACTIVATIONS)
     kind = type(model).__name__
-    if hasattr(model, "ghosts") or any(isinstance(module, SoftReLU) for module in model.modules()):
+    if any(isinstance(module, SoftReLU | Branch) for module in model.modules()):
         raise ValueError(f"{kind} has ghosts already: pass fsp.training.ghosts.strip(model)")
     relus = [name for name, m in model.named_modules(remove_duplicate=False) if name and isinstance(m, nn.ReLU)]
     if not (activation or skips):

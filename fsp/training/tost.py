@@ -55,7 +55,7 @@ class Recipe:
     rescale : Rescaling, optional
         Settings of the re-scaled initialisation; None leaves it out.
     labels : float, in [0, 1)
-        Probability on the other classes together; 0 leaves the labels as they are.
+        Probability on the other classes together, in the training loss alone (D59); 0 leaves the labels as they are.
     annealed : bool
         False: activations and skips stay as they begin, to the end and in the trained network, as in the authors'
         code; `e0` and `e1` are without effect.
@@ -155,8 +155,8 @@ def fit(
 
     Notes
     -----
-    Where nothing is annealed, the model keeps what was trained: soft activations, and the branches as its module
-    ``ghosts``.  `fsp.training.ghosts.strip` gives a copy without them.
+    Where nothing is annealed, the model keeps what was trained: soft activations, and each branch as the module
+    ``ghost`` of its convolution.  `fsp.training.ghosts.strip` gives a copy without them.
 
     Ghosts are trained with the settings of everything else, weight decay included.  With alpha at 0 they are not
     computed and not changed.
@@ -200,8 +200,8 @@ def fit(
         raise
     if recipe.annealed:
         strip_(model)
-    elif len(ghosted.ghosts):
-        model.ghosts = ghosted.ghosts
+    else:
+        ghosted.keep_()
     return history
 
 
