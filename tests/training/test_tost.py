@@ -188,7 +188,8 @@ def test_activations_begin_as_named_and_end_as_relu(kind):
     for soft.over in (0.0, 0.3, 0.6, 0.9, 0.999):
         away.append(float((soft(x) - x.clamp(min=0)).abs().max()))
     assert away == sorted(away, reverse=True)
-    assert away[-1] < 0.006, "beta 50 is .278 / 50 from a ReLU"
+    soft.over = math.nextafter(1, 0)
+    torch.testing.assert_close(soft(x), x * torch.sigmoid(50 * x) if kind == "swish" else x.clamp(min=0))
     soft.over = 1.0
     assert torch.equal(soft(x.clone()), x.clamp(min=0))
 
@@ -312,7 +313,7 @@ def resumable(path=None, *, until=None, recipe=None):
 
 def test_a_training_killed_in_the_middle_of_the_annealing_ends_bit_equal(tmp_path):
     *expected, made = resumable()
-    for step in (1, 4, 6, 8, 10):
+    for step in (1, 6, 10):
         path = tmp_path / f"{step}.safetensors"
         with pytest.raises(Killed):
             resumable(path, until=step)
