@@ -14,7 +14,7 @@ from fsp.data import load
 from fsp.files import CannotResume
 from fsp.models import MODELS, build
 from fsp.pruning.methods import prune
-from fsp.training import tost, train
+from fsp.training import rescaling, tost, train
 from fsp.training.ghosts import Ghosted, SoftReLU, places_of, strip, strip_
 from fsp.training.hooks import Snapshots
 from fsp.training.rescaling import Rescaling, rescale_
@@ -227,8 +227,8 @@ def test_every_network_trains_with_every_part_and_keeps_its_masks(name):
         nonzero.append(sum(int(parameters[n][~mask].count_nonzero()) for n, mask in masks.items()))
 
     kept = Snapshots(net, [0, 3])
-    rescaling = dataclasses.replace(SHORT, iterations=1) if name == "vgg11" else SHORT
-    recipe = Recipe(rescale=rescaling, activation="mish" if name == "cnn" else "swish")
+    few = dataclasses.replace(SHORT, iterations=1) if name == "vgg11" else SHORT
+    recipe = Recipe(rescale=few, activation="mish" if name == "cnn" else "swish")
     history = fit(net, data, config(augmented=shape == SHAPE), masks=masks, recipe=recipe, hooks=[kept, Looks(look)])
     assert (history.status, history.steps, history.best_epoch) == ("finished", 8, 2)
     assert nonzero == [0] * 8
@@ -374,6 +374,13 @@ def test_a_factor_follows_the_derivative_of_its_objective(gamma, mask_lookahead)
         slope = min(0.5, max(-0.5, slope))
         first, second = 0.9 * first + 0.1 * slope, 0.999 * second + 0.001 * slope**2
         factor -= 0.01 * (first / (1 - 0.9**t)) / (math.sqrt(second / (1 - 0.999**t)) + 1e-8)
+    # Adam hardly sees how large a derivative is, so the derivative itself is compared, too
+    weights = {"1.weight": start.float(), "1.bias": bias.float()}
+    pruned = {"1.weight": ~masks["1.weight"]} if mask_lookahead else {}
+    of_loss = rescaling._Objective(net, weights, ["1.weight"], pruned, settings)
+    kind, derivative = of_loss.derivative(torch.ones(1), [(data.normalise(data.train.images), labels)] * 3)
+    assert kind == ("norm" if gamma < 1 else "loss")
+    assert float(derivative) == pytest.approx((objective(1 + 1e-5) - objective(1 - 1e-5)) / 2e-5, rel=1e-3)
     found = rescale_(net, data, masks=masks, settings=settings, generator=seeded())
     assert found["1.weight"] == pytest.approx(factor, abs=2e-5)
     assert found["1.weight"] != pytest.approx(1.0, abs=1e-3)
