@@ -108,7 +108,8 @@ class History:
     status : {"finished", "diverged"}
         "diverged": after the last epoch listed, the training loss or a weight was not finite, so training stopped.
     best_epoch : int
-        Epoch with the highest validation accuracy, the earliest of equals; 0 if the first epoch diverged.
+        Epoch with the highest validation accuracy, the earliest of equals; 0 if the training diverged before any that
+        could be selected had ended.
     test_accuracy : float
         In [0, 1], at the last epoch; ``nan`` if diverged.
     test_accuracy_best : float
@@ -300,7 +301,7 @@ def fit(
     if checkpoint is not None:  # before the masks are applied: it asks for the initial weights
         training = identity(model, data, config) | {
             "masks": None if masks is None else digest(masks)[:16],
-            "hooks": [type(hook).__qualname__ for hook in hooks] or None,
+            "hooks": [getattr(hook, "identity", type(hook).__qualname__) for hook in hooks] or None,
             "start_step": start_step,
         }
         saved = Checkpoint(checkpoint, checkpoint_every_s, training)
@@ -359,7 +360,8 @@ def fit(
             if not (math.isfinite(train_loss) and all(p.isfinite().all() for p in model.parameters())):
                 history.status = "diverged"
                 break
-            if accuracy > at.best_accuracy or math.isnan(accuracy):
+            selectable = all(selects(epoch) for selects in methods(hooks, "selects"))
+            if selectable and (accuracy > at.best_accuracy or math.isnan(accuracy)):
                 at.best_accuracy, history.best_epoch = accuracy, epoch
                 at.best_state = copied_state(model)
             for call in methods(hooks, "epoch_end"):
