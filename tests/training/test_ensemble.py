@@ -87,6 +87,7 @@ def test_bagging_leaves_nine_tenths_of_the_training_examples_and_nothing_else():
         assert (same_image.sum(1) == 1).all()
         assert (same_image.sum(0) <= 1).all(), "without replacement"
         places.append(same_image.int().argmax(1))
+        assert torch.equal(places[-1], places[-1].sort().values), "in their old order"
         assert torch.equal(bag.train.labels, data.train.labels[places[-1]])
         assert bag.test is data.test
         assert bag.validation is data.validation
@@ -124,13 +125,14 @@ def members_of(name):
     return nets, data
 
 
+@pytest.mark.parametrize("at_once", [True, None])
 @pytest.mark.parametrize("name", ["small", "mlp", "cnn", "resnet8"])
-def test_all_members_at_once_predict_what_they_do_one_by_one(name):
+def test_all_members_at_once_predict_what_they_do_one_by_one(name, at_once):
     nets, data = members_of(name)
     for net in nets[:2]:
         net.train()
     before = [state(net) for net in nets]
-    found = member_logits(nets, data, "test", batch_size=7)
+    found = member_logits(nets, data, "test", batch_size=7, at_once=at_once)
     assert (found.shape, found.dtype, found.requires_grad) == ((3, len(data.test.labels), 3), torch.float32, False)
     assert not any(net.training for net in nets)
     assert all(same(state(net), old) for net, old in zip(nets, before, strict=True))
