@@ -84,6 +84,7 @@ METHODS = _Looks(
         "set_itop_guided": Look("SET-ITOP, guided", "#009e73", "P", (2, 1)),
         "static": Look("Static ERK", "#e69f00", "^", (3, 1)),
         "shuffled": Look("Same density, random", "#999999", "X", (1, 1)),
+        "units_left": Look("Same density and units left, random", "#5c5c5c", "*", (1, 2)),
         "rewired": Look("Same degrees, random", "#4b3fa0", "D", (4, 1, 1, 1)),
     }
 )

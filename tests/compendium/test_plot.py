@@ -32,7 +32,7 @@ FAMILIES = {
         "shuffled",
         "rewired",
     ],
-    "in-time": ["set_itop", "set_itop_guided", "rigl_itop", "static", "shuffled"],
+    "in-time": ["set_itop", "set_itop_guided", "rigl_itop", "static", "shuffled", "units_left"],
 }
 
 
