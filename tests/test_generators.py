@@ -14,7 +14,7 @@ from fsp import data, masks, models, pruning, search, spectrum, training
 from fsp.pruning import scores
 from fsp.pruning.phew import phew
 from fsp.search.recombine import leading_vectors, swapped
-from fsp.training import dynamic
+from fsp.training import dynamic, ensemble
 
 DIGITS = data.load("digits")
 NET = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
@@ -35,6 +35,9 @@ CALLS = {  # each with all that it needs but a generator
     "shuffle globally": partial(masks.shuffle, KEPT, scope="global"),
     "rewire": partial(masks.rewire, KEPT),
     "scattered": partial(masks.scattered, KEPT, NET),
+    "children": partial(masks.children, NET, "antirandom", 2),
+    "overlapping": partial(masks.overlapping, KEPT, 0.5),
+    "bagged": partial(ensemble.bagged, DIGITS),
     **{
         f"prune {method}": partial(pruning.prune, NET, method, 0.5, batches=BATCHES)
         for method in ("random", "erk", "regular", "ramanujan", "magnitude", "snip", "grasp", "phew", "synflow")
@@ -81,7 +84,7 @@ def parameters_of(function) -> Mapping:
 def test_the_table_above_holds_every_public_name_that_takes_a_generator():
     known = {name.split()[0] for name in CALLS} | {"prune", "score"}
     found = set()
-    for wing in (data, masks, models, pruning, pruning.lottery, search, spectrum, training, dynamic):
+    for wing in (data, masks, models, pruning, pruning.lottery, search, spectrum, training, dynamic, ensemble):
         for name, value in vars(wing).items():
             if callable(value) and value.__module__ != "fsp.checks" and "generator" in parameters_of(value):
                 found.add(name)

@@ -18,7 +18,7 @@ ARROWS = {  # a wing, and the wings that it may import
     "checks": set(),
     "masks": {"checks", "files"},
     "models": {"checks"},
-    "data": {"checks", "files", "paths"},
+    "data": {"checks", "files", "paths", "progress"},
     "spectrum": {"checks", "masks"},
     "training": {"checks", "data", "files", "masks", "progress"},
     "pruning": {"checks", "data", "files", "masks", "progress", "training"},

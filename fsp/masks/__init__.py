@@ -20,6 +20,7 @@ from fsp.masks.algebra import (
     prunable,
     used_weights,
 )
+from fsp.masks.children import children, farthest, mask_distances, overlapping
 from fsp.masks.exchange import from_torch, to_torch_
 from fsp.masks.files import load, metadata, save
 from fsp.masks.holding import apply_, gradients_are_masked, hold_

@@ -171,12 +171,12 @@ def scattered(
     new, weights = shuffle(masks, generator=generator), {}
     for name, parameter in check_masks(model, masks).items():
         weight = parameter.detach()
-        kept = _permuted(weight[masks[name]], generator)
+        kept = permuted(weight[masks[name]], generator)
         weights[name] = torch.zeros_like(weight).masked_scatter_(new[name], kept)
     return new, weights
 
 
-def _permuted(flat: Tensor, generator: torch.Generator) -> Tensor:
+def permuted(flat: Tensor, generator: torch.Generator) -> Tensor:
     """Entries in random order, the order drawn on the CPU."""
     return flat[torch.randperm(len(flat), generator=generator, device="cpu").to(flat.device)]
 
@@ -198,7 +198,7 @@ def _free(flat: Tensor, share: float, generator: torch.Generator) -> Tensor:
     kept = flat.nonzero()[:, 0]
     staying = len(kept) - round(share * len(kept))
     free = torch.ones_like(flat)
-    free[_permuted(kept, generator)[:staying]] = False
+    free[permuted(kept, generator)[:staying]] = False
     return free
 
 
@@ -210,10 +210,10 @@ def _is_thick(mask: Tensor) -> bool:
 def _permuted_part(flat: Tensor, share: float, generator: torch.Generator) -> Tensor:
     """Entries in random order, but for those that stay."""
     if share == 1:
-        return _permuted(flat, generator)
+        return permuted(flat, generator)
     free = _free(~flat if _is_thick(flat) else flat, share, generator)
     new = flat.clone()
-    new[free] = _permuted(flat[free], generator)
+    new[free] = permuted(flat[free], generator)
     return new
 
 

@@ -16,11 +16,15 @@ from torch import nn
 
 from fsp.checks import check_choice, check_count, check_options, check_shape, given_or_seed_0
 from fsp.models.cnn import cnn
+from fsp.models.densenet import densenet
+from fsp.models.ecn import ecn, ecn_plan
 from fsp.models.initialisers import INITS, WITH_MASKS, initialise_
 from fsp.models.lenet import lenet
 from fsp.models.mlp import lenet300, mlp
+from fsp.models.mobilenet import mobilenet
 from fsp.models.resnet import cifar_resnet, resnet
 from fsp.models.vgg import vgg
+from fsp.models.wide_resnet import wide_resnet
 
 # builder(shape, classes, **options) -> nn.Module, with PyTorch's own, unseeded, initial weights
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -28,9 +32,17 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "lenet300": lenet300,
     "cnn": cnn,
     **{f"lenet_{size}": partial(lenet, size) for size in ("s", "m", "l")},
-    **{f"resnet{depth}": partial(cifar_resnet, depth) for depth in (8, 20, 32, 56, 110)},
-    **{f"resnet{depth}": partial(resnet, depth) for depth in (18, 34)},
+    **{f"resnet{depth}": partial(cifar_resnet, depth) for depth in (8, 20, 32, 56, 104, 110)},
+    "resnet104b": partial(cifar_resnet, 104, block="bottleneck"),
+    **{f"resnet{depth}": partial(resnet, depth) for depth in (18, 34, 50)},
+    **{f"wrn{d}_{k}": partial(wide_resnet, d, k) for d, k in ((16, 4), (22, 2), (28, 2), (28, 10))},
     **{f"vgg{depth}": partial(vgg, depth) for depth in (11, 16, 19)},
+    "mobilenet": mobilenet,
+    "densenet121": partial(densenet, 121),
+    "ecn3": partial(ecn, layers=3, width=6, growth=6),  # small, for small images and signals
+    "ecn6_fig1": ecn,
+    "ecn6_s": partial(ecn, width=14, growth=14),  # the largest with width = growth and fewer than 500,000 parameters
+    "ecn6_l": partial(ecn, width=36, growth=36),  # 3 million
 }
 
 
@@ -64,8 +76,10 @@ def build(
         weights. The global random state is neither read nor changed.
     **options
         Of the builder: ``hidden`` and ``norm`` (`mlp`), ``widths``, ``kernel``, ``strides`` and ``norm`` (`cnn`),
-        ``norm`` (`lenet`), ``width``, ``shortcut`` and ``skip`` (`cifar_resnet` and `resnet`), ``stem`` (`resnet`),
-        ``conv_bias`` and ``head`` (`vgg`).
+        ``norm`` (`lenet`), ``width``, ``shortcut`` and ``skip`` (`cifar_resnet` and `resnet`), ``block``
+        (`cifar_resnet`), ``stem`` (`resnet`), ``variant`` (`wide_resnet`), ``conv_bias`` and ``head`` (`vgg`),
+        ``width`` (`mobilenet`), ``growth`` and ``stem`` (`densenet`), ``layers``, ``width``, ``growth``, ``rate``,
+        ``convs`` and ``low_stream`` (`ecn`).
 
     Returns
     -------

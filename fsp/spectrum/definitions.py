@@ -348,7 +348,8 @@ def imdb(B: Tensor, *, rules: str | Rules = "fsp2023") -> float:
 
     .. math:: \mathrm{IMDB} = \frac1{|\mathcal K|} \sum_{K \in \mathcal K} c_K\, \Delta_r(K)
 
-    over the valid subgraphs, each counted once whatever its size; :math:`c_K = 1` for "iclr2023".
+    over the valid subgraphs :math:`\mathcal K`, each counted once whatever its size (see `nested_subgraphs`), with the
+    Cheeger factor :math:`c_K` of `subgraph_factor`, which is 1 for "iclr2023".
 
     Parameters
     ----------

@@ -7,6 +7,7 @@ no hook.
 ``before_step(step, optimizer)``      the gradients are in place
 ``take_step(step, optimizer)``        instead of ``optimizer.step()``; at most one hook of a training has it
 ``after_step(step, optimizer)``       the weights are those after this step; pruned ones are 0
+``selects(epoch)``                    after validation: whether this epoch may be the best one; all must agree
 ``epoch_end(epoch)``                  after validation, with the model in eval mode; not if the training has diverged
 ``state_dict()``                      a dict of tensors and JSON values, for the checkpoint
 ``load_state_dict(state)``            takes such a dict back, with tensors on the CPU and tuples as lists
@@ -17,6 +18,9 @@ A hook has both of the last two methods or neither.  Hooks are called in the ord
 Gradients of pruned weights are 0 for hooks with ``before_step``, so that one may clip gradients by norm.  They are
 dense as soon as a hook has ``take_step``, as dynamic sparse training has; an attribute ``dense_gradients`` of a hook,
 True or False, says otherwise.
+
+A checkpoint knows a hook by the name of its class.  An attribute ``identity`` of a hook, a JSON value, says more: the
+settings with which alone the training can go on.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

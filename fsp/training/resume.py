@@ -201,8 +201,8 @@ class Checkpoint:
         parameters = [p for group in at.optimizer.param_groups for p in group["params"]]
         state = {}
         for i, parameter in enumerate(parameters):
-            saved = _under(f"optimizer/{i}/", tensors)  # copied into the parameter's memory format
-            state[i] = {key: torch.empty_like(parameter).copy_(value) for key, value in saved.items()}
+            saved = _under(f"optimizer/{i}/", tensors)
+            state[i] = {key: _like(parameter, value) for key, value in saved.items()}
         at.optimizer.load_state_dict({"state": state, "param_groups": content["optimizer"]})
         at.schedule.load_state_dict(content["schedule"])
         for name, mask in _under("masks/", tensors).items():
@@ -237,6 +237,11 @@ def _states(hooks: Sequence[object]) -> tuple[dict[str, Tensor], list[dict[str, 
         except (TypeError, ValueError) as error:
             raise TypeError(f"state_dict() of {hook!r} holds neither tensors nor JSON: {values[i]}: {error}") from error
     return tensors, values
+
+
+def _like(parameter: Tensor, value: Tensor) -> Tensor:
+    """A state of the parameter's shape in its memory format; any other, such as Adam's count of steps, as it is."""
+    return torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.optim import SGD, lr_scheduler
+from torch.optim import SGD, Adam, Optimizer, lr_scheduler
 
 from fsp.data import Data, Split, augment, batches, is_count
 from fsp.files import digest
@@ -21,12 +21,13 @@ from fsp.training.hooks import check_hooks, copied_state, methods
 from fsp.training.resume import Checkpoint, State, identity
 from fsp.training.settings import check_settings, is_number
 
-SCHEDULES = ("cosine", "multistep", "one_cycle", "constant")
+SCHEDULES = ("cosine", "multistep", "one_cycle", "constant", "pat_parent")
+OPTIMIZERS = ("sgd", "adam")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of one training run; SGD with momentum.
+    """Settings of one training run; SGD with momentum, unless `optimizer` says otherwise.
 
     Attributes
     ----------
@@ -37,13 +38,15 @@ class TrainConfig:
     lr : float
         Peak learning rate.
     momentum : float
+        Of Adam, the first of its two betas; the second is .999.
     nesterov : bool
-        Without effect where `momentum` is 0.
+        Without effect where `momentum` is 0, and with Adam.
     weight_decay : float
         L2 coefficient, on every parameter.
-    schedule : {"cosine", "multistep", "one_cycle", "constant"}
+    schedule : {"cosine", "multistep", "one_cycle", "constant", "pat_parent"}
         Changes the learning rate at every step.  "one_cycle" rises from lr / 100 to lr and falls to lr / 1e6, while the
-        momentum goes from .95 to .85 and back; in a training of one or two steps it is "constant".
+        momentum goes from .95 to .85 and back (D73); in a training of one or two steps it is "constant".  "pat_parent"
+        stays at lr for half of the training, falls in a line to lr / 100 at nine tenths, and stays there (D71).
     milestones : tuple of float
         "multistep": fractions of the training after which the learning rate is multiplied by `gamma`.
     gamma : float
@@ -57,6 +60,7 @@ class TrainConfig:
         Autocast and memory format; on CUDA only.
     seed : int
         Order of the data and augmentation.
+    optimizer : {"sgd", "adam"}
     """
 
     epochs: int = 30
@@ -74,6 +78,7 @@ class TrainConfig:
     bfloat16: bool = False
     channels_last: bool = False
     seed: int = 0
+    optimizer: str = "sgd"
 
     def __post_init__(self):
         fractions = isinstance(self.milestones, Sequence) and all(is_number(m) and 0 < m < 1 for m in self.milestones)
@@ -89,6 +94,7 @@ class TrainConfig:
             ("warm_up", is_number(self.warm_up) and 0 < self.warm_up < 1, "in (0, 1)"),
             ("label_smoothing", is_number(self.label_smoothing) and 0 <= self.label_smoothing < 1, "in [0, 1)"),
             ("seed", is_count(self.seed, 0), "a whole number >= 0"),
+            ("optimizer", self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}"),
             ("augmented", self.augmented in (None, True, False), "True, False or None"),
         ]
         for name in ("nesterov", "bfloat16", "channels_last"):
@@ -108,7 +114,8 @@ class History:
     status : {"finished", "diverged"}
         "diverged": after the last epoch listed, the training loss or a weight was not finite, so training stopped.
     best_epoch : int
-        Epoch with the highest validation accuracy, the earliest of equals; 0 if the first epoch diverged.
+        Epoch with the highest validation accuracy, the earliest of equals; 0 if the training diverged before any that
+        could be selected had ended.
     test_accuracy : float
         In [0, 1], at the last epoch; ``nan`` if diverged.
     test_accuracy_best : float
@@ -271,8 +278,8 @@ def fit(
     saved, and a hook without a ``state_dict`` counts as one that remembers nothing.
 
     After `start_step` the optimiser is fresh.  Without momentum the weights end bit-equal to those of the whole
-    training.  With momentum they do not, for its buffers at that step are unknown; nor in a model with dropout, which
-    draws from the global random state.
+    training.  With momentum or Adam they do not, for its buffers at that step are unknown; nor in a model with dropout,
+    which draws from the global random state.
     """
     last_step = steps(data, config)
     if not is_count(start_step, 0) or start_step >= last_step:
@@ -289,8 +296,7 @@ def fit(
     on_cuda = device.type == "cuda"
     layout = torch.channels_last if config.channels_last and on_cuda else torch.preserve_format
     model.to(memory_format=layout)
-    nesterov = config.nesterov and config.momentum > 0
-    optimizer = SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=nesterov)
+    optimizer = _optimizer(model, config)
     schedule = _schedule(optimizer, config, last_step)
     generator = torch.Generator().manual_seed(config.seed)
     augmented = data.augmented if config.augmented is None else config.augmented
@@ -300,7 +306,7 @@ def fit(
     if checkpoint is not None:  # before the masks are applied: it asks for the initial weights
         training = identity(model, data, config) | {
             "masks": None if masks is None else digest(masks)[:16],
-            "hooks": [type(hook).__qualname__ for hook in hooks] or None,
+            "hooks": [getattr(hook, "identity", type(hook).__qualname__) for hook in hooks] or None,
             "start_step": start_step,
         }
         saved = Checkpoint(checkpoint, checkpoint_every_s, training)
@@ -359,7 +365,8 @@ def fit(
             if not (math.isfinite(train_loss) and all(p.isfinite().all() for p in model.parameters())):
                 history.status = "diverged"
                 break
-            if accuracy > at.best_accuracy or math.isnan(accuracy):
+            selectable = all(selects(epoch) for selects in methods(hooks, "selects"))
+            if selectable and (accuracy > at.best_accuracy or math.isnan(accuracy)):
                 at.best_accuracy, history.best_epoch = accuracy, epoch
                 at.best_state = copied_state(model)
             for call in methods(hooks, "epoch_end"):
@@ -444,7 +451,16 @@ def predict(model: nn.Module, data: Data, split: str | Split | Tensor, *, batch_
     return torch.cat([model(data.normalise(part)).float().softmax(1) for part in images.split(batch_size)])
 
 
-def _schedule(optimizer: SGD, config: TrainConfig, steps: int) -> lr_scheduler.LRScheduler:
+def _optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
+    """Optimiser of all parameters."""
+    if config.optimizer == "adam":
+        betas = (config.momentum, 0.999)
+        return Adam(model.parameters(), config.lr, betas, weight_decay=config.weight_decay)
+    nesterov = config.nesterov and config.momentum > 0
+    return SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=nesterov)
+
+
+def _schedule(optimizer: Optimizer, config: TrainConfig, steps: int) -> lr_scheduler.LRScheduler:
     """Learning rate schedule over all optimiser steps."""
     if config.schedule == "cosine":
         return lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
@@ -455,4 +471,6 @@ def _schedule(optimizer: SGD, config: TrainConfig, steps: int) -> lr_scheduler.L
         return lr_scheduler.OneCycleLR(
             optimizer, config.lr, steps, pct_start=rise, div_factor=100, final_div_factor=1e4
         )
+    if config.schedule == "pat_parent":
+        return lr_scheduler.LambdaLR(optimizer, lambda step: 1 - 0.99 * min(1.0, max(0.0, (step / steps - 0.5) / 0.4)))
     return lr_scheduler.ConstantLR(optimizer, factor=1.0)

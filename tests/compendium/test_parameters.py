@@ -186,10 +186,12 @@ def test_a_data_set_that_is_not_downloaded_is_named_with_its_folder_and_what_to_
     at_hand = {"mnist1d", "mnist5k", "digits", "synthetic"}
     for name in at_hand:
         check(dataset=name)
-    for name in DATASETS.keys() - at_hand:
+    for name in DATASETS.keys() - at_hand - {"folder"}:
         remedy = rf'^{name}: .* not found in {tmp_path}.*load\("{name}", download=True'
         with pytest.raises(FileNotFoundError, match=remedy):
             check(dataset=name)
+    with pytest.raises(FileNotFoundError, match=rf"^folder: train not found in {tmp_path}\. Pass root="):
+        check(dataset="folder")
     (tmp_path / "cifar-10-python.tar.gz").touch()  # an archive is unpacked, and verified, by load
     check(dataset="cifar10")
 

@@ -363,7 +363,7 @@ def test_digits_statistics_come_from_the_training_pool():
 
 
 def test_every_image_file_dataset_has_default_statistics_and_each_has_one_number_a_channel():
-    assert set(DATASETS) - {"mnist1d", "digits", "synthetic"} <= set(STATISTICS)
+    assert set(DATASETS) - {"mnist1d", "digits", "folder", "synthetic"} <= set(STATISTICS)
     for name, presets in STATISTICS.items():
         assert "default" in presets
         for mean, std in presets.values():

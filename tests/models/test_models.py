@@ -18,14 +18,54 @@ SIGNAL = (1, 1, 40)
 
 # model, options, input, prunable tensors, {classes: (total, prunable)}
 COUNTS = [
-    ("resnet20", {}, COLOUR, 22, {10: (272_474, 270_896), 100: (278_324, 276_656)}),
-    ("resnet20", {"shortcut": "A"}, COLOUR, 20, {10: (269_722, 268_336), 100: (275_572, 274_096)}),
+    ("resnet20", {}, COLOUR, 22, {10: (272_474, 270_896), 100: (278_324, 276_656), 200: (284_824, 283_056)}),
+    (
+        "resnet20",
+        {"shortcut": "A"},
+        COLOUR,
+        20,
+        {10: (269_722, 268_336), 100: (275_572, 274_096), 200: (282_072, 280_496)},
+    ),
     ("resnet32", {}, COLOUR, 34, {10: (466_906, 464_432), 100: (472_756, 470_192)}),
-    ("resnet32", {"width": 32}, COLOUR, 34, {10: (1_860_522, 1_855_584), 100: (1_872_132, 1_867_104)}),
+    (
+        "resnet32",
+        {"width": 32},
+        COLOUR,
+        34,
+        {10: (1_860_522, 1_855_584), 100: (1_872_132, 1_867_104), 200: (1_885_032, 1_879_904)},
+    ),
     ("resnet56", {}, COLOUR, 58, {10: (855_770, 851_504), 100: (861_620, 857_264)}),
     ("resnet110", {}, COLOUR, 112, {10: (1_730_714, 1_722_416), 100: (1_736_564, 1_728_176)}),
     ("resnet18", {}, COLOUR, 21, {10: (11_173_962, 11_164_352), 100: (11_220_132, 11_210_432)}),
     ("resnet34", {}, COLOUR, 37, {10: (21_282_122, 21_265_088), 100: (21_328_292, 21_311_168)}),
+    (
+        *("resnet104", {}, COLOUR, 106),
+        {10: (1_633_498, 1_625_648), 100: (1_639_348, 1_631_408), 200: (1_645_848, 1_637_808)},
+    ),
+    (
+        *("resnet104b", {}, COLOUR, 158),
+        {10: (1_611_418, 1_587_632), 100: (1_634_548, 1_610_672), 200: (1_660_248, 1_636_272)},
+    ),
+    (
+        *("resnet50", {}, COLOUR, 54),
+        {10: (23_520_842, 23_467_712), 100: (23_705_252, 23_652_032), 200: (23_910_152, 23_856_832)},
+    ),
+    ("wrn28_10", {}, COLOUR, 29, {10: (36_479_194, 36_461_232), 100: (36_536_884, 36_518_832)}),
+    # published without the classifier, which is not pruned: 36,454,832 in 28 tensors
+    ("wrn28_10", {"variant": "pat"}, COLOUR, 29, {10: (36_489_290, 36_461_232), 100: (36_546_980, 36_518_832)}),
+    ("wrn28_2", {}, COLOUR, 29, {10: (1_467_610, 1_463_984), 100: (1_479_220, 1_475_504)}),
+    ("wrn22_2", {}, COLOUR, 23, {10: (1_079_642, 1_076_912), 100: (1_091_252, 1_088_432)}),
+    ("wrn16_4", {}, COLOUR, 17, {10: (2_748_890, 2_745_264), 100: (2_772_020, 2_768_304)}),
+    ("mobilenet", {}, COLOUR, 28, {10: (3_217_226, 3_195_328), 100: (3_309_476, 3_287_488)}),
+    # torchvision's 7,978,856 for 1000 classes with a smaller stem and classifier
+    ("densenet121", {}, COLOUR, 121, {10: (6_956_426, 6_872_768)}),
+    ("ecn6_fig1", {}, COLOUR, 14, {10: (146_242, 145_352), 100: (151_372, 150_392)}),
+    ("ecn6_s", {}, COLOUR, 14, {10: (445_672, 444_122), 100: (454_582, 452_942)}),
+    ("ecn6_l", {}, COLOUR, 14, {10: (2_935_126, 2_931_156), 100: (2_957_896, 2_953_836)}),
+    (
+        *("ecn6_s", {"width": 21, "growth": 21, "convs": 1}, COLOUR, 8),
+        {10: (447_751, 446_565), 100: (461_071, 459_795)},
+    ),
     ("vgg11", {}, COLOUR, 9, {10: (9_231_114, 9_222_848), 100: (9_277_284, 9_268_928)}),
     ("vgg16", {}, COLOUR, 14, {10: (14_728_266, 14_715_584), 100: (14_774_436, 14_761_664)}),
     ("vgg19", {}, COLOUR, 17, {10: (20_040_522, 20_024_000), 100: (20_086_692, 20_070_080)}),
@@ -98,7 +138,14 @@ CONVOLUTIONAL = [
     ("resnet8", {"shortcut": "A"}),
     ("resnet20", {"skip": False}),
     ("resnet18", {"width": 8, "stem": "7x7"}),
+    ("resnet104b", {"width": 2}),
     ("vgg11", {}),
+    ("wrn16_4", {}),
+    ("wrn16_4", {"variant": "pat"}),
+    ("mobilenet", {"width": 2}),
+    ("densenet121", {"growth": 4}),
+    ("ecn3", {}),
+    ("ecn6_fig1", {"convs": 1, "low_stream": False}),
 ]
 
 
@@ -112,7 +159,7 @@ def test_on_images_one_pixel_high_or_wide_every_weight_acts_on_the_output(name, 
         assert all((weight.grad > 0).all() for weight in prunable(model))
 
 
-@pytest.mark.parametrize("name", ["cnn", "lenet_s", "lenet_l", "resnet20", "resnet110", "resnet34", "vgg11", "vgg19"])
+@pytest.mark.parametrize("name", ["cnn", "lenet_s", "lenet_l", "resnet20", "resnet34", "vgg19", "ecn6_s"])
 def test_on_a_signal_a_kernel_has_the_length_of_the_square_ones_side(name):
     squares, rows = (
         [m for m in on_meta(name, shape, 10).modules() if isinstance(m, nn.Conv2d)] for shape in (MNIST, SIGNAL)
@@ -169,7 +216,7 @@ def test_resnet8_has_one_block_a_stage_and_width_multiplies_its_channels():
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        *[(name, {}) for name in MODELS if not name.startswith("lenet_")],
+        *[(name, {}) for name in MODELS if not name.startswith(("lenet_", "ecn"))],
         ("resnet8", {"skip": False}),
         ("resnet18", {"stem": "7x7", "skip": False}),
         ("vgg16", {"head": "512"}),
@@ -240,6 +287,13 @@ VGG11 = [f"{layer}{i}" for i in range(1, 9) for layer in ("conv", "norm")]
             + ["classifier"],
         ),
         ("vgg11", {}, [*VGG11, "classifier"]),
+        (
+            "ecn3",
+            {},
+            ["stem.conv"]
+            + [f"layers.{i}.{layer}{j}" for i in range(3) for j in (1, 2) for layer in ("norm", "conv")]
+            + ["norm", "classifier"],
+        ),
         ("vgg11", {"head": "4096"}, [*VGG11, "linear1", "linear2", "classifier"]),
         ("vgg11", {"head": "512"}, [*VGG11, "linear1", "norm9", "linear2", "norm10", "classifier"]),
     ],
@@ -579,7 +633,7 @@ mlp, cnn, resnet8, resnet18, vgg11 = (
         (partial(build, "resnet19", COLOUR, 10), ValueError, "model='resnet19': expected one of .*'resnet18'"),
         (partial(build, "lenet300", MNIST, 10, hidden=(3,)), TypeError, "lenet300 has no option hidden; it takes none"),
         (partial(mlp, width=3), TypeError, "mlp has no option width; it takes hidden, norm"),
-        (partial(resnet8, stem="7x7"), TypeError, "no option stem; it takes width, shortcut, skip"),
+        (partial(resnet8, stem="7x7"), TypeError, "no option stem; it takes width, shortcut, skip, block"),
         (partial(mlp, init="he"), ValueError, "init='he': expected one of .*'lecun', 'fsp2023'"),
         (partial(mlp, init="density_scaled"), ValueError, "init='density_scaled' needs .*: build it with another init"),
         (partial(mlp, bn_gamma=0.5), ValueError, "bn_gamma=0.5: expected one of 'default', 'uniform'"),
@@ -605,7 +659,7 @@ mlp, cnn, resnet8, resnet18, vgg11 = (
         (partial(build, "lenet_s", (1, 15, 28), 10), ValueError, "at least 16 pixels, or of exactly 1"),
         (partial(MODELS["lenet_s"].func, "xl", COLOUR, 10), ValueError, "size='xl': expected one of 's', 'm', 'l'"),
         (partial(MODELS["resnet20"].func, 21, COLOUR, 10), ValueError, "depth=21: expected 6n . 2"),
-        (partial(MODELS["resnet18"].func, 50, COLOUR, 10), ValueError, "depth=50: expected one of 18, 34"),
+        (partial(MODELS["resnet18"].func, 101, COLOUR, 10), ValueError, "depth=101: expected one of 18, 34, 50"),
         (partial(MODELS["vgg11"].func, 13, COLOUR, 10), ValueError, "depth=13: expected one of 11, 16, 19"),
     ],
 )

@@ -59,6 +59,7 @@ MODELS = {
     "mlp": build("mlp", SHAPE, 10, hidden=(48, 32)),
     "resnet8": build("resnet8", SHAPE, 10, width=8),
     "resnet8-A": build("resnet8", SHAPE, 10, width=8, shortcut="A"),
+    "ecn3": build("ecn3", SHAPE, 10),
     "grouped": seeded(grouped),
     "concatenated": seeded(Concatenated),
     "over_time": seeded(over_time),

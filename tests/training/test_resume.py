@@ -71,6 +71,8 @@ CASES = {
     "multistep": {"schedule": "multistep", "nesterov": False},
     "one_cycle": {"schedule": "one_cycle"},
     "constant": {"schedule": "constant", "label_smoothing": 0.1},
+    "adam": {"optimizer": "adam", "lr": 0.01, "pruned": True, "schedule": "one_cycle"},
+    "pat_parent": {"schedule": "pat_parent"},
     "pruned": {"pruned": True, "weight_decay": 0.1},
     "set": {"pruned": True, "moves": "set"},
     "rigl": {"pruned": True, "moves": "rigl", "schedule": "one_cycle"},

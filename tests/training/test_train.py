@@ -117,6 +117,32 @@ def test_fit_equals_a_hand_written_loop_to_the_last_bit(nesterov, pruned, augmen
     assert [entry["train_loss"] for entry in history.epochs] == losses
 
 
+@pytest.mark.parametrize("pruned", [False, True])
+def test_adam_with_masks_is_its_formula_on_a_network_that_multiplies_by_its_masks(pruned):
+    data, net = task(), small(1)
+    config = TrainConfig(3, 16, 0.01, 0.8, weight_decay=5e-3, schedule="constant", seed=7, optimizer="adam")
+    masks = prune(net, "random", 0.3, generator=seeded()) if pruned else {}
+    weights = {name: p.detach().clone() for name, p in net.named_parameters()}
+    kept = {name: masks.get(name, torch.ones_like(w)).float() for name, w in weights.items()}
+    first, second = ({name: torch.zeros_like(w) for name, w in weights.items()} for _ in range(2))
+    generator, t = seeded(config.seed), 0
+    for _ in range(config.epochs):
+        for images, labels in batches(data.train, config.batch_size, generator=generator):
+            t += 1
+            leaves = {name: (w * kept[name]).requires_grad_() for name, w in weights.items()}
+            logits = torch.func.functional_call(small(), leaves, data.normalise(images))
+            nn.functional.cross_entropy(logits, labels).backward()
+            for name, leaf in leaves.items():
+                gradient = (leaf.grad + config.weight_decay * leaf.detach()) * kept[name]
+                first[name] = 0.8 * first[name] + 0.2 * gradient
+                second[name] = 0.999 * second[name] + 0.001 * gradient**2
+                step = first[name] / (1 - 0.8**t) / ((second[name] / (1 - 0.999**t)).sqrt() + 1e-8)
+                weights[name] = leaf.detach() - config.lr * step
+    fit(net, data, config, masks=masks or None)
+    for name, parameter in net.named_parameters():
+        torch.testing.assert_close(parameter.detach(), weights[name], rtol=1e-4, atol=1e-6)
+
+
 def test_one_seed_gives_one_result_and_another_seed_another():
     results = []
     for seed in (3, 3, 4):
@@ -312,6 +338,35 @@ def test_one_cycle_schedule_is_that_of_prune_and_tune(epochs, warm_up):
     steps = 5 * epochs
     np.testing.assert_allclose(lr, one_cycle(steps, warm_up, 1e-3, 0.1, 1e-7), rtol=1e-9)
     np.testing.assert_allclose(momentum, one_cycle(steps, warm_up, 0.95, 0.85, 0.95), rtol=1e-9)
+
+
+def planned(schedule, steps, at):
+    """Learning rate and first beta or momentum of SGD and Adam at some steps of a training of so many."""
+    found = {}
+    for name in ("sgd", "adam"):
+        config = TrainConfig(lr=0.1, schedule=schedule, optimizer=name)
+        optimizer = train._optimizer(nn.Linear(1, 1), config)
+        planned = train._schedule(optimizer, config, steps)
+        for t in range(steps):
+            group = optimizer.param_groups[0]
+            momentum = group["momentum"] if name == "sgd" else group["betas"][0]
+            found.setdefault(t, []).append((group["lr"], momentum))
+            optimizer.step()
+            if t + 1 < steps:
+                planned.step()
+    return [found[t] for t in at]
+
+
+def test_the_one_cycle_of_ten_epochs_of_cifar_has_its_published_start_peak_and_end_with_either_optimiser():
+    start, peak, end = planned("one_cycle", 3910, (0, 390, 3909))
+    for found, rate, momentum in ((start, 1e-3, 0.95), (peak, 0.1, 0.85), (end, 1e-7, 0.95)):
+        np.testing.assert_allclose(found, [(rate, momentum)] * 2, rtol=1e-9)
+
+
+def test_the_schedule_of_a_parent_holds_falls_in_a_line_and_holds_a_hundredth():
+    found = planned("pat_parent", 1000, (0, 250, 500, 700, 900, 999))
+    for both, rate in zip(found, (0.1, 0.1, 0.1, 0.0505, 0.001, 0.001), strict=True):
+        np.testing.assert_allclose(both, [(rate, 0.9)] * 2, rtol=1e-9)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -831,6 +886,7 @@ REFUSED = {
     "label_smoothing": [-0.1, 1],
     "seed": [-1, 0.5, True],
     "augmented": ["yes"],
+    "optimizer": ["Adam", None],
     "nesterov": [1],
 }
 
