@@ -15,6 +15,7 @@ from fsp.pruning import scores
 from fsp.pruning.phew import phew
 from fsp.search.recombine import leading_vectors, swapped
 from fsp.training import dynamic, ensemble
+from fsp.training.rescaling import Rescaling, rescale_
 
 DIGITS = data.load("digits")
 NET = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
@@ -27,6 +28,7 @@ CALLS = {  # each with all that it needs but a generator
     "augment": partial(data.augment, torch.zeros(2, 3, 8, 8)),
     "batches": partial(data.batches, DIGITS.train, 10),
     "scoring_batches": partial(data.scoring_batches, DIGITS),
+    "corrupt": partial(data.corrupt, DIGITS.test, "noise", 1),
     "build": partial(models.build, "mlp", (1, 8, 8), 10),
     "initialise_": partial(models.initialise_, nn.Linear(2, 2), "lecun"),
     "keep_top": partial(masks.keep_top, {"w": torch.arange(4.0)}, 0.5),
@@ -38,6 +40,7 @@ CALLS = {  # each with all that it needs but a generator
     "children": partial(masks.children, NET, "antirandom", 2),
     "overlapping": partial(masks.overlapping, KEPT, 0.5),
     "bagged": partial(ensemble.bagged, DIGITS),
+    "rescale_": partial(rescale_, models.build("mlp", (1, 8, 8), 10), DIGITS, settings=Rescaling(iterations=1)),
     **{
         f"prune {method}": partial(pruning.prune, NET, method, 0.5, batches=BATCHES)
         for method in ("random", "erk", "regular", "ramanujan", "magnitude", "snip", "grasp", "phew", "synflow")
