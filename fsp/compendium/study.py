@@ -126,6 +126,9 @@ def train(
 # ---- all runs of a notebook --------------------------------------------------------------------------------------
 
 
+_begun: set[Path] = set()  # tables that a sweep of this process has put rows into; a second one goes on from there
+
+
 def chosen(given: SimpleNamespace, *names: str) -> dict:
     """Some parameters of a notebook as a dict, for the configs of its runs.
 
@@ -191,8 +194,9 @@ def sweep(
     except KeyboardInterrupt:
         raise KeyboardInterrupt("stopped: finished runs are kept, and this cell goes on from there") from None
     _check_finished(table, place.runs)
-    if known != path and known.exists():
-        tables.update(tables.read_cells(known), path)  # the table as a refresh would make it
+    if known != path and known.exists() and not (path in _begun and path.exists()):
+        tables.save(tables.read_cells(known), path)  # the table as a refresh would make it
+    _begun.add(path)
     tables.update(table, path)
     if stale := len(table.attrs["stale"]):
         print(f"{stale} of {len(configs)} runs were made by code that has been edited since; recompute=True redoes all")

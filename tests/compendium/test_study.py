@@ -132,11 +132,23 @@ def test_without_a_folder_committed_rows_are_taken_and_never_written(tmp_path, r
     study.save_claims(rows, asked(), "99_test")
     assert files(repository) == before
     results = tmp_path / "scratch" / "99_test" / "results"
-    assert tables.read(results / "99_test.csv").square.tolist() == [9, 1, 4]  # as a refresh would make it
+    assert tables.read(results / "99_test.csv").square.tolist() == [9, 4, 1]  # the committed ones, too
     study.sweep(square, xs(2, 5), asked(), "99_test")
-    assert tables.read(results / "99_test.csv").square.tolist() == [4, 25, 1, 9]  # a second sweep drops no new row
+    assert tables.read(results / "99_test.csv").square.tolist() == [4, 25, 9, 1]  # a second sweep drops no new row
     assert tables.read(results / "99_test.claims.csv").holds.tolist() == ["yes"]
     assert paths.outputs("", "99_test").figures == results.parent / "figures"
+
+
+def test_what_one_sweep_computed_again_another_one_of_the_notebook_leaves(tmp_path, repository, monkeypatch):
+    """The committed rows come back with the next process alone."""
+    monkeypatch.setattr(study, "_begun", set())
+    study.sweep(lambda config: {"square": -1}, xs(1), asked(recompute=True), "99_test")
+    study.sweep(square, xs(3), asked(), "99_test")
+    path = tmp_path / "scratch" / "99_test" / "results" / "99_test.csv"
+    assert dict(zip(tables.read(path).x, tables.read(path).square, strict=True)) == {3: 9, 1: -1, 2: 4}
+    monkeypatch.setattr(study, "_begun", set())
+    study.sweep(square, xs(2), asked(), "99_test")
+    assert dict(zip(tables.read(path).x, tables.read(path).square, strict=True)) == {2: 4, 1: 1}
 
 
 def test_one_line_says_where_results_go_and_whether_the_text_describes_them(tmp_path, repository, capsys):

@@ -127,6 +127,12 @@ def test_where_ghosts_go_follows_from_the_network_and_not_from_its_names():
     assert around["bottlenecks"] == [
         (f"layer{s}.0.conv{i}", f"layer{s}.0.bn{i}") for s in range(1, 5) for i in (1, 2, 3)
     ]
+    families = {"mobilenet": 27, "wrn16_4": 12, "ecn3": 6, "densenet121": 120, "resnet104b": 153}
+    for name, branches in families.items():
+        with torch.device("meta"):
+            net = MODELS[name]((3, 32, 32), 10)
+        found = places_of(net, (3, 32, 32), activation="swish", skips=True)
+        assert len(found.branches) == branches, "every convolution of a main path, the stem of MobileNet's too"
     plain = build("resnet8", SHAPE, 3, width=4, skip=False)
     assert len(places_of(plain, SHAPE, activation=None, skips=True).branches) == 7, "without additions, the stem too"
 
