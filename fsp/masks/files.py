@@ -31,11 +31,15 @@ def save(path: str | Path, masks: Mapping[str, Tensor], /, **metadata: object) -
     Raises
     ------
     TypeError
-        If metadata cannot be written as JSON.
+        If `masks` is no mapping, or metadata cannot be written as JSON.
     ValueError
         If metadata has a name that `metadata` itself gives: shapes, achieved_density, achieved_layer_densities,
         checksum.
     """
+    if not isinstance(masks, Mapping):
+        raise TypeError(
+            f"masks is a {type(masks).__name__}: expected save(path, masks), a dict of bool tensors by name"
+        )
     taken = [key for key in OWN_KEYS if key in metadata]
     if taken:
         raise ValueError(f"metadata may not be called {', '.join(taken)}: fsp.masks.metadata gives these by itself")

@@ -111,6 +111,15 @@ def biadjacency(tensor: Tensor, wiring: Wiring = PLAIN) -> Tensor:
     return torch.block_diag(*(block.T for block in blocks(tensor.detach().to(torch.float64), wiring)))
 
 
+def _check_matrix(B: Tensor) -> None:
+    """Raise a ValueError unless this is a matrix."""
+    if B.ndim != 2:
+        raise ValueError(
+            f"expected a matrix of inputs and outputs, found shape {tuple(B.shape)}: "
+            "fsp.spectrum.biadjacency makes one of a layer's tensor"
+        )
+
+
 def singular_values(B: Tensor, k: int = 2) -> Tensor:
     r"""The `k` largest singular values, from the Gram matrix of the smaller side.
 
@@ -134,6 +143,7 @@ def singular_values(B: Tensor, k: int = 2) -> Tensor:
     >>> singular_values(torch.ones(4, 4, dtype=torch.float64)).round(decimals=9)
     tensor([4., 0.], dtype=torch.float64)
     """
+    _check_matrix(B)
     B = B.to(torch.float64)
     values = B.new_zeros(k)
     if B.numel() == 0:
@@ -242,6 +252,7 @@ def mean(values: list[float]) -> float:
 
 def without_isolated(B: Tensor) -> Tensor:
     """`B` without zero rows and zero columns."""
+    _check_matrix(B)
     edges = B != 0
     return B[edges.any(1)][:, edges.any(0)]
 
@@ -266,6 +277,7 @@ def nested_subgraphs(B: Tensor, rules: Rules) -> Iterator[tuple[Tensor, Tensor, 
     factor : float
         Of `subgraph_factor`.
     """
+    _check_matrix(B)
     degrees = torch.count_nonzero(B, dim=1)
     for degree in degrees[degrees > 0].unique():
         rows = (degrees == degree).nonzero()[:, 0]

@@ -969,3 +969,9 @@ def test_masks_that_are_not_bool_are_not_saved(tmp_path):
     with pytest.raises(TypeError):
         masks.save(tmp_path / "m.safetensors", {"w": torch.tensor([0.2, 0.7, 0.1])})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_path_in_place_of_masks_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(TypeError, match=r"^masks is a str: expected save\(path, masks\)"):
+        masks.save(tmp_path / "x", str(tmp_path / "y"))
+    assert list(tmp_path.iterdir()) == []

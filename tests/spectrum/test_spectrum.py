@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fsp import spectrum
 from fsp.spectrum import (
     RULES,
     Coordinate,
@@ -596,3 +597,11 @@ def test_an_unknown_option_is_refused_with_the_names_there_are():
         replace(FSP, whole_left="left")
     with pytest.raises(ValueError, match="zero_weights"):
         replace(FSP, zero_weights="keep")
+
+
+@pytest.mark.parametrize("name", ["singular_values", "ramanujan_gap", "weighted_gap", "imdb", "narc"])
+def test_a_layers_tensor_in_place_of_its_graph_is_refused_with_the_remedy(name):
+    with pytest.raises(
+        ValueError, match=r"^expected a matrix .* found shape \(4, 3, 2, 2\): fsp\.spectrum\.biadjacency"
+    ):
+        getattr(spectrum, name)(torch.ones(4, 3, 2, 2))
