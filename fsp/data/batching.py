@@ -3,7 +3,7 @@
 Every random choice is drawn on the CPU from a `torch.Generator`, so that it does not depend on the device.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -21,7 +21,7 @@ def augment(
     padding: int = 4,
     mode: str = "zeros",
     flip: bool = True,
-    generator: torch.Generator,
+    generator: torch.Generator | Sequence[torch.Generator],
 ) -> Tensor:
     """Random crop of the padded image, then a horizontal flip with probability one half; each image on its own.
 
@@ -36,7 +36,8 @@ def augment(
         full-spectrum papers use for CIFAR-10.
     flip : bool
     generator : torch.Generator
-        On the CPU. Draws N row offsets, N column offsets and, if `flip`, N coins, in this order.
+        On the CPU. Draws N row offsets, N column offsets and, if `flip`, N coins, in this order. A sequence of
+        generators: one for each of as many equal parts of the images, which move as they would alone.
 
     Returns
     -------
@@ -46,8 +47,8 @@ def augment(
     Raises
     ------
     ValueError
-        `images` is not four-dimensional, `padding` is negative or too wide to reflect, `mode` is unknown, or
-        `generator` is not a CPU generator.
+        `images` is not four-dimensional, `padding` is negative or too wide to reflect, `mode` is unknown,
+        `generator` is not a CPU generator, or the images do not part equally among several.
 
     Examples
     --------
@@ -63,13 +64,16 @@ def augment(
     n, _, height, width = images.shape
     if mode == "reflect" and padding >= min(height, width):
         raise ValueError(f"padding={padding}: a {height}x{width} image reflects at most {min(height, width) - 1}")
-    check_generator(generator)
+    generators = generator if isinstance(generator, Sequence) else [generator]
+    for one in generators:
+        check_generator(one)
+    if not generators or n % len(generators):
+        raise ValueError(f"{n} images do not part equally among {len(generators)} generators")
 
-    of_draws = {"generator": generator, "dtype": torch.int64, "device": "cpu"}
-    draws = torch.randint(2 * padding + 1, (2, n), **of_draws)
-    if flip:
-        draws = torch.cat([draws, torch.randint(2, (1, n), **of_draws)])
-    rows, columns, *coins = draws.to(images.device)  # one transfer
+    draws = torch.cat([_drawn(n // len(generators), padding, flip, one) for one in generators], dim=1)
+    if images.is_cuda:
+        draws = draws.pin_memory()  # from other memory a copy waits for all the work that the GPU has been given
+    rows, columns, *coins = draws.to(images.device, non_blocking=True)  # one transfer
     if mode == "zeros":
         padded = F.pad(images, (padding,) * 4)
     else:  # by index, because F.pad reflects uint8 images only on some devices
@@ -80,6 +84,13 @@ def augment(
     if not flip:
         return cropped
     return torch.where(coins[0].bool().view(-1, 1, 1, 1), cropped.flip(-1), cropped)
+
+
+def _drawn(n: int, padding: int, flip: bool, generator: torch.Generator) -> Tensor:
+    """Row offsets, column offsets and, if asked for, coins of n images: a row each."""
+    of_draws = {"generator": generator, "dtype": torch.int64, "device": "cpu"}
+    offsets = torch.randint(2 * padding + 1, (2, n), **of_draws)
+    return torch.cat([offsets, torch.randint(2, (1, n), **of_draws)]) if flip else offsets
 
 
 def _mirrored(side: int, padding: int, device: torch.device) -> Tensor:

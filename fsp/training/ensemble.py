@@ -31,6 +31,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from fsp.checks import check_choice, check_generator, check_tensors, plain_settings
 from fsp.data import Data, Split
 from fsp.masks import Masks, check_masks
+from fsp.training.many import check_members
 from fsp.training.train import History, TrainConfig, fit
 
 COMBINATIONS = ("probabilities", "logits")
@@ -180,7 +181,7 @@ def member_logits(
         If there is no member, or members differ in architecture: the message names what differs first.
     """
     check_choice("at_once", at_once, (True, False, None))
-    _check_members(members)
+    check_members(members, "predict one by one and average where they are not")
     for member in members:
         member.eval()
     examples = getattr(data, split) if isinstance(split, str) else split
@@ -261,28 +262,6 @@ def predict(
         On the members' device; each row sums to 1.
     """
     check_choice("by", by, COMBINATIONS)
-    _check_members(members)
+    check_members(members, "predict one by one and average where they are not")
     every = list(members) if parent is None else [*members, parent]
     return combine(member_logits(every, data, split, batch_size=batch_size), by)
-
-
-def _check_members(members: Sequence[nn.Module]) -> None:
-    """Raise a ValueError unless these are networks of one architecture."""
-    if not members:
-        raise ValueError("members is empty: expected at least one network")
-    first = {name: tuple(value.shape) for name, value in members[0].state_dict().items()}
-    for number, member in enumerate(members):
-        own = {name: tuple(value.shape) for name, value in member.state_dict().items()}
-        if own != first:
-            name = next(name for name in {**first, **own} if own.get(name) != first.get(name))
-            raise ValueError(
-                f"{name!r} has shape {own.get(name)} in member {number} and {first.get(name)} in member 0: expected "
-                "members of one architecture; predict one by one and average where they are not"
-            )
-        if repr(member) != repr(members[0]):  # strides, padding and the like leave no trace in a state
-            lines = zip(repr(member).splitlines(), repr(members[0]).splitlines(), strict=False)
-            different = next(((a, b) for a, b in lines if a != b), ("more modules", "fewer"))
-            raise ValueError(
-                f"member {number} has {different[0].strip()!r} where member 0 has {different[1].strip()!r}: expected "
-                "members of one architecture; predict one by one and average where they are not"
-            )

@@ -296,8 +296,8 @@ def fit(
     on_cuda = device.type == "cuda"
     layout = torch.channels_last if config.channels_last and on_cuda else torch.preserve_format
     model.to(memory_format=layout)
-    optimizer = _optimizer(model, config)
-    schedule = _schedule(optimizer, config, last_step)
+    optimizer = optimizer_of(model, config)
+    schedule = schedule_of(optimizer, config, last_step)
     generator = torch.Generator().manual_seed(config.seed)
     augmented = data.augmented if config.augmented is None else config.augmented
     history, total_loss = History(), torch.zeros((), dtype=torch.float32, device=device)
@@ -451,7 +451,7 @@ def predict(model: nn.Module, data: Data, split: str | Split | Tensor, *, batch_
     return torch.cat([model(data.normalise(part)).float().softmax(1) for part in images.split(batch_size)])
 
 
-def _optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
+def optimizer_of(model: nn.Module, config: TrainConfig) -> Optimizer:
     """Optimiser of all parameters."""
     if config.optimizer == "adam":
         betas = (config.momentum, 0.999)
@@ -460,7 +460,7 @@ def _optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
     return SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=nesterov)
 
 
-def _schedule(optimizer: Optimizer, config: TrainConfig, steps: int) -> lr_scheduler.LRScheduler:
+def schedule_of(optimizer: Optimizer, config: TrainConfig, steps: int) -> lr_scheduler.LRScheduler:
     """Learning rate schedule over all optimiser steps."""
     if config.schedule == "cosine":
         return lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)

@@ -345,8 +345,8 @@ def planned(schedule, steps, at):
     found = {}
     for name in ("sgd", "adam"):
         config = TrainConfig(lr=0.1, schedule=schedule, optimizer=name)
-        optimizer = train._optimizer(nn.Linear(1, 1), config)
-        planned = train._schedule(optimizer, config, steps)
+        optimizer = train.optimizer_of(nn.Linear(1, 1), config)
+        planned = train.schedule_of(optimizer, config, steps)
         for t in range(steps):
             group = optimizer.param_groups[0]
             momentum = group["momentum"] if name == "sgd" else group["betas"][0]
