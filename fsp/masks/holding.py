@@ -84,6 +84,9 @@ def hold_(optimizer: optim.Optimizer, model: nn.Module, masks: Masks, *, dense_g
     Copies of model and optimiser (``deepcopy``, ``pickle``, a new optimiser with the old ``state_dict``) are not held:
     call `hold_` again.  Averages of the weights (``AveragedModel``) are 0 where the masks never kept a weight.
 
+    On CUDA the weights of all layers are masked together, in two kernels, and what they need of a mask is kept from
+    step to step: replace an entry, or change it in place by an operation of torch, not through its ``data``.
+
     A gradient that is sparse itself is not masked.  Where two calls hold the same weight, the newer one decides
     whether and how its gradient is masked.
     """
@@ -100,9 +103,18 @@ def hold_(optimizer: optim.Optimizer, model: nn.Module, masks: Masks, *, dense_g
         for name, parameter in parameters.items():
             pruned = ~masks[name].to(parameter.device)
             parameter.masked_fill_(pruned, 0)  # not a product: an infinite gradient times 0 would be nan
-            for state in optimizer.state.get(parameter, {}).values():
-                if isinstance(state, Tensor) and state.shape == parameter.shape:
-                    state.masked_fill_(pruned, 0)
+            for state in _states(optimizer, parameter):
+                state.masked_fill_(pruned, 0)
+
+    bounds = _Bounds()
+
+    @torch.no_grad()
+    def zero_together(optimizer):
+        found = [(name, t) for name, p in parameters.items() for t in (p, *_states(optimizer, p))]
+        tensors = [tensor for _, tensor in found]
+        # a nan at a pruned weight stays; the dense products that made it have spread it to kept ones
+        for clamp_, infinity in ((torch._foreach_clamp_min_, -torch.inf), (torch._foreach_clamp_max_, torch.inf)):
+            clamp_(tensors, [bounds.of(name, masks[name], tensor, infinity) for name, tensor in found])
 
     def mask_gradients():
         for name, parameter in parameters.items():
@@ -122,7 +134,8 @@ def hold_(optimizer: optim.Optimizer, model: nn.Module, masks: Masks, *, dense_g
         return tuple(_then(value, mask_gradients) for value in args), options
 
     def after_step(optimizer, *_):
-        zero_pruned(optimizer)
+        few_kernels = parameters and all(_in_few_kernels(optimizer, p) for p in parameters.values())
+        (zero_together if few_kernels else zero_pruned)(optimizer)
         for name, gradient in dense.items():
             parameters[name].grad = gradient
         dense.clear()
@@ -180,6 +193,38 @@ def _without_wrappers(name: str) -> str:
     while parts[0] == "module":
         del parts[0]
     return ".".join(parts)
+
+
+# ---- weights -----------------------------------------------------------------------------------------------------
+
+
+def _states(optimizer: optim.Optimizer, parameter: nn.Parameter) -> list[Tensor]:
+    """The optimiser's states that belong to the weights one by one."""
+    states = optimizer.state.get(parameter, {}).values()
+    return [state for state in states if isinstance(state, Tensor) and state.shape == parameter.shape]
+
+
+def _in_few_kernels(optimizer: optim.Optimizer, parameter: nn.Parameter) -> bool:
+    """Whether weights are masked all layers together: on CUDA, where the start of a kernel costs more than its work."""
+    return parameter.is_cuda and all(t.is_floating_point() for t in (parameter, *_states(optimizer, parameter)))
+
+
+class _Bounds:
+    """Bounds of weights, 0 where they are pruned and infinite where they are kept, made anew when a mask is another."""
+
+    def __init__(self):
+        self.known: dict[tuple, tuple[Tensor, int, Tensor]] = {}
+
+    def of(self, name: str, mask: Tensor, weight: Tensor, infinity: float) -> Tensor:
+        """Of one layer, in its weight's type and memory format; an infinity is lower or upper."""
+        version = -1 if mask.is_inference() else mask._version  # counts changes in place
+        place = (name, infinity, weight.dtype, weight.device, weight.stride())
+        known = self.known.get(place)
+        if known is None or known[0] is not mask or known[1] != version or version < 0:
+            pruned = ~mask.to(weight.device)
+            bound = torch.full_like(weight, infinity).masked_fill_(pruned, 0)
+            self.known[place] = known = (mask, version, bound)
+        return known[2]
 
 
 # ---- gradients ---------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Training of masked networks: one visible loop, checkpoints, many at once, moving masks, their tickets, ToST, ensembles."""
+"""Training of masked networks: one visible loop, checkpoints, many at once, moving masks, tickets, ToST, ensembles."""
 
 from fsp.training import dynamic, ensemble, probabilities, tickets, tost
 from fsp.training.hooks import Snapshots

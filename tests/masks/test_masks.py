@@ -19,6 +19,7 @@ from torch.nn.utils import parametrizations, prune
 
 from fsp import masks
 from fsp.files import DamagedFile
+from fsp.masks import holding
 
 examples = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
@@ -344,6 +345,14 @@ OPTIMIZERS = {
 }
 
 
+@pytest.fixture(params=[False, True], ids=["one by one", "together"])
+def together(request, monkeypatch):
+    """Weights masked layer by layer, and all together as on CUDA."""
+    if request.param:
+        monkeypatch.setattr(holding, "_in_few_kernels", lambda optimizer, parameter: True)
+
+
+@pytest.mark.usefixtures("together")
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_pruned_weights_and_their_momentum_stay_exactly_zero_in_training(name):
     model, kept = network(), half_masks(network())
@@ -387,6 +396,7 @@ def test_a_removed_handle_lets_go():
     assert pruned_entries(model, kept).all()
 
 
+@pytest.mark.usefixtures("together")
 def test_a_replaced_mask_takes_effect_at_the_next_step_and_growth_starts_without_momentum():
     model, kept = network(), half_masks(network())
     optimizer = OPTIMIZERS["momentum"](model.parameters())
@@ -402,6 +412,7 @@ def test_a_replaced_mask_takes_effect_at_the_next_step_and_growth_starts_without
     assert not momentum[old].any()
 
 
+@pytest.mark.usefixtures("together")
 def test_a_pruned_weight_with_an_infinite_gradient_stays_zero():
     layer = nn.Linear(2, 1, bias=False)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
@@ -410,6 +421,39 @@ def test_a_pruned_weight_with_an_infinite_gradient_stays_zero():
     optimizer.step()
     assert layer.weight[0, 1] == 0
     assert optimizer.state[layer.weight]["momentum_buffer"].tolist() == [[1.0, 0.0]]
+
+
+@pytest.mark.usefixtures("together")
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_mask_that_is_changed_in_place_takes_effect_at_the_next_step(inference):
+    model = network()
+    with torch.inference_mode(inference):
+        kept = {name: mask.clone() for name, mask in half_masks(model).items()}
+    optimizer = OPTIMIZERS["momentum"](model.parameters())
+    masks.hold_(optimizer, model, kept)
+    train(model, optimizer, steps=2)
+    with torch.inference_mode(inference):
+        kept["4.weight"].logical_not_()
+    train(model, optimizer, steps=1)
+    weight = dict(model.named_parameters())["4.weight"]
+    assert torch.equal(weight != 0, kept["4.weight"])
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_weights_masked_together_are_those_masked_one_by_one_to_the_last_bit(name, layout, monkeypatch):
+    states, calls = [], []
+    monkeypatch.setattr(holding, "_in_few_kernels", lambda optimizer, parameter: calls.append(1) or len(states) == 1)
+    for _ in range(2):
+        model, kept = network(), half_masks(network())
+        model.to(memory_format=layout)
+        optimizer = OPTIMIZERS[name](model.parameters())
+        masks.hold_(optimizer, model, kept)
+        train(model, optimizer)
+        momenta = [t for p in model.parameters() for t in optimizer.state[p].values() if t is not None]
+        states.append([*model.parameters(), *momenta])
+    assert calls
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
 
 
 def test_holding_costs_no_randomness_and_no_gradient_graph():

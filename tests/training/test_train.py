@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fsp.data import Split, load, scoring_batches
 from fsp.data.batching import augment, batches
@@ -685,17 +686,138 @@ def test_images_are_augmented_when_the_recipe_or_the_config_says_so(monkeypatch,
     assert sizes == ([32, 32, 6] * 2 if wanted else [])  # training images only: evaluation is never augmented
 
 
-def test_without_cuda_autocast_and_memory_format_change_nothing():
+def test_without_cuda_autocast_memory_format_and_compiling_change_nothing():
     conv = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
     for parameter in conv.parameters():
         nn.init.normal_(parameter, generator=seeded(parameter.numel()))
     results = []
     for fast in (False, True):
         net = copy.deepcopy(conv)
-        history = fit(net, task(), TrainConfig(epochs=2, batch_size=16, bfloat16=fast, channels_last=fast))
+        history = fit(net, task(), TrainConfig(2, 16, bfloat16=fast, channels_last=fast, compiled=fast))
         results.append((outcome(history), state(net)))
     assert results[0][0] == results[1][0]
     assert same(results[0][1], results[1][1])
+
+
+def convolutional(norm=nn.BatchNorm2d):
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), norm(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.4, generator=seeded(parameter.numel()))
+    return net
+
+
+def test_compiling_changes_no_number_and_is_done_once_for_all_masks_and_weights(monkeypatch):
+    torch.compiler.reset()
+    shapes, twin = [], convolutional()
+
+    def backend(module, inputs):
+        shapes.append(inputs[0].shape)
+        return module.forward
+
+    config = TrainConfig(3, 16, 0.05)  # four full batches and a smaller one
+    monkeypatch.setattr(train, "is_cuda", lambda device: True)  # as on a GPU, but for autocast
+    whole = train.compiled_for
+    monkeypatch.setattr(train, "compiled_for", lambda size, model: whole(size, model, backend))
+    stories = []
+    for seed in range(3):
+        net = convolutional()
+        masks = prune(net, "random", 0.3 + seed / 5, generator=seeded(seed))
+        stories.append((outcome(fit(net, task(), dataclasses.replace(config, compiled=True), masks=masks)), net))
+        assert len(shapes) == 1
+    masks = prune(twin, "random", 0.7, generator=seeded(2))
+    assert outcome(fit(twin, task(), config, masks=masks)) == stories[2][0]
+    assert same(state(twin), state(stories[2][1]))
+    torch.compiler.reset()
+
+
+def test_a_model_that_is_compiled_already_is_not_compiled_again():
+    net = torch.compile(small(), backend="eager")
+    assert train.compiled_for(16, net) is net
+
+
+class Reads(TorchDispatchMode):
+    """Counts the numbers that are read back from tensors, each of which would stall a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **kwargs or {})
+
+
+def reads(function, *args, **options):
+    with Reads() as reading:
+        function(*args, **options)
+    return reading.count
+
+
+def test_what_is_read_back_does_not_grow_with_the_number_of_steps_or_of_batches():
+    def training(batch_size):
+        net = small(0, nn.BatchNorm1d(8))
+        config = TrainConfig(1, batch_size, augmented=True, schedule="one_cycle")
+        return reads(fit, net, task(), config, masks=prune(net, "random", 0.5, generator=seeded()))
+
+    assert training(35) == training(5) > 0
+    assert reads(evaluate, small(), task(), "train", batch_size=3) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("fast", [False, True])
+def test_on_cuda_the_host_waits_as_often_for_many_steps_as_for_few(fast):
+    counts = []
+    for size in (5, 35, 5):  # the first one also waits for what is loaded once
+        net, data = convolutional().cuda(), task(device="cuda")
+        masks = prune(net, "random", 0.5, generator=seeded())
+        config = TrainConfig(1, size, augmented=True, bfloat16=fast, channels_last=fast)
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with pytest.warns(UserWarning, match="synchronizing CUDA operation") as caught:
+                fit(net, data, config, masks=masks)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        counts.append(len(caught))
+    assert counts[1] == counts[2]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_on_cuda_a_training_is_that_of_the_cpu_to_1e_8_in_double_precision(optimizer):
+    class Double(nn.Module):
+        def forward(self, x):
+            return x.double()
+
+    nets = [nn.Sequential(Double(), convolutional(lambda n: nn.GroupNorm(2, n)).double()) for _ in range(2)]
+    masks = prune(nets[0], "random", 0.5, generator=seeded())
+    config = TrainConfig(3, 16, 0.01, augmented=True, optimizer=optimizer)
+    fit(nets[0], task(), config, masks=masks)
+    kept = {name: mask.cuda() for name, mask in masks.items()}
+    used = []
+    watch = hook(after_step=lambda step, optimizer: used.append(optimizer.param_groups[0]["fused"]))
+    fit(nets[1].cuda(), task(device="cuda"), config, masks=kept, hooks=[watch])
+    assert used == [True] * 15
+    for here, there in zip(*(net.parameters() for net in nets), strict=True):
+        torch.testing.assert_close(there.cpu(), here, rtol=1e-8, atol=1e-8)
+    for name, mask in kept.items():
+        assert (nets[1].get_parameter(name)[~mask] == 0).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_a_compiled_training_is_close_to_one_that_is_not_and_other_masks_are_not_compiled_again():
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    data, made = task(device="cuda"), []
+    for seed, compiled in ((0, False), (0, True), (1, True)):
+        net = convolutional().cuda()
+        masks = prune(net, "random", 0.5, generator=seeded(seed))
+        fit(net, data, TrainConfig(2, 16, 0.01, compiled=compiled), masks=masks)
+        assert all((net.get_parameter(name)[~mask] == 0).all() for name, mask in masks.items())
+        made.append((net, torch._dynamo.utils.counters["stats"]["unique_graphs"]))
+    assert [graphs for _, graphs in made] == [0, 1, 1]
+    for plain, quick in zip(made[0][0].parameters(), made[1][0].parameters(), strict=True):
+        torch.testing.assert_close(plain, quick, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.gpu
