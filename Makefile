@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PROFILE ?= quick
 ARGS ?=
 
-.PHONY: reproduce test lint units notebooks faults cluster lab lock refresh clean
+.PHONY: reproduce test lint units notebooks faults cluster gpu lab lock refresh clean
 
 reproduce: $(VENV)/installed          ## run every notebook from nothing, one a core, and print the report
 	$(BIN)/python -m fsp.compendium.reproduce --profile $(PROFILE) $(ARGS)
@@ -30,6 +30,9 @@ cluster: $(VENV)/installed            ## sweep through an SSH server and a one-n
 	@$(BIN)/python -c "import dask_jobqueue, paramiko" 2>/dev/null || \
 	  $(BIN)/python -m pip install --disable-pip-version-check -e ".[cluster]"
 	FSP_PROGRESS=0 FSP_CLUSTER=data/results/cluster.md $(BIN)/python -m pytest -q -rs --show-capture=no -m services tests/runs/test_services.py
+
+gpu: $(VENV)/installed                ## run the tests that need a GPU, measure on it (eight minutes), and write the table
+	FSP_PROGRESS=0 $(BIN)/python -m fsp.compendium.gpu $(ARGS)
 
 lab: $(VENV)/installed                ## open the notebooks
 	$(BIN)/jupyter lab --notebook-dir=notebooks
