@@ -114,12 +114,12 @@ def fit_many(
         _cast_in_training(network)
     _check_stackable(network, parameters, buffers, low, data)
 
-    last_step, device = steps(data, config), data.train.images.device
+    device = data.train.images.device
     kept = _stacked_masks(parameters, masks_list)
     stacked = nn.ParameterList(parameters.values())
     places = {str(place): kept[name] for place, name in enumerate(parameters) if name in kept}
     optimizer = optimizer_of(stacked, config)
-    schedule = schedule_of(optimizer, config, last_step)
+    schedule = schedule_of(optimizer, config, steps(data, config))
     held = hold_(optimizer, stacked, places, dense_gradients=True)
     augmented = data.augmented if config.augmented is None else config.augmented
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -145,9 +145,8 @@ def fit_many(
                 losses = loss_of_each(parameters, buffers, inputs, labels)
                 losses.sum().backward()
                 optimizer.step()
+                schedule.step()
                 step += 1
-                if step < last_step:
-                    schedule.step()
                 total_loss += losses.detach() * index.shape[1]
 
             sound = torch.stack([p.detach().isfinite().flatten(1).all(1) for p in stacked]).all(0).tolist()

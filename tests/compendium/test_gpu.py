@@ -98,9 +98,9 @@ def test_what_would_begin_too_late_does_not_begin():
     assert len(rows) == 11
 
 
-def test_operations_of_a_step_are_those_of_its_formula():
+def test_operations_of_an_image_are_those_of_their_formula():
     net = nn.Sequential(nn.Flatten(), nn.Linear(192, 10), nn.ReLU(), nn.Linear(10, 10))
-    first, second = 2 * 2 * 192 * 10, 2 * 2 * 10 * 10  # two images
+    first, second = 2 * 192 * 10, 2 * 10 * 10  # of the products forward
     assert gpu._operations(net, gpu._images(TINY)) == 2 * first + 3 * second  # no gradient of the input
     assert all(parameter.grad is None for parameter in net.parameters())
 

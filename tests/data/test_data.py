@@ -453,6 +453,18 @@ def test_augmentation_equals_a_slow_one_image_oracle(mode, dtype, padding, flip)
     assert torch.equal(images, before)
 
 
+def test_with_several_generators_each_part_of_the_images_moves_as_it_would_alone():
+    images = torch.randint(1, 256, (12, 3, 7, 5), generator=seeded(1))
+    together = augment(images, padding=2, generator=[seeded(2), seeded(3), seeded(2)])
+    parts = [augment(part, padding=2, generator=seeded(s)) for part, s in zip(images.split(4), (2, 3, 2), strict=True)]
+    assert torch.equal(together, torch.cat(parts))
+    for generators in ([], [seeded()] * 5):
+        with pytest.raises(ValueError, match=f"12 images do not part equally among {len(generators)} generators"):
+            augment(images, generator=generators)
+    with pytest.raises(ValueError, match="generator=3: expected a torch"):
+        augment(images, generator=[seeded(), 3])
+
+
 def test_every_offset_and_both_flips_are_reached_equally_often():
     n = 20_000
     images = torch.zeros(n, 1, 9, 9, dtype=torch.uint8)

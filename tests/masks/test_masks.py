@@ -423,6 +423,28 @@ def test_a_pruned_weight_with_an_infinite_gradient_stays_zero():
     assert optimizer.state[layer.weight]["momentum_buffer"].tolist() == [[1.0, 0.0]]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("of_masks", ["cpu", "cuda"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_on_cuda_pruned_weights_and_momentum_stay_zero_and_replaced_masks_take_effect(layout, name, of_masks):
+    model, kept = network().to("cuda", memory_format=layout), half_masks(network())
+    kept = {key: mask.to(of_masks) for key, mask in kept.items()}
+    optimizer = OPTIMIZERS[name](model.parameters())
+    masks.hold_(optimizer, model, kept)
+    for _ in range(2):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        for key, mask in kept.items():
+            parameter, mask = model.get_parameter(key), mask.cuda()
+            states = [s for s in optimizer.state[parameter].values() if s is not None and s.shape == mask.shape]
+            for tensor in (parameter, *states):
+                assert torch.equal(tensor != 0, mask)
+        kept["4.weight"] = ~kept["4.weight"]
+
+
 @pytest.mark.usefixtures("together")
 @pytest.mark.parametrize("inference", [False, True])
 def test_a_mask_that_is_changed_in_place_takes_effect_at_the_next_step(inference):
