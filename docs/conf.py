@@ -22,7 +22,8 @@ html_title = "The full-spectrum pruning compendium"
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx.ext.mathjax", "sphinx.ext.viewcode"]
 extensions += ["numpydoc", "myst_nb"]
 root_doc = "README"
-include_patterns = ["*.md", "docs/*.md", "docs/api/*.rst", "data/*.md", "data/results/*.md", "notebooks/*.ipynb"]
+include_patterns = ["README.md", "REPRODUCING.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+include_patterns += ["docs/*.md", "docs/api/*.rst", "data/*.md", "data/results/*.md", "notebooks/*.ipynb"]
 exclude_patterns = [".*", "build", "reproduced", "scratch", "data/raw", "data/runs", "fsp", "tests", "figures"]
 
 nb_execution_mode = "off"  # what is shown is what is committed
@@ -35,6 +36,7 @@ autodoc_typehints = "none"  # numpydoc's sections say the types
 add_module_names = False
 default_role = "py:obj"  # `imdb` in a docstring is a link where it names something
 numpydoc_show_class_members = False
+smartquotes = False  # quotes in docstrings are to be typed
 suppress_warnings = ["ref.citation"]  # a reference that no sentence numbers
 toc_object_entries_show_parents = "hide"
 
@@ -101,6 +103,8 @@ def where_defined(app, env, node, contnode):
     inside = node.get("py:module") or "fsp"
     outer = [".".join(inside.split(".")[:depth]) for depth in range(inside.count(".") + 1, 0, -1)]
     for module, _, name in [target.rpartition("."), *((f"{place}.{target}").rpartition(".") for place in outer)]:
+        if module.partition(".")[0] != "fsp":
+            continue
         try:
             found = getattr(importlib.import_module(module), name)
             full = f"{found.__module__}.{found.__qualname__}"

@@ -11,13 +11,8 @@ import pytest
 from fsp.paths import PACKAGE
 
 ROOT = PACKAGE.parent
-PAGES = [
-    *ROOT.glob("*.md"),
-    *(ROOT / "docs").glob("*.md"),
-    *(ROOT / "data").glob("*.md"),
-    *(ROOT / "data" / "results").glob("*.md"),
-    *(ROOT / "notebooks").glob("*.ipynb"),
-]
+KINDS = ("*.md", "docs/*.md", "data/*.md", "data/results/*.md", "notebooks/*.ipynb")
+PAGES = sorted(path for kind in KINDS for path in ROOT.glob(kind))
 REFERENCE = {path.stem: path.read_text("utf-8") for path in sorted((ROOT / "docs" / "api").glob("*.rst"))}
 WINGS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
 
