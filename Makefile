@@ -1,11 +1,14 @@
-# `make reproduce` and `make test` set up what they need.  PYTHON=python3.12 make ... picks the interpreter.
+# `make reproduce` and `make test` set up what they need.  PYTHON=python3.12 make ... picks the interpreter;
+# TORCH_INDEX, an index of wheels, is where PyTorch is installed from without CUDA.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check
 PROFILE ?= quick
 ARGS ?=
+TORCH_INDEX ?=
 
-.PHONY: reproduce test lint units notebooks faults cluster gpu lab lock refresh clean
+.PHONY: reproduce test lint units notebooks faults cluster gpu book lab lock refresh clean
 
 reproduce: $(VENV)/installed          ## run every notebook from nothing, one a core, and print the report
 	$(BIN)/python -m fsp.compendium.reproduce --profile $(PROFILE) $(ARGS)
@@ -28,14 +31,21 @@ faults: $(VENV)/installed             ## kill a long sweep some fifty times (ten
 # Needs programs of the system: on Debian, apt-get install openssh-server munge slurm-wlm.  Without them it says so.
 cluster: $(VENV)/installed            ## sweep through an SSH server and a one-node Slurm of its own, and write what happened
 	@$(BIN)/python -c "import dask_jobqueue, paramiko" 2>/dev/null || \
-	  $(BIN)/python -m pip install --disable-pip-version-check -e ".[cluster]"
+	  $(PIP) -e ".[cluster]"
 	FSP_PROGRESS=0 FSP_CLUSTER=data/results/cluster.md $(BIN)/python -m pytest -q -rs --show-capture=no -m services tests/runs/test_services.py
 
 gpu: $(VENV)/installed                ## run the tests that need a GPU, measure on it (eight minutes), and write the table
 	FSP_PROGRESS=0 $(BIN)/python -m fsp.compendium.gpu $(ARGS)
 
-lab: $(VENV)/installed                ## open the notebooks
-	$(BIN)/jupyter lab --notebook-dir=notebooks
+# Its packages come on top of the pinned ones and change none of them.  After they are installed it needs no network.
+book: $(VENV)/installed               ## the pages, notebooks and docstrings as a site in build/book
+	@$(BIN)/python -c "import furo, myst_nb, numpydoc" 2>/dev/null || \
+	  $(PIP) -c requirements.lock -e ".[book]"
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs -d build/doctrees . build/book
+	@echo "open build/book/index.html"
+
+lab: $(VENV)/installed                ## the repository in JupyterLab, its overview open
+	$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" $(firstword $(wildcard notebooks/00_*.ipynb))
 
 refresh: $(VENV)/installed            ## recompute the committed notebooks, tables, figures and pages of claims
 	$(BIN)/python -m fsp.compendium.reproduce --refresh $(ARGS)
@@ -43,15 +53,22 @@ refresh: $(VENV)/installed            ## recompute the committed notebooks, tabl
 lock:                                 ## needs uv; writes exact pins for every supported Python and platform
 	uv pip compile pyproject.toml --extra test --universal --python-version 3.11 --no-annotate -o requirements.lock
 
+ifeq ($(TORCH_INDEX),)
+PIN = $(PIP) -r requirements.lock
+else
+PIN = $(PIP) --no-deps --index-url "$(TORCH_INDEX)" $$(grep -E '^torch(vision)?==' requirements.lock) && \
+  grep -v -E '^(cuda|nvidia|triton)\b' requirements.lock > $(VENV)/without-cuda.txt && $(PIP) -r $(VENV)/without-cuda.txt
+endif
+
 # Reinstall only when the pins or the package description changed in content, not in time stamp.
 $(VENV)/installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"Python >= 3.11 is needed, {v[0]}.{v[1]} found: make PYTHON=python3.12")'
 	@if ! cat requirements.lock pyproject.toml | cmp -s - $@; then \
-	  echo "installing the pinned packages into $(VENV) (about 5 GB with CUDA, once)"; \
+	  echo "installing the pinned packages into $(VENV), once ($(if $(TORCH_INDEX),1.6 GB,6 GB with CUDA))"; \
 	  rm -f $@; \
 	  $(PYTHON) -m venv $(VENV) && \
-	  $(BIN)/python -m pip install --disable-pip-version-check -r requirements.lock && \
-	  $(BIN)/python -m pip install --disable-pip-version-check --no-deps -e . && \
+	  $(PIN) && \
+	  $(PIP) --no-deps -e . && \
 	  cat requirements.lock pyproject.toml > $@.new && mv $@.new $@; \
 	fi
 	@touch $@

@@ -45,7 +45,7 @@ def blocks(tensor: Tensor, wiring: Wiring = PLAIN) -> Tensor:
 
     Parameters
     ----------
-    tensor : Tensor, shape (C_out, C_in / groups, *kernel), or (C_in, C_out / groups, *kernel) if transposed
+    tensor : Tensor, shape ``(C_out, C_in / groups, *kernel)``, or ``(C_in, C_out / groups, *kernel)`` if transposed
     wiring : Wiring
 
     Returns

@@ -58,7 +58,7 @@ class CascadeLayer(nn.Module):
         self.resize = nn.Upsample(size=size, mode="bilinear", align_corners=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, inputs, H, W) to (N, outputs, *size)."""
+        """(N, inputs, H, W) to ``(N, outputs, *size)``."""
         y = self.conv1(self.relu1(self.norm1(x)))
         if self.convs == 2:
             y = self.conv2(self.relu2(self.norm2(y)))

@@ -1,6 +1,6 @@
 r"""Density per layer: how a total budget of weights is shared out before positions are chosen.
 
-Each function takes the shapes of the prunable tensors (PyTorch order: outputs, inputs, *kernel) and a network
+Each function takes the shapes of the prunable tensors (PyTorch order: ``outputs, inputs, *kernel``) and a network
 density, and returns real-valued layer densities that spend the budget; `counts` rounds them to whole weights.  All are
 called as ``allocation(shapes, density, **options)`` and raise a ValueError for a density outside (0, 1].
 Shapes come in forward order, as `fsp.masks.prunable` gives them for the networks of `fsp.models`: `uniform_plus`,

@@ -81,7 +81,7 @@ def biadjacency(tensor: Tensor, wiring: Wiring = PLAIN) -> Tensor:
 
     Parameters
     ----------
-    tensor : Tensor, shape (C_out, C_in, *kernel) or (out, in)
+    tensor : Tensor, shape ``(C_out, C_in, *kernel)`` or (out, in)
         Mask (bool or 0/1) or weights.
     wiring : Wiring, optional
         Of grouped and transposed convolutions: the groups are separate blocks of the matrix.

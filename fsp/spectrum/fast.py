@@ -206,7 +206,7 @@ def dense_coordinates(masks: Tensor, weight: Tensor, rules: Rules, wiring: Wirin
 
     Parameters
     ----------
-    masks : Tensor of bool, shape (P, *layer)
+    masks : Tensor of bool, shape ``(P, *layer)``
     weight : Tensor, shape of the layer, on the same device
     rules : Rules
     wiring : Wiring

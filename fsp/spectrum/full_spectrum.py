@@ -53,7 +53,7 @@ def coordinate(mask: Tensor, weight: Tensor, *, rules: str | Rules = "fsp2023", 
 
     Parameters
     ----------
-    mask : Tensor, shape (C_out, C_in, *kernel) or (out, in), bool or 0/1
+    mask : Tensor, shape ``(C_out, C_in, *kernel)`` or (out, in), bool or 0/1
     weight : Tensor, same shape
         Weights of the layer; those off the mask are ignored.
     rules : {"iclr2023", "fsp2023"} or Rules
@@ -130,7 +130,7 @@ def population(
         Of the same L layers in the same order.
     weights : dict of parameter name to weights, or the model itself
         With a model, grouped and transposed convolutions are recognised; with a dict, every weight is read as
-        (outputs, inputs, *kernel).
+        ``(outputs, inputs, *kernel)``.
     rules : {"iclr2023", "fsp2023"} or Rules
     device : str or torch.device, optional
         Where to compute.  A CUDA device measures a layer of many masks in one batch; the CPU, the default, one

@@ -8,12 +8,13 @@ weights under a ticket's mask tell what the mask alone is worth (D34): see `put_
 
 A directory holds, in files of `fsp.files`, each with a SHA-256 of its content:
 
-==========================================  ==========================================================================
-``init.safetensors``                        the dense initial model
-``ticket_NNNN.masks.safetensors``           masks, one bit a weight; read by `fsp.masks.load`
-``ticket_NNNN.start.safetensors``, ``.end`` kept weights alone, in the order of the mask, and the rest of the model
-                                            (biases, norms, running statistics) in full
-==========================================  ==========================================================================
+===================================  =================================================================================
+``init.safetensors``                 the dense initial model
+``ticket_NNNN.masks.safetensors``    masks, one bit a weight; read by `fsp.masks.load`
+``ticket_NNNN.start.safetensors``    kept weights alone, in the order of the mask, and the rest of the model (biases,
+                                     norms, running statistics) in full, as the ticket starts
+``ticket_NNNN.end.safetensors``      the same as it ends
+===================================  =================================================================================
 
 Weights are written after their masks, in the model's own precision.
 
