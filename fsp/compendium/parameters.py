@@ -221,7 +221,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(["children", "most_children", "small_children", "small_epochs", "corrupted"], COUNT),
     **dict.fromkeys(["growths", "more_parents", "small_parents", "image_parents"], NUMBER),
     "overlaps": _list_of(lambda value: _is_number(value) and 0 <= value <= 1, "numbers in [0, 1], such as [0, 0.5]"),
-    "severities": _list_of(lambda value: is_count(value, 1) and value <= 5, "whole numbers from 1 to 5, such as [1, 3]"),
+    "severities": _list_of(lambda value: is_count(value, 1) and value <= 5, "whole numbers from 1 to 5, such as [3]"),
     **dict.fromkeys(["parent_share", "target"], FRACTION),
     "searches": _some_of(["published", "gap", "pretrained", "optimised"]),
     "candidates": _list_of(lambda value: is_count(value, 1), "whole numbers of at least 1, such as [20, 100]"),

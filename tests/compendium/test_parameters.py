@@ -89,7 +89,10 @@ CASES = (
     )
     | dict.fromkeys(["parent_share", "target"], ([0.5, 1], [0, 1.1, None, True, "0.5"], "a fraction in"))
     | dict.fromkeys(["imp_rate", "dropout"], ([0, 0.2, 0.6], [1, -0.1, None, True, "0.2"], "a number in [0, 1)"))
-    | dict.fromkeys(["settled_lr", "confirm_lr", "constant_lr", "speed_lr"], ([0.1, 1], [0, -0.1, "1e-3", None, True], "a number above 0"))
+    | dict.fromkeys(
+        ["settled_lr", "confirm_lr", "constant_lr", "speed_lr"],
+        ([0.1, 1], [0, -0.1, "1e-3", None, True], "a number above 0"),
+    )
     | dict.fromkeys(
         ["growths", "more_parents", "small_parents", "image_parents"],
         ([0, 6], [-1, 0.5, None, True], "a whole number from 0 on"),
