@@ -28,6 +28,7 @@ SEARCHED = [name for name in METHODS if name != "magnitude"]  # all its masks of
 TRAIN_OPTIONS = {field.name for field in dataclasses.fields(TrainConfig)} - {"epochs", "lr", "seed"}
 LISTS = {"networks", "methods", "searched", "dynamics", "densities", "published_densities", "seeds", "settled_seeds"}
 LISTS |= {"dosed", "shares", "confirmed", "confirm_seeds", "settled", "untrained", "between", "searches", "candidates"}
+LISTS |= {"overlaps", "severities"}
 STRUCTURED = LISTS | {"model_options", "train_options"}  # papermill's -p gives them as text
 Rule = tuple[Callable[[object], bool], str]  # whether a value is right, and what is expected
 
@@ -184,6 +185,7 @@ def _is_device(value: object) -> bool:
 
 
 COUNT = (lambda value: is_count(value, 1)), "a whole number of at least 1"
+NUMBER = (lambda value: is_count(value, 0)), "a whole number from 0 on"
 STEPS = (lambda value: is_count(value, 0)), "a whole number of steps from 0 on"
 FRACTION = _is_fraction, "a fraction in (0, 1], such as 0.05"
 FRACTIONS = _list_of(_is_fraction, "fractions in (0, 1], such as [0.05]")
@@ -216,12 +218,19 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(["dosed", "confirmed", "settled"], _some_of(METHODS)),
     "shares": FRACTIONS,
     **dict.fromkeys(["measure_every", "moment", "pretrained_population", "optimised_population"], COUNT),
-    "growths": ((lambda value: is_count(value, 0)), "a whole number from 0 on"),
+    **dict.fromkeys(["children", "most_children", "small_children", "small_epochs", "corrupted"], COUNT),
+    **dict.fromkeys(["growths", "more_parents", "small_parents", "image_parents"], NUMBER),
+    "overlaps": _list_of(lambda value: _is_number(value) and 0 <= value <= 1, "numbers in [0, 1], such as [0, 0.5]"),
+    "severities": _list_of(lambda value: is_count(value, 1) and value <= 5, "whole numbers from 1 to 5, such as [3]"),
+    **dict.fromkeys(["parent_share", "target"], FRACTION),
     "searches": _some_of(["published", "gap", "pretrained", "optimised"]),
     "candidates": _list_of(lambda value: is_count(value, 1), "whole numbers of at least 1, such as [20, 100]"),
     "pretrain": STEPS,
-    "imp_rate": ((lambda value: _is_number(value) and 0 <= value < 1), "a number in [0, 1), such as 0.2"),
-    **dict.fromkeys(["lr", "settled_lr", "confirm_lr"], RATE),
+    **dict.fromkeys(
+        ["imp_rate", "dropout"],
+        ((lambda value: _is_number(value) and 0 <= value < 1), "a number in [0, 1), such as 0.2"),
+    ),
+    **dict.fromkeys(["lr", "settled_lr", "confirm_lr", "constant_lr", "speed_lr"], RATE),
     "train_options": (
         (lambda value: isinstance(value, dict) and value.keys() <= TRAIN_OPTIONS),
         f"a dict of fields of TrainConfig, of {', '.join(sorted(TRAIN_OPTIONS))}",

@@ -86,6 +86,22 @@ METHODS = _Looks(
         "shuffled": Look("Same density, random", "#999999", "X", (1, 1)),
         "units_left": Look("Same density and units left, random", "#5c5c5c", "*", (1, 2)),
         "rewired": Look("Same degrees, random", "#4b3fa0", "D", (4, 1, 1, 1)),
+        "one_network": Look("One network", "#000000", "D"),
+        "independent": Look("Independent networks", "#0072b2", "o"),
+        "independent_full": Look("Independent, full budget each", "#56b4e9", "v", (5, 1)),
+        "snapshot": Look("Snapshots of one training", "#7a5200", "p", (3, 1)),
+        "bagged": Look("Bagged networks", "#b0003a", HOURGLASS, (2, 1)),
+        "dropout": Look("Dropout", "#3d5a1f", "d", (3, 1, 1, 1)),
+        "pat_antirandom": Look("Antirandom children", "#d55e00", "s"),
+        "pat_random": Look("Random children", "#7f7f7f", "X", (1, 1)),
+        "pat_antirandom_constant": Look("Antirandom, constant rate", "#8a2f00", RHOMBUS, (5, 1, 1, 1)),
+        "pat_random_constant": Look("Random, constant rate", "#4d4d4d", BEAM, (1, 2)),
+        "clones": Look("Unpruned clones", "#009e73", "P", (3, 1)),
+        "one_mask": Look("One mask for all", "#e69f00", "^", (4, 1)),
+        "pat_partition": Look("Partition of the weights", "#cc79a7", "<", (2, 2)),
+        "pat_far_apart": Look("Far apart in spectrum", "#4b3fa0", ">", (4, 1, 1, 1)),
+        "pat_high_norm": Look("Highest spectrum norm", "#7b2d8e", POST, (6, 1, 1, 1)),
+        "pat_neurons": Look("Random neurons pruned", "#17a2a2", (4, 1, 0), (2, 1)),
     }
 )
 

@@ -28,6 +28,7 @@ COUNTS = [
     "trainings", "empty_runs", "threads",
     "image_epochs", "cnn_epochs", "short_epochs", "long_epochs", "settled_epochs", "crossed", "measure_every", "moment",
     "pretrained_population", "optimised_population",
+    "children", "most_children", "small_children", "small_epochs", "corrupted",
 ]  # fmt: skip
 BAD_DENSITIES = [0.1, [], [0.1, 0.1], [1, 1.0], [0.1, 0], [0.1, 2], [True], ["0.1"], None, "0.1", "[0.1", ""]
 CASES = (
@@ -64,7 +65,8 @@ CASES = (
             "such as [0, 1]",
         ),
         "pretrain": ([0, 14, 500], [-1, 0.5, "14", None], "a whole number of steps"),
-        "imp_rate": ([0, 0.2, 0.6], [1, -0.1, None, True, "0.2"], "a number in [0, 1)"),
+        "overlaps": ([[0, 0.5, 1.0], [0.25]], [0.5, [], [-0.1], [1.1], [0.5, 0.5], ["0.5"]], "numbers in [0, 1]"),
+        "severities": ([[1, 3, 5], [2]], [3, [], [0], [6], [1, 1], [1.0]], "from 1 to 5"),
         "lr": ([0.1, 1, 1e-6], [0, -0.1, math.nan, math.inf, "1e-3", None, True], "a number above 0"),
         "device": (["cpu", torch.device("cpu")], ["gpu", "", None, 0], "auto or cpu"),
         "recompute": ([True, False], [0, 1, "True", None], "True or False"),
@@ -85,8 +87,16 @@ CASES = (
         ["dosed", "confirmed", "settled", "untrained"],
         ([["snip"], ["erk", "phew"]], ["snip", [], ["sinp"]], "random, uniform"),
     )
-    | dict.fromkeys(["settled_lr", "confirm_lr"], ([0.1, 1], [0, -0.1, "1e-3", None, True], "a number above 0"))
-    | {"growths": ([0, 6], [-1, 0.5, None, True], "a whole number from 0 on")}
+    | dict.fromkeys(["parent_share", "target"], ([0.5, 1], [0, 1.1, None, True, "0.5"], "a fraction in"))
+    | dict.fromkeys(["imp_rate", "dropout"], ([0, 0.2, 0.6], [1, -0.1, None, True, "0.2"], "a number in [0, 1)"))
+    | dict.fromkeys(
+        ["settled_lr", "confirm_lr", "constant_lr", "speed_lr"],
+        ([0.1, 1], [0, -0.1, "1e-3", None, True], "a number above 0"),
+    )
+    | dict.fromkeys(
+        ["growths", "more_parents", "small_parents", "image_parents"],
+        ([0, 6], [-1, 0.5, None, True], "a whole number from 0 on"),
+    )
     | {
         "searches": (
             [["gap"], ["published", "optimised"]],
