@@ -32,6 +32,7 @@ FAMILIES = {
         "shuffled",
         "rewired",
     ],
+    "recipes": ["recipe_default", "recipe_labels", "recipe_all"],
     "in-time": ["set_itop", "set_itop_guided", "rigl_itop", "static", "shuffled", "units_left"],
 }
 
