@@ -23,6 +23,7 @@ from fsp.pruning import METHODS
 from fsp.runs.cluster import SCHEDULERS, connect, is_scheduler
 from fsp.training import TrainConfig
 from fsp.training.dynamic import PRESETS
+from fsp.training.rescaling import Rescaling
 
 SEARCHED = [name for name in METHODS if name != "magnitude"]  # all its masks of a network are the same
 TRAIN_OPTIONS = {field.name for field in dataclasses.fields(TrainConfig)} - {"epochs", "lr", "seed"}
@@ -30,6 +31,11 @@ LISTS = {"networks", "methods", "searched", "dynamics", "densities", "published_
 LISTS |= {"dosed", "shares", "confirmed", "confirm_seeds", "settled", "untrained", "between", "searches", "candidates"}
 LISTS |= {"overlaps", "severities"}
 STRUCTURED = LISTS | {"model_options", "train_options"}  # papermill's -p gives them as text
+LISTS |= {"arms", "arms_beside", "controls", "controlled"}
+STRUCTURED = LISTS | {"model_options", "train_options", "rescaling"}  # papermill's -p gives them as text
+ARMS = ("default", "activations", "skips", "rescaling", "labels", "all")  # which parts of ToST a training has
+CONTROLS = ("no_activations", "no_skips", "no_rescaling", "no_labels")  # all parts but one, and rivals
+CONTROLS += ("longer", "all_longer", "density_scaled", "late", "kept")
 Rule = tuple[Callable[[object], bool], str]  # whether a value is right, and what is expected
 
 
@@ -184,6 +190,15 @@ def _is_device(value: object) -> bool:
     return bool(found) and torch.cuda.is_available() and int(found[1] or 0) < torch.cuda.device_count()
 
 
+def _is_rescaling(value: object) -> bool:
+    """Whether a value is a dict of settings of `fsp.training.rescaling.Rescaling`."""
+    try:
+        Rescaling(**value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 COUNT = (lambda value: is_count(value, 1)), "a whole number of at least 1"
 NUMBER = (lambda value: is_count(value, 0)), "a whole number from 0 on"
 STEPS = (lambda value: is_count(value, 0)), "a whole number of steps from 0 on"
@@ -231,6 +246,13 @@ RULES: dict[str, Rule] = {
         ((lambda value: _is_number(value) and 0 <= value < 1), "a number in [0, 1), such as 0.2"),
     ),
     **dict.fromkeys(["lr", "settled_lr", "confirm_lr", "constant_lr", "speed_lr"], RATE),
+    "imp_rate": ((lambda value: _is_number(value) and 0 <= value < 1), "a number in [0, 1), such as 0.2"),
+    **dict.fromkeys(["arms", "arms_beside"], _some_of(ARMS)),
+    "controls": _some_of(CONTROLS),
+    "controlled": _some_of(METHODS),
+    "e1": ((lambda value: _is_number(value) and 0 <= value < 1), "a fraction of the training, in [0, 1)"),
+    "rescaling": (_is_rescaling, 'a dict of settings of Rescaling, such as {"iterations": 30}'),
+    **dict.fromkeys(["lr", "settled_lr", "confirm_lr"], RATE),
     "train_options": (
         (lambda value: isinstance(value, dict) and value.keys() <= TRAIN_OPTIONS),
         f"a dict of fields of TrainConfig, of {', '.join(sorted(TRAIN_OPTIONS))}",

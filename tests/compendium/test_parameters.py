@@ -105,6 +105,24 @@ CASES = (
         ),
         "candidates": ([[20], [1, 100]], [20, [], [0], [0.5], ["20"]], "such as [20, 100]"),
     }
+    | dict.fromkeys(
+        ["arms", "arms_beside"],
+        (
+            [["default"], ["default", "labels", "all"]],
+            ["all", [], ["late"], ["all", "all"]],
+            "default, activations, skips",
+        ),
+    )
+    | {
+        "controls": ([["late"], ["no_skips", "longer"]], ["late", [], ["all"]], "no_activations, no_skips"),
+        "controlled": ([["snip"], ["erk", "phew"]], ["snip", [], ["sinp"]], "random, uniform"),
+        "e1": ([0, 0.5], [1, -0.1, "0.5", None, True], "a fraction of the training"),
+        "rescaling": (
+            [{}, {"iterations": 30}],
+            [None, [1], "iterations", {"iteration": 3}, {"iterations": 0}],
+            "a dict of settings of Rescaling",
+        ),
+    }
     | {"between": ([[0.25], [0.5, 1]], [0.5, [], [0.0], [1.1], ["0.5"]], "such as [0.05]")}
     | {"shares": ([[0.25], [0.5, 1]], [0.5, [], [0.0], [1.1], ["0.5"]], "such as [0.05]")}
     | {"confirm_seeds": ([[0], [3, 4]], [0, [], [0, 0], [-1]], "such as [0, 1]")}

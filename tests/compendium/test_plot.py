@@ -50,6 +50,7 @@ FAMILIES = {
         "pat_high_norm",
         "pat_neurons",
     ],
+    "recipes": ["recipe_default", "recipe_labels", "recipe_all"],
     "in-time": ["set_itop", "set_itop_guided", "rigl_itop", "static", "shuffled", "units_left"],
 }
 
