@@ -27,8 +27,10 @@ from fsp.training.dynamic import PRESETS
 SEARCHED = [name for name in METHODS if name != "magnitude"]  # all its masks of a network are the same
 TRAIN_OPTIONS = {field.name for field in dataclasses.fields(TrainConfig)} - {"epochs", "lr", "seed"}
 LISTS = {"networks", "methods", "searched", "dynamics", "densities", "published_densities", "seeds"}
+LISTS |= {"rates", "depths", "lrs", "pruners"}
 LISTS |= {"dosed", "shares", "confirmed", "confirm_seeds", "settled", "untrained", "between", "searches", "candidates"}
-STRUCTURED = LISTS | {"model_options", "train_options"}  # papermill's -p gives them as text
+OPTIONS = {"model_options", "rate_options", "deep_options", "plain_options", "confirm_options"}
+STRUCTURED = LISTS | OPTIONS | {"train_options"}  # papermill's -p gives them as text
 Rule = tuple[Callable[[object], bool], str]  # whether a value is right, and what is expected
 
 
@@ -197,21 +199,25 @@ RATE = (
 RULES: dict[str, Rule] = {
     "dataset": _one_of(DATASETS),
     "model": _one_of(MODELS),
-    "model_options": ((lambda value: isinstance(value, dict)), "a dict of options of the model, such as {}"),
+    **dict.fromkeys(OPTIONS, ((lambda value: isinstance(value, dict)), "a dict of options of the model, such as {}")),
+    **dict.fromkeys(["rival", "plain"], _one_of(MODELS)),
+    "confirm_dataset": _one_of(DATASETS),
     "networks": _some_of(MODELS),
     "init": _one_of([name for name in INITS if name not in WITH_MASKS]),
     "methods": _some_of(METHODS),
-    "untrained": _some_of(METHODS),
+    **dict.fromkeys(["untrained", "pruners"], _some_of(METHODS)),
     "searched": _some_of(SEARCHED),
     "dynamics": _some_of(PRESETS),
     "density": FRACTION,
-    "densities": FRACTIONS,
+    **dict.fromkeys(["densities", "rates"], FRACTIONS),
     "published_densities": FRACTIONS,
     "between": FRACTIONS,
     **dict.fromkeys(["seeds", "confirm_seeds"], SEEDS),
     **dict.fromkeys(["epochs", "batch_size", "early_steps", "update_every"], COUNT),
     **dict.fromkeys(["population", "repeats", "shuffles", "trainings", "empty_runs"], COUNT),
-    "threads": COUNT,
+    **dict.fromkeys(["threads", "wide", "few", "coarse", "deep_epochs", "confirm_epochs"], COUNT),
+    "depths": _list_of(lambda value: is_count(value, 1), "whole numbers of at least 1, such as [4, 8]"),
+    "lrs": _list_of(lambda value: _is_number(value) and 0 < value < math.inf, "numbers above 0, such as [0.1]"),
     **dict.fromkeys(["image_epochs", "cnn_epochs", "short_epochs", "long_epochs", "settled_epochs", "crossed"], COUNT),
     **dict.fromkeys(["dosed", "confirmed", "settled"], _some_of(METHODS)),
     "shares": FRACTIONS,
