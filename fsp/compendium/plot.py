@@ -86,6 +86,13 @@ METHODS = _Looks(
         "shuffled": Look("Same density, random", "#999999", "X", (1, 1)),
         "units_left": Look("Same density and units left, random", "#5c5c5c", "*", (1, 2)),
         "rewired": Look("Same degrees, random", "#4b3fa0", "D", (4, 1, 1, 1)),
+        "ecn": Look("ECN", "#1b6e1b", "o"),
+        "ecn_no_stream": Look("ECN without additive stream", "#c0392b", "v", (4, 1.5)),
+        "ecn_no_growth": Look("ECN without growth", "#8fbc5a", ">", (3, 1, 1, 1)),
+        "resnet": Look("ResNet, equal parameters", "#2c5aa0", "s", (5, 1)),
+        "resnet_adds": Look("ResNet, equal multiply-adds", "#7fa6d9", "D", (5, 1)),
+        "plain": Look("CNN, equal parameters", "#6b4226", "^", (2, 1)),
+        "plain_adds": Look("CNN, equal multiply-adds", "#b08d6e", "<", (2, 1)),
     }
 )
 
