@@ -187,6 +187,7 @@ def _is_device(value: object) -> bool:
 
 COUNT = (lambda value: is_count(value, 1)), "a whole number of at least 1"
 STEPS = (lambda value: is_count(value, 0)), "a whole number of steps from 0 on"
+WHOLE = (lambda value: is_count(value, 0)), "a whole number from 0 on"
 FRACTION = _is_fraction, "a fraction in (0, 1], such as 0.05"
 FRACTIONS = _list_of(_is_fraction, "fractions in (0, 1], such as [0.05]")
 SEEDS = _list_of(
@@ -222,7 +223,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(["dosed", "confirmed", "settled"], _some_of(METHODS)),
     "shares": FRACTIONS,
     **dict.fromkeys(["measure_every", "moment", "pretrained_population", "optimised_population"], COUNT),
-    "growths": ((lambda value: is_count(value, 0)), "a whole number from 0 on"),
+    **dict.fromkeys(["growths", "lasting", "confirming"], WHOLE),
     "searches": _some_of(["published", "gap", "pretrained", "optimised"]),
     "candidates": _list_of(lambda value: is_count(value, 1), "whole numbers of at least 1, such as [20, 100]"),
     "pretrain": STEPS,

@@ -27,13 +27,11 @@ COUNTS = [
     "epochs", "batch_size", "early_steps", "update_every", "population", "repeats", "shuffles",
     "trainings", "empty_runs", "threads",
     "image_epochs", "cnn_epochs", "short_epochs", "long_epochs", "settled_epochs", "crossed", "measure_every", "moment",
-    "pretrained_population", "optimised_population",
+    "pretrained_population", "optimised_population", "wide", "few", "coarse", "deep_epochs", "confirm_epochs",
 ]  # fmt: skip
 BAD_DENSITIES = [0.1, [], [0.1, 0.1], [1, 1.0], [0.1, 0], [0.1, 2], [True], ["0.1"], None, "0.1", "[0.1", ""]
 CASES = (
     {  # name: values that are right, values that are not, and a part of what is said then
-        "dataset": (list(DATASETS), ["cifar", "", None, 3, ["digits"], {"a": 1}], ", ".join(DATASETS)),
-        "model": (list(MODELS), ["resnet9", None, ["mlp"]], ", ".join(MODELS)),
         "networks": (
             [["resnet18"], ["vgg16", "mlp"]],
             ["resnet18", [], ["resnet9"], ["mlp", "mlp"]],
@@ -74,7 +72,6 @@ CASES = (
             ["", "none", "10.0.0.1:8786", "http://host:1", "tcp://", 4],
             '"local" or the address of a Dask',
         ),
-        "model_options": ([{}, {"hidden": [32]}], [None, [], "hidden"], "a dict of options of the model"),
         "train_options": (
             [{}, {"batch_size": 64}],
             [None, [], 0.1, {"momentun": 0.9}, {"epochs": 1}, {"lr": 1}, {"seed": 1}],
@@ -82,11 +79,24 @@ CASES = (
         ),
     }
     | dict.fromkeys(
-        ["dosed", "confirmed", "settled", "untrained"],
+        ["dosed", "confirmed", "settled", "untrained", "pruners"],
         ([["snip"], ["erk", "phew"]], ["snip", [], ["sinp"]], "random, uniform"),
     )
     | dict.fromkeys(["settled_lr", "confirm_lr"], ([0.1, 1], [0, -0.1, "1e-3", None, True], "a number above 0"))
-    | {"growths": ([0, 6], [-1, 0.5, None, True], "a whole number from 0 on")}
+    | dict.fromkeys(["growths", "lasting", "confirming"], ([0, 6], [-1, 0.5, None, True], "a whole number from 0 on"))
+    | dict.fromkeys(
+        ["dataset", "confirm_dataset"],
+        (list(DATASETS), ["cifar", "", None, 3, ["digits"], {"a": 1}], ", ".join(DATASETS)),
+    )
+    | dict.fromkeys(["model", "rival", "plain"], (list(MODELS), ["resnet9", None, ["mlp"]], ", ".join(MODELS)))
+    | dict.fromkeys(
+        ["model_options", "rate_options", "deep_options", "plain_options", "confirm_options"],
+        ([{}, {"hidden": [32]}], [None, [], "hidden"], "a dict of options of the model"),
+    )
+    | {
+        "depths": ([[4], [4, 16]], [4, [], [0], [0.5], ["4"], [4, 4]], "such as [4, 8]"),
+        "lrs": ([[0.1], [0.1, 1]], [0.1, [], [0], ["1e-3"], [True], [math.inf]], "such as [0.1]"),
+    }
     | {
         "searches": (
             [["gap"], ["published", "optimised"]],
@@ -95,8 +105,9 @@ CASES = (
         ),
         "candidates": ([[20], [1, 100]], [20, [], [0], [0.5], ["20"]], "such as [20, 100]"),
     }
-    | {"between": ([[0.25], [0.5, 1]], [0.5, [], [0.0], [1.1], ["0.5"]], "such as [0.05]")}
-    | {"shares": ([[0.25], [0.5, 1]], [0.5, [], [0.0], [1.1], ["0.5"]], "such as [0.05]")}
+    | dict.fromkeys(
+        ["between", "shares", "rates"], ([[0.25], [0.5, 1]], [0.5, [], [0.0], [1.1], ["0.5"]], "such as [0.05]")
+    )
     | {"confirm_seeds": ([[0], [3, 4]], [0, [], [0, 0], [-1]], "such as [0, 1]")}
     | {name: ([1, 160, np.int64(3)], [0, -1, 1.0, "3", None, True], "a whole number of at least 1") for name in COUNTS}
 )
