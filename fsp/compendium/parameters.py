@@ -36,6 +36,11 @@ STRUCTURED = LISTS | {"model_options", "train_options", "rescaling"}  # papermil
 ARMS = ("default", "activations", "skips", "rescaling", "labels", "all")  # which parts of ToST a training has
 CONTROLS = ("no_activations", "no_skips", "no_rescaling", "no_labels")  # all parts but one, and rivals
 CONTROLS += ("longer", "all_longer", "density_scaled", "late", "kept")
+LISTS = {"networks", "methods", "searched", "dynamics", "densities", "published_densities", "seeds"}
+LISTS |= {"rates", "depths", "lrs", "pruners"}
+LISTS |= {"dosed", "shares", "confirmed", "confirm_seeds", "settled", "untrained", "between", "searches", "candidates"}
+OPTIONS = {"model_options", "rate_options", "deep_options", "plain_options", "confirm_options"}
+STRUCTURED = LISTS | OPTIONS | {"train_options"}  # papermill's -p gives them as text
 Rule = tuple[Callable[[object], bool], str]  # whether a value is right, and what is expected
 
 
@@ -202,6 +207,7 @@ def _is_rescaling(value: object) -> bool:
 COUNT = (lambda value: is_count(value, 1)), "a whole number of at least 1"
 NUMBER = (lambda value: is_count(value, 0)), "a whole number from 0 on"
 STEPS = (lambda value: is_count(value, 0)), "a whole number of steps from 0 on"
+WHOLE = (lambda value: is_count(value, 0)), "a whole number from 0 on"
 FRACTION = _is_fraction, "a fraction in (0, 1], such as 0.05"
 FRACTIONS = _list_of(_is_fraction, "fractions in (0, 1], such as [0.05]")
 SEEDS = _list_of(
@@ -214,21 +220,25 @@ RATE = (
 RULES: dict[str, Rule] = {
     "dataset": _one_of(DATASETS),
     "model": _one_of(MODELS),
-    "model_options": ((lambda value: isinstance(value, dict)), "a dict of options of the model, such as {}"),
+    **dict.fromkeys(OPTIONS, ((lambda value: isinstance(value, dict)), "a dict of options of the model, such as {}")),
+    **dict.fromkeys(["rival", "plain"], _one_of(MODELS)),
+    "confirm_dataset": _one_of(DATASETS),
     "networks": _some_of(MODELS),
     "init": _one_of([name for name in INITS if name not in WITH_MASKS]),
     "methods": _some_of(METHODS),
-    "untrained": _some_of(METHODS),
+    **dict.fromkeys(["untrained", "pruners"], _some_of(METHODS)),
     "searched": _some_of(SEARCHED),
     "dynamics": _some_of(PRESETS),
     "density": FRACTION,
-    "densities": FRACTIONS,
+    **dict.fromkeys(["densities", "rates"], FRACTIONS),
     "published_densities": FRACTIONS,
     "between": FRACTIONS,
     **dict.fromkeys(["seeds", "settled_seeds", "confirm_seeds"], SEEDS),
     **dict.fromkeys(["epochs", "batch_size", "early_steps", "update_every"], COUNT),
     **dict.fromkeys(["population", "repeats", "shuffles", "trainings", "empty_runs"], COUNT),
-    "threads": COUNT,
+    **dict.fromkeys(["threads", "wide", "few", "coarse", "deep_epochs", "confirm_epochs"], COUNT),
+    "depths": _list_of(lambda value: is_count(value, 1), "whole numbers of at least 1, such as [4, 8]"),
+    "lrs": _list_of(lambda value: _is_number(value) and 0 < value < math.inf, "numbers above 0, such as [0.1]"),
     **dict.fromkeys(["image_epochs", "cnn_epochs", "short_epochs", "long_epochs", "settled_epochs", "crossed"], COUNT),
     **dict.fromkeys(["dosed", "confirmed", "settled"], _some_of(METHODS)),
     "shares": FRACTIONS,
@@ -238,6 +248,7 @@ RULES: dict[str, Rule] = {
     "overlaps": _list_of(lambda value: _is_number(value) and 0 <= value <= 1, "numbers in [0, 1], such as [0, 0.5]"),
     "severities": _list_of(lambda value: is_count(value, 1) and value <= 5, "whole numbers from 1 to 5, such as [3]"),
     **dict.fromkeys(["parent_share", "target"], FRACTION),
+    **dict.fromkeys(["growths", "lasting", "confirming"], WHOLE),
     "searches": _some_of(["published", "gap", "pretrained", "optimised"]),
     "candidates": _list_of(lambda value: is_count(value, 1), "whole numbers of at least 1, such as [20, 100]"),
     "pretrain": STEPS,

@@ -105,6 +105,13 @@ METHODS = _Looks(
         "pat_far_apart": Look("Far apart in spectrum", "#4b3fa0", ">", (4, 1, 1, 1)),
         "pat_high_norm": Look("Highest spectrum norm", "#7b2d8e", POST, (6, 1, 1, 1)),
         "pat_neurons": Look("Random neurons pruned", "#17a2a2", (4, 1, 0), (2, 1)),
+        "ecn": Look("ECN", "#1b6e1b", "o"),
+        "ecn_no_stream": Look("ECN without additive stream", "#c0392b", "v", (4, 1.5)),
+        "ecn_no_growth": Look("ECN without growth", "#8fbc5a", ">", (3, 1, 1, 1)),
+        "resnet": Look("ResNet, equal parameters", "#2c5aa0", "s", (5, 1)),
+        "resnet_adds": Look("ResNet, equal multiply-adds", "#7fa6d9", "D", (5, 1)),
+        "plain": Look("CNN, equal parameters", "#6b4226", "^", (2, 1)),
+        "plain_adds": Look("CNN, equal multiply-adds", "#b08d6e", "<", (2, 1)),
     }
 )
 

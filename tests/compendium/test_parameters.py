@@ -29,12 +29,11 @@ COUNTS = [
     "image_epochs", "cnn_epochs", "short_epochs", "long_epochs", "settled_epochs", "crossed", "measure_every", "moment",
     "pretrained_population", "optimised_population",
     "children", "most_children", "small_children", "small_epochs", "corrupted",
+    "pretrained_population", "optimised_population", "wide", "few", "coarse", "deep_epochs", "confirm_epochs",
 ]  # fmt: skip
 BAD_DENSITIES = [0.1, [], [0.1, 0.1], [1, 1.0], [0.1, 0], [0.1, 2], [True], ["0.1"], None, "0.1", "[0.1", ""]
 CASES = (
     {  # name: values that are right, values that are not, and a part of what is said then
-        "dataset": (list(DATASETS), ["cifar", "", None, 3, ["digits"], {"a": 1}], ", ".join(DATASETS)),
-        "model": (list(MODELS), ["resnet9", None, ["mlp"]], ", ".join(MODELS)),
         "networks": (
             [["resnet18"], ["vgg16", "mlp"]],
             ["resnet18", [], ["resnet9"], ["mlp", "mlp"]],
@@ -76,7 +75,6 @@ CASES = (
             ["", "none", "10.0.0.1:8786", "http://host:1", "tcp://", 4],
             '"local" or the address of a Dask',
         ),
-        "model_options": ([{}, {"hidden": [32]}], [None, [], "hidden"], "a dict of options of the model"),
         "train_options": (
             [{}, {"batch_size": 64}],
             [None, [], 0.1, {"momentun": 0.9}, {"epochs": 1}, {"lr": 1}, {"seed": 1}],
@@ -84,7 +82,7 @@ CASES = (
         ),
     }
     | dict.fromkeys(
-        ["dosed", "confirmed", "settled", "untrained"],
+        ["dosed", "confirmed", "settled", "untrained", "pruners"],
         ([["snip"], ["erk", "phew"]], ["snip", [], ["sinp"]], "random, uniform"),
     )
     | dict.fromkeys(["parent_share", "target"], ([0.5, 1], [0, 1.1, None, True, "0.5"], "a fraction in"))
@@ -97,6 +95,21 @@ CASES = (
         ["growths", "more_parents", "small_parents", "image_parents"],
         ([0, 6], [-1, 0.5, None, True], "a whole number from 0 on"),
     )
+    | dict.fromkeys(["settled_lr", "confirm_lr"], ([0.1, 1], [0, -0.1, "1e-3", None, True], "a number above 0"))
+    | dict.fromkeys(["growths", "lasting", "confirming"], ([0, 6], [-1, 0.5, None, True], "a whole number from 0 on"))
+    | dict.fromkeys(
+        ["dataset", "confirm_dataset"],
+        (list(DATASETS), ["cifar", "", None, 3, ["digits"], {"a": 1}], ", ".join(DATASETS)),
+    )
+    | dict.fromkeys(["model", "rival", "plain"], (list(MODELS), ["resnet9", None, ["mlp"]], ", ".join(MODELS)))
+    | dict.fromkeys(
+        ["model_options", "rate_options", "deep_options", "plain_options", "confirm_options"],
+        ([{}, {"hidden": [32]}], [None, [], "hidden"], "a dict of options of the model"),
+    )
+    | {
+        "depths": ([[4], [4, 16]], [4, [], [0], [0.5], ["4"], [4, 4]], "such as [4, 8]"),
+        "lrs": ([[0.1], [0.1, 1]], [0.1, [], [0], ["1e-3"], [True], [math.inf]], "such as [0.1]"),
+    }
     | {
         "searches": (
             [["gap"], ["published", "optimised"]],
@@ -125,6 +138,8 @@ CASES = (
     }
     | {"between": ([[0.25], [0.5, 1]], [0.5, [], [0.0], [1.1], ["0.5"]], "such as [0.05]")}
     | {"shares": ([[0.25], [0.5, 1]], [0.5, [], [0.0], [1.1], ["0.5"]], "such as [0.05]")}
+        ["between", "shares", "rates"], ([[0.25], [0.5, 1]], [0.5, [], [0.0], [1.1], ["0.5"]], "such as [0.05]")
+    )
     | {"confirm_seeds": ([[0], [3, 4]], [0, [], [0, 0], [-1]], "such as [0, 1]")}
     | {name: ([1, 160, np.int64(3)], [0, -1, 1.0, "3", None, True], "a whole number of at least 1") for name in COUNTS}
 )
