@@ -29,18 +29,23 @@ SEARCHED = [name for name in METHODS if name != "magnitude"]  # all its masks of
 TRAIN_OPTIONS = {field.name for field in dataclasses.fields(TrainConfig)} - {"epochs", "lr", "seed"}
 LISTS = {"networks", "methods", "searched", "dynamics", "densities", "published_densities", "seeds", "settled_seeds"}
 LISTS |= {"dosed", "shares", "confirmed", "confirm_seeds", "settled", "untrained", "between", "searches", "candidates"}
-LISTS |= {"overlaps", "severities"}
-STRUCTURED = LISTS | {"model_options", "train_options"}  # papermill's -p gives them as text
-LISTS |= {"arms", "arms_beside", "controls", "controlled"}
-STRUCTURED = LISTS | {"model_options", "train_options", "rescaling"}  # papermill's -p gives them as text
+LISTS |= {
+    "arms",
+    "arms_beside",
+    "controls",
+    "controlled",
+    "overlaps",
+    "severities",
+    "rates",
+    "depths",
+    "lrs",
+    "pruners",
+}
+OPTIONS = {"model_options", "rate_options", "deep_options", "plain_options", "confirm_options"}
+STRUCTURED = LISTS | OPTIONS | {"train_options", "rescaling"}  # papermill's -p gives them as text
 ARMS = ("default", "activations", "skips", "rescaling", "labels", "all")  # which parts of ToST a training has
 CONTROLS = ("no_activations", "no_skips", "no_rescaling", "no_labels")  # all parts but one, and rivals
 CONTROLS += ("longer", "all_longer", "density_scaled", "late", "kept")
-LISTS = {"networks", "methods", "searched", "dynamics", "densities", "published_densities", "seeds"}
-LISTS |= {"rates", "depths", "lrs", "pruners"}
-LISTS |= {"dosed", "shares", "confirmed", "confirm_seeds", "settled", "untrained", "between", "searches", "candidates"}
-OPTIONS = {"model_options", "rate_options", "deep_options", "plain_options", "confirm_options"}
-STRUCTURED = LISTS | OPTIONS | {"train_options"}  # papermill's -p gives them as text
 Rule = tuple[Callable[[object], bool], str]  # whether a value is right, and what is expected
 
 
@@ -205,7 +210,6 @@ def _is_rescaling(value: object) -> bool:
 
 
 COUNT = (lambda value: is_count(value, 1)), "a whole number of at least 1"
-NUMBER = (lambda value: is_count(value, 0)), "a whole number from 0 on"
 STEPS = (lambda value: is_count(value, 0)), "a whole number of steps from 0 on"
 WHOLE = (lambda value: is_count(value, 0)), "a whole number from 0 on"
 FRACTION = _is_fraction, "a fraction in (0, 1], such as 0.05"
@@ -244,11 +248,11 @@ RULES: dict[str, Rule] = {
     "shares": FRACTIONS,
     **dict.fromkeys(["measure_every", "moment", "pretrained_population", "optimised_population"], COUNT),
     **dict.fromkeys(["children", "most_children", "small_children", "small_epochs", "corrupted"], COUNT),
-    **dict.fromkeys(["growths", "more_parents", "small_parents", "image_parents"], NUMBER),
+    **dict.fromkeys(["growths", "lasting", "confirming", "more_seeds"], WHOLE),
+    **dict.fromkeys(["more_parents", "small_parents", "image_parents"], WHOLE),
     "overlaps": _list_of(lambda value: _is_number(value) and 0 <= value <= 1, "numbers in [0, 1], such as [0, 0.5]"),
     "severities": _list_of(lambda value: is_count(value, 1) and value <= 5, "whole numbers from 1 to 5, such as [3]"),
     **dict.fromkeys(["parent_share", "target"], FRACTION),
-    **dict.fromkeys(["growths", "lasting", "confirming"], WHOLE),
     "searches": _some_of(["published", "gap", "pretrained", "optimised"]),
     "candidates": _list_of(lambda value: is_count(value, 1), "whole numbers of at least 1, such as [20, 100]"),
     "pretrain": STEPS,
@@ -257,13 +261,11 @@ RULES: dict[str, Rule] = {
         ((lambda value: _is_number(value) and 0 <= value < 1), "a number in [0, 1), such as 0.2"),
     ),
     **dict.fromkeys(["lr", "settled_lr", "confirm_lr", "constant_lr", "speed_lr"], RATE),
-    "imp_rate": ((lambda value: _is_number(value) and 0 <= value < 1), "a number in [0, 1), such as 0.2"),
     **dict.fromkeys(["arms", "arms_beside"], _some_of(ARMS)),
     "controls": _some_of(CONTROLS),
     "controlled": _some_of(METHODS),
     "e1": ((lambda value: _is_number(value) and 0 <= value < 1), "a fraction of the training, in [0, 1)"),
     "rescaling": (_is_rescaling, 'a dict of settings of Rescaling, such as {"iterations": 30}'),
-    **dict.fromkeys(["lr", "settled_lr", "confirm_lr"], RATE),
     "train_options": (
         (lambda value: isinstance(value, dict) and value.keys() <= TRAIN_OPTIONS),
         f"a dict of fields of TrainConfig, of {', '.join(sorted(TRAIN_OPTIONS))}",

@@ -27,7 +27,6 @@ COUNTS = [
     "epochs", "batch_size", "early_steps", "update_every", "population", "repeats", "shuffles",
     "trainings", "empty_runs", "threads",
     "image_epochs", "cnn_epochs", "short_epochs", "long_epochs", "settled_epochs", "crossed", "measure_every", "moment",
-    "pretrained_population", "optimised_population",
     "children", "most_children", "small_children", "small_epochs", "corrupted",
     "pretrained_population", "optimised_population", "wide", "few", "coarse", "deep_epochs", "confirm_epochs",
 ]  # fmt: skip
@@ -92,11 +91,9 @@ CASES = (
         ([0.1, 1], [0, -0.1, "1e-3", None, True], "a number above 0"),
     )
     | dict.fromkeys(
-        ["growths", "more_parents", "small_parents", "image_parents"],
+        ["growths", "lasting", "confirming", "more_seeds", "more_parents", "small_parents", "image_parents"],
         ([0, 6], [-1, 0.5, None, True], "a whole number from 0 on"),
     )
-    | dict.fromkeys(["settled_lr", "confirm_lr"], ([0.1, 1], [0, -0.1, "1e-3", None, True], "a number above 0"))
-    | dict.fromkeys(["growths", "lasting", "confirming"], ([0, 6], [-1, 0.5, None, True], "a whole number from 0 on"))
     | dict.fromkeys(
         ["dataset", "confirm_dataset"],
         (list(DATASETS), ["cifar", "", None, 3, ["digits"], {"a": 1}], ", ".join(DATASETS)),
@@ -136,11 +133,10 @@ CASES = (
             "a dict of settings of Rescaling",
         ),
     }
-    | {"between": ([[0.25], [0.5, 1]], [0.5, [], [0.0], [1.1], ["0.5"]], "such as [0.05]")}
-    | {"shares": ([[0.25], [0.5, 1]], [0.5, [], [0.0], [1.1], ["0.5"]], "such as [0.05]")}
+    | dict.fromkeys(
         ["between", "shares", "rates"], ([[0.25], [0.5, 1]], [0.5, [], [0.0], [1.1], ["0.5"]], "such as [0.05]")
     )
-    | {"confirm_seeds": ([[0], [3, 4]], [0, [], [0, 0], [-1]], "such as [0, 1]")}
+    | dict.fromkeys(["confirm_seeds", "settled_seeds"], ([[0], [3, 4]], [0, [], [0, 0], [-1]], "such as [0, 1]"))
     | {name: ([1, 160, np.int64(3)], [0, -1, 1.0, "3", None, True], "a whole number of at least 1") for name in COUNTS}
 )
 EVERY = pytest.mark.parametrize("name", CASES)
