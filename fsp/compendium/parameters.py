@@ -26,7 +26,7 @@ from fsp.training.dynamic import PRESETS
 
 SEARCHED = [name for name in METHODS if name != "magnitude"]  # all its masks of a network are the same
 TRAIN_OPTIONS = {field.name for field in dataclasses.fields(TrainConfig)} - {"epochs", "lr", "seed"}
-LISTS = {"networks", "methods", "searched", "dynamics", "densities", "published_densities", "seeds"}
+LISTS = {"networks", "methods", "searched", "dynamics", "densities", "published_densities", "seeds", "more_seeds"}
 LISTS |= {"dosed", "shares", "confirmed", "confirm_seeds", "settled", "untrained", "between", "searches", "candidates"}
 STRUCTURED = LISTS | {"model_options", "train_options"}  # papermill's -p gives them as text
 Rule = tuple[Callable[[object], bool], str]  # whether a value is right, and what is expected
@@ -208,7 +208,7 @@ RULES: dict[str, Rule] = {
     "densities": FRACTIONS,
     "published_densities": FRACTIONS,
     "between": FRACTIONS,
-    **dict.fromkeys(["seeds", "confirm_seeds"], SEEDS),
+    **dict.fromkeys(["seeds", "more_seeds", "confirm_seeds"], SEEDS),
     **dict.fromkeys(["epochs", "batch_size", "early_steps", "update_every"], COUNT),
     **dict.fromkeys(["population", "repeats", "shuffles", "trainings", "empty_runs"], COUNT),
     "threads": COUNT,
