@@ -26,7 +26,7 @@ from fsp.training.dynamic import PRESETS
 
 SEARCHED = [name for name in METHODS if name != "magnitude"]  # all its masks of a network are the same
 TRAIN_OPTIONS = {field.name for field in dataclasses.fields(TrainConfig)} - {"epochs", "lr", "seed"}
-LISTS = {"networks", "methods", "searched", "dynamics", "densities", "published_densities", "seeds", "more_seeds"}
+LISTS = {"networks", "methods", "searched", "dynamics", "densities", "published_densities", "seeds"}
 LISTS |= {"dosed", "shares", "confirmed", "confirm_seeds", "settled", "untrained", "between", "searches", "candidates"}
 STRUCTURED = LISTS | {"model_options", "train_options"}  # papermill's -p gives them as text
 Rule = tuple[Callable[[object], bool], str]  # whether a value is right, and what is expected
@@ -208,7 +208,7 @@ RULES: dict[str, Rule] = {
     "densities": FRACTIONS,
     "published_densities": FRACTIONS,
     "between": FRACTIONS,
-    **dict.fromkeys(["seeds", "more_seeds", "confirm_seeds"], SEEDS),
+    **dict.fromkeys(["seeds", "confirm_seeds"], SEEDS),
     **dict.fromkeys(["epochs", "batch_size", "early_steps", "update_every"], COUNT),
     **dict.fromkeys(["population", "repeats", "shuffles", "trainings", "empty_runs"], COUNT),
     "threads": COUNT,
@@ -220,6 +220,7 @@ RULES: dict[str, Rule] = {
     "searches": _some_of(["published", "gap", "pretrained", "optimised"]),
     "candidates": _list_of(lambda value: is_count(value, 1), "whole numbers of at least 1, such as [20, 100]"),
     "pretrain": STEPS,
+    "more_seeds": ((lambda value: is_count(value, 0)), "a whole number from 0 on"),
     "imp_rate": ((lambda value: _is_number(value) and 0 <= value < 1), "a number in [0, 1), such as 0.2"),
     **dict.fromkeys(["lr", "settled_lr", "confirm_lr"], RATE),
     "train_options": (
