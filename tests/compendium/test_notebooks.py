@@ -25,7 +25,7 @@ from fsp.runs import read_record, tables
 ALL = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
 each = pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
 CORRELATION = NOTEBOOKS / "04_weighted_gap_correlation.ipynb"
-TAGS = {"parameters", "timing", "nbval-check-output", "nbval-ignore-output"}
+TAGS = {"parameters", "timing", "last", "nbval-check-output", "nbval-ignore-output"}
 COMPREHENSIONS = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
 
 
