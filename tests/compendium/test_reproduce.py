@@ -289,7 +289,9 @@ while not (place / "{other}").exists(): time.sleep(0.05)
 """
 
 
-def test_notebooks_run_side_by_side_then_those_that_measure_time_alone_then_those_that_show_the_others(root, tmp_path, capfd):
+def test_notebooks_run_side_by_side_then_those_that_measure_time_alone_then_those_that_show_the_others(
+    root, tmp_path, capfd
+):
     meeting = tmp_path / "meeting"
     meeting.mkdir()
     for own, other in (("02_b", "03_c"), ("03_c", "02_b")):  # neither ends without the other
