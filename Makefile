@@ -8,10 +8,18 @@ PROFILE ?= quick
 ARGS ?=
 TORCH_INDEX ?=
 
-.PHONY: reproduce test lint units notebooks faults cluster gpu book lab lock refresh clean
+.PHONY: reproduce demo test lint units notebooks faults cluster gpu book lab lock refresh clean
 
 reproduce: $(VENV)/installed          ## run every notebook from nothing, one a core, and print the report
 	$(BIN)/python -m fsp.compendium.reproduce --profile $(PROFILE) $(ARGS)
+
+demo: $(VENV)/installed               ## two minutes: the overview from nothing, thirty small trainings, and where to look
+	rm -rf reproduced/demo
+	$(BIN)/python -m fsp.compendium.reproduce --profile full --only 00 --out reproduced/demo
+	@echo
+	@echo "the overview you have just computed   reproduced/demo/notebooks/00_overview.ipynb   (make lab opens the committed one)"
+	@echo "what a mask's graph is, in a picture  reproduced/demo/figures/00_overview.png"
+	@echo "your numbers beside the committed     reproduced/demo/report.html"
 
 test: lint units notebooks            ## everything that must hold before a commit
 

@@ -54,11 +54,11 @@ def test_the_conda_environment_is_a_python_the_package_takes_with_the_locked_pac
     assert [line for line in dependencies if isinstance(line, dict)] == [{"pip": ["-r requirements.lock", "-e ."]}]
 
 
-def test_the_readme_names_both_commands_and_the_makefile_has_them():
+def test_the_readme_names_both_commands_and_the_makefile_has_every_one_it_names():
     readme, makefile = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "Makefile"))
-    for command in ("reproduce", "test"):
-        assert f"make {command}" in readme
-        assert re.search(rf"^{command}:", makefile, re.MULTILINE)
+    named = set(re.findall(r"(?:^|`)make ([a-z]+)", readme, re.MULTILINE))
+    assert {"reproduce", "test", "demo", "lab"} <= named
+    assert named <= set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
 
 
 def test_the_code_of_the_readme_runs_as_it_stands(tmp_path, monkeypatch):

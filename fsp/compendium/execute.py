@@ -50,8 +50,8 @@ def run(jobs: Iterable[Job], *, workers: int = 1, timeout: float = math.inf) -> 
     Parameters
     ----------
     jobs : iterable of Job
-        Started in this order, but for notebooks that measure time: with the tag ``timing`` on a cell, such as the
-        parameters, a notebook runs after all others and alone.
+        Started in this order, but for notebooks that measure time, with the tag ``timing`` on a cell such as the
+        parameters, and those that show what the others found, with the tag ``last``: they run alone, these after those.
     workers : int, at least 1
         Notebooks at once.
     timeout : float
@@ -66,10 +66,11 @@ def run(jobs: Iterable[Job], *, workers: int = 1, timeout: float = math.inf) -> 
     error : str
         "", or the end of the error message.
     """
-    side_by_side, alone = [], []
+    side_by_side, timing, last = [], [], []
     for job in jobs:
-        (alone if measures_time(job.source) else side_by_side).append(job)
-    for batch, at_once in ((side_by_side, workers), (alone, 1)):
+        tags = tags_of(job.source)
+        (last if "last" in tags else timing if "timing" in tags else side_by_side).append(job)
+    for batch, at_once in ((side_by_side, workers), (timing + last, 1)):
         stopping = threading.Event()
         pool = ThreadPoolExecutor(at_once)  # a thread watches over a process
         try:
@@ -95,9 +96,14 @@ def read(path: Path) -> nbformat.NotebookNode:
     return nbformat.read(path, as_version=4)
 
 
+def tags_of(path: Path) -> set[str]:
+    """Tags that some cell of a notebook has."""
+    return {tag for cell in read(path).cells for tag in cell.metadata.get("tags", [])}
+
+
 def measures_time(path: Path) -> bool:
     """Whether a notebook has the tag ``timing`` on a cell: its results are times of this machine."""
-    return any("timing" in cell.metadata.get("tags", []) for cell in read(path).cells)
+    return "timing" in tags_of(path)
 
 
 def _run_one(job: Job, shown: bool, timeout: float, stopping: threading.Event) -> tuple[Job, float, str]:

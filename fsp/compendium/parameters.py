@@ -229,6 +229,7 @@ RULES: dict[str, Rule] = {
     "confirm_dataset": _one_of(DATASETS),
     "networks": _some_of(MODELS),
     "init": _one_of([name for name in INITS if name not in WITH_MASKS]),
+    "method": _one_of(METHODS),
     "methods": _some_of(METHODS),
     **dict.fromkeys(["untrained", "pruners"], _some_of(METHODS)),
     "searched": _some_of(SEARCHED),

@@ -110,10 +110,32 @@ def claims_table(claims: pd.DataFrame, *, link: str) -> str:
     return _markdown(head, lines)
 
 
-def answers_table(claims: pd.DataFrame, *, link: str, whole: bool) -> str:
-    """Markdown table of the primary claims that notebooks have judged, in the order of ``docs/claims.md``.
+def answers(claims: pd.DataFrame) -> dict[str, dict]:
+    """Primary claims that notebooks have judged, in the order of ``docs/claims.md``, each with its answer.
 
-    A verdict that Holm's correction among all of them does not leave standing is marked.
+    Parameters
+    ----------
+    claims : pandas.DataFrame
+        From `read_claims`.
+
+    Returns
+    -------
+    dict of claim to its row
+        With two entries more: ``p``, corrected by Holm's procedure among the claims that are judged, and ``answer``:
+        the verdict, marked if that correction does not leave it standing.
+    """
+    judged = claims[claims.kind == "primary"].copy()
+    judged["p"] = stats.holm([p_value_of(row) for row in judged.to_dict("records")]) if len(judged) else []
+    rows = judged.set_index("claim", drop=False).to_dict("index")
+    found = {stated.claim: rows[stated.claim] for stated in primaries().values() if stated.claim in rows}
+    for row in found.values():
+        falls = row["holds"] != "not decided" and row["p"] >= 1 - stats.CONFIDENCE
+        row["answer"] = row["holds"] + (", but not after Holm's correction" if falls else "")
+    return found
+
+
+def answers_table(claims: pd.DataFrame, *, link: str, whole: bool) -> str:
+    """Markdown table of `answers`.
 
     Parameters
     ----------
@@ -129,20 +151,15 @@ def answers_table(claims: pd.DataFrame, *, link: str, whole: bool) -> str:
     str
         Empty if none is judged.
     """
-    judged = claims[claims.kind == "primary"].copy()
-    if judged.empty:
+    found = answers(claims)
+    if not found:
         return ""
-    judged["p"] = stats.holm([p_value_of(row) for row in judged.to_dict("records")])
-    found = judged.set_index("claim").to_dict("index")
     lines = []
     for stated in primaries().values():
         if stated.claim not in found:
             continue
         row = found[stated.claim]
-        answer = row["holds"]
-        if answer != "not decided" and row["p"] >= 1 - stats.CONFIDENCE:
-            answer += ", but not after Holm's correction"
-        line = [stated.claim, f"**{answer}**", measured(row), row["n"], _link(row["notebook"], link)]
+        line = [stated.claim, f"**{row['answer']}**", measured(row), row["n"], _link(row["notebook"], link)]
         if whole:
             line = [stated.sentence, *line[:3], row["bound"], f"{row['p']:.2g}", line[3], stated.testbed]
             line += [stated.overturned, _link(row["notebook"], link)]

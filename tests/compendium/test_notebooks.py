@@ -18,14 +18,15 @@ import pytest
 import yaml
 from papermill.exceptions import PapermillExecutionError
 
-from fsp.compendium import parameters, report, study
+from fsp.compendium import execute, parameters, report, study
 from fsp.paths import NOTEBOOKS, PROFILES, ROOT, outputs
 from fsp.runs import read_record, tables
 
 ALL = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
 each = pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+OVERVIEW = NOTEBOOKS / "00_overview.ipynb"
 CORRELATION = NOTEBOOKS / "04_weighted_gap_correlation.ipynb"
-TAGS = {"parameters", "timing", "nbval-check-output", "nbval-ignore-output"}
+TAGS = {"parameters", "timing", "last", "nbval-check-output", "nbval-ignore-output"}
 COMPREHENSIONS = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
 
 
@@ -228,6 +229,40 @@ def test_notebooks_that_measure_time_say_so():
     """They run alone."""
     timing = [path.stem for path in ALL if "timing" in tags(code_cells(path)[0])]
     assert timing == ["12_performance", "13_sweeps"]
+
+
+# --- the overview
+
+
+def test_the_overview_runs_last_because_it_shows_what_the_others_have_found():
+    assert [path for path in ALL if "last" in execute.tags_of(path)] == [OVERVIEW]
+
+
+def test_the_overview_shows_every_primary_claim_with_its_committed_answer():
+    """Where one has changed: make refresh ARGS="--only 00"."""
+    outputs = [output for cell in code_cells(OVERVIEW) for output in cell.outputs]
+    shown = "".join(output.get("data", {}).get("text/markdown", "") for output in outputs)
+    lines = [line for line in shown.splitlines() if re.match(r"\| .* \| P\d+\. ", line)]
+    written = report.read_claims(ROOT / "data" / "results", [path.stem for path in ALL])
+    answers = report.answers(written)
+    assert len(lines) == len(answers) > 20
+    for claim, row in answers.items():
+        entries = [
+            claim,
+            f"**{row['answer']}**",
+            report.measured(row),
+            row["bound"].replace("<", "&lt;"),
+            str(row["n"]),
+        ]
+        [line] = [line for line in lines if f"| {claim} |" in line]
+        assert " | ".join(entries) in line
+        assert f"({row['notebook']}.ipynb)" in line
+
+
+def test_the_overview_says_of_every_notebook_which_question_it_answers():
+    prose = "".join(cell.source for cell in cells_of(OVERVIEW) if cell.cell_type == "markdown")
+    asked = re.findall(r"^\| .+\? \| \[(\d\d)\]\((\S+)\) \|$", prose, re.MULTILINE)
+    assert asked == [(path.stem[:2], path.name) for path in ALL if path != OVERVIEW]
 
 
 # --- how it reads

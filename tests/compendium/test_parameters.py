@@ -43,6 +43,7 @@ CASES = (
             ["density_scaled", "kaiming", None, ["lecun"]],
             ", ".join(list(INITS)[:7]),
         ),
+        "method": (sorted(METHODS), ["sinp", None, ["snip"]], ", ".join(METHODS)),
         "methods": (
             [["snip"], ("erk", "snip"), list(METHODS)],
             ["snip", [], ["snip", "snip"], ["sinp"], ["snip", None], [["snip"]], None, {"snip"}],

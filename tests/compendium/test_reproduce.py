@@ -289,22 +289,26 @@ while not (place / "{other}").exists(): time.sleep(0.05)
 """
 
 
-def test_notebooks_run_side_by_side_and_those_that_measure_time_alone_at_the_end(root, tmp_path, capfd):
+def test_notebooks_run_side_by_side_then_those_that_measure_time_alone_then_those_that_show_the_others(
+    root, tmp_path, capfd
+):
     meeting = tmp_path / "meeting"
     meeting.mkdir()
     for own, other in (("02_b", "03_c"), ("03_c", "02_b")):  # neither ends without the other
         meets = MEETS.replace("{folder}", str(meeting)).replace("{own}", own).replace("{other}", other)
         write_notebook(root / "notebooks", own, RUNS, TABLES, meets)
+    write_notebook(root / "notebooks", "00_shows", RUNS, TABLES, tag="last")
     write_notebook(root / "notebooks", "01_good", RUNS, TABLES, tag="timing")
     out = tmp_path / "out"
     assert reproduce.main(["--out", str(out), "--workers", "2", "--timeout", "120"]) == 0
     text, printed = (out / "report.md").read_text(), capfd.readouterr().out
     rows = [line.split("|")[1].strip() for line in text.splitlines() if "| finished |" in line]
-    assert rows == ["01_good", "02_b", "03_c"]
+    assert rows == ["00_shows", "01_good", "02_b", "03_c"]
     begins = {stem: printed.index(f"{stem}  cell 1/") for stem in rows}
     ends = {stem: printed.index(f"{stem}  finished") for stem in rows}
     assert max(begins["02_b"], begins["03_c"]) < min(ends["02_b"], ends["03_c"])
     assert begins["01_good"] > max(ends["02_b"], ends["03_c"])
+    assert begins["00_shows"] > ends["01_good"]
     assert printed.count("backend module") == 1, "what several kernels print at once is in their notebooks alone"
     assert "backend module://matplotlib_inline" in (out / "notebooks" / "02_b.ipynb").read_text()
 
