@@ -28,7 +28,7 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 
 units: $(VENV)/installed              ## unit tests, doctests, and each notebook's smoke profile through papermill
-	FSP_PROGRESS=0 $(BIN)/python -m pytest -q -n auto --dist loadscope --durations=10 -m "not slow and not services"
+	FSP_PROGRESS=0 $(BIN)/python -m pytest -q -n auto --dist loadscope --no-loadscope-reorder --durations=10 -m "not slow and not services"
 
 notebooks: $(VENV)/installed          ## the committed notebooks still give the outputs they were committed with
 	$(BIN)/python -m fsp.compendium.reproduce --check
@@ -82,4 +82,4 @@ $(VENV)/installed: requirements.lock pyproject.toml
 	@touch $@
 
 clean:                                ## remove what the two commands made; records in data/runs stay
-	rm -rf $(VENV) reproduced build *.egg-info .hypothesis .ruff_cache
+	rm -rf $(VENV) reproduced build *.egg-info .hypothesis .ruff_cache .coverage

@@ -1,5 +1,6 @@
 """Notebooks in processes of their own, several at once if asked; papermill executes them."""
 
+import logging
 import math
 import multiprocessing
 import os
@@ -135,7 +136,7 @@ def _papermill(job: Job, shown: bool, results: Connection) -> None:
     """Body of a notebook's process: sends "" or the error, and takes its kernel down when terminated."""
     # Ctrl-C reaches the whole process group; the parent answers it by terminating this process, once.
     signal.signal(signal.SIGINT, lambda *_: None)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, _stop)
     os.environ.update(job.environment)
     os.environ.pop("MPLBACKEND", None)  # with another backend than Jupyter's no figure would be in the notebook
     total = len(read(job.source).cells) + 1  # papermill adds a cell with the parameters
@@ -163,3 +164,9 @@ def _papermill(job: Job, shown: bool, results: Connection) -> None:
     except Exception as error:
         plain = re.sub(r"\x1b\[[0-9;]*m", "", f"{type(error).__name__}: {error}").rstrip()
         results.send("\n".join(plain.splitlines()[-ERROR_LINES:]))
+
+
+def _stop(*_) -> None:
+    """Raise `KeyboardInterrupt`; asyncio says nothing of the wait for the kernel that ends with it."""
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    raise KeyboardInterrupt

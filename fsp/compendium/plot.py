@@ -1,5 +1,6 @@
 """One style for every figure, and one look for a method wherever it appears."""
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -163,6 +164,8 @@ def looks(methods: list[str]) -> dict:
 def save(figure: Figure, directory: str | Path, stem: str, panel: str = "") -> list[Path]:
     """Write a figure as PNG for reading and PDF for papers, atomically and without time stamps.
 
+    Where the environment says ``FSP_FIGURES=0`` no file is written: `fsp.compendium.renew.check` would not read them.
+
     Parameters
     ----------
     figure : Figure
@@ -175,8 +178,10 @@ def save(figure: Figure, directory: str | Path, stem: str, panel: str = "") -> l
     Returns
     -------
     list of Path
-        The two files.
+        The two files, or nothing.
     """
+    if os.environ.get("FSP_FIGURES") == "0":
+        return []
     name = f"{stem}_{panel}" if panel else stem
     paths = [Path(directory) / f"{name}{suffix}" for suffix in (".png", ".pdf")]
     metadata = [{"Software": None}, {"CreationDate": None, "Producer": None, "Creator": None}]

@@ -54,8 +54,8 @@ def check(selected: list[Path], *, workers: int) -> int:
     * The notebooks run with nbval in a copy of the tables: their tagged outputs are the same, and so are their claims.
     * Meanwhile some runs of each are done anew, unless it measures time: one of each kind, and two at least (see
       `_some_runs`). With the processor and the libraries of the committed table their rows must be the same bits.
-      Elsewhere they are done apart, and a number may move by `ELSEWHERE` of the range that its column has, an accuracy
-      by `fsp.compendium.report.ACCURACY` in any case.
+      Elsewhere they are done apart, in notebooks that end there, and a number may move by `ELSEWHERE` of the range
+      that its column has, an accuracy by `fsp.compendium.report.ACCURACY` in any case.
 
     ``tests/nbval_sanitize.cfg`` is used where it exists.
 
@@ -84,7 +84,8 @@ def check(selected: list[Path], *, workers: int) -> int:
             found[source.stem] += _compare_runs(root, source.stem, chosen[source.stem], 0.0)
     with _copied_root() as root:
         _leave_out(root, {source.stem: chosen[source.stem] for source in elsewhere})
-        for job, _, error in execute.run(_jobs(elsewhere, root), workers=workers):
+        begun = [_up_to_the_runs(source, root) for source in elsewhere]
+        for job, _, error in execute.run(_jobs(begun, root, figures=False), workers=workers):
             stem = job.source.stem
             found[stem] += [error] if error else _compare_runs(root, stem, chosen[stem], ELSEWHERE)
     for stem, sentences in found.items():
@@ -178,9 +179,10 @@ def _nbval(selected: list[Path], root: Path, workers: int) -> int:
     """Compare the tagged outputs of notebooks that run with their tables in another root; pytest's exit status."""
     sanitize = ROOT / "tests" / "nbval_sanitize.cfg"
     options = ["--nbval-lax", "--nbval-cell-timeout=300", "-p", "no:cacheprovider"]
-    options += ["-n", str(min(workers, len(selected))), "--dist", "loadscope"]  # a notebook is a scope
+    if min(workers, len(selected)) > 1:
+        options += ["-n", str(min(workers, len(selected))), "--dist", "loadscope"]  # a notebook is a scope
     options += [f"--nbval-sanitize-with={sanitize}"] if sanitize.exists() else []
-    environment = {**os.environ, **_environment(root)}
+    environment = {**os.environ, **_environment(root, figures=False)}
     environment.pop("MPLBACKEND", None)
     command = [sys.executable, "-m", "pytest", *options, *map(str, selected)]
     return subprocess.run(command, cwd=ROOT, env=environment).returncode
@@ -316,9 +318,22 @@ def _place(root: Path) -> paths.Outputs:
     return paths.Outputs(root / "data" / "runs", _results(root), root / "figures")
 
 
-def _jobs(selected: list[Path], root: Path) -> list[execute.Job]:
+def _jobs(selected: list[Path], root: Path, *, figures: bool = True) -> list[execute.Job]:
     """Notebooks to run in another root as they stand."""
-    return [execute.Job(source, root / "notebooks" / source.name, {}, _environment(root)) for source in selected]
+    environment = _environment(root, figures=figures)
+    return [execute.Job(source, root / "notebooks" / source.name, {}, environment) for source in selected]
+
+
+def _up_to_the_runs(source: Path, root: Path) -> Path:
+    """A copy of a notebook in another root, without the cells after its last sweep: these only read the table."""
+    notebook = execute.read(source)
+    last = max((i for i, cell in enumerate(notebook.cells) if "study.sweep(" in cell.source), default=None)
+    if last is not None:
+        del notebook.cells[last + 1 :]
+    copy = root / "begun" / source.name
+    copy.parent.mkdir(exist_ok=True)
+    nbformat.write(notebook, copy)
+    return copy
 
 
 @contextmanager
@@ -338,9 +353,13 @@ def _copy_into(root: Path) -> None:
             shutil.copytree(ROOT / name, root / name)
 
 
-def _environment(root: Path) -> dict[str, str]:
-    """Variables by which `fsp.paths.ROOT` is `root`, where a notebook may renew the tables, and no bar is drawn."""
-    return {"FSP_ROOT": str(root), "FSP_RENEW": "1", "FSP_PROGRESS": "0"}
+def _environment(root: Path, *, figures: bool = True) -> dict[str, str]:
+    """Variables by which `fsp.paths.ROOT` is `root`, where a notebook may renew the tables, and no bar is drawn.
+
+    Without `figures` their files are not written: a notebook then shows them alone.
+    """
+    silent = {} if figures else {"FSP_FIGURES": "0"}
+    return {"FSP_ROOT": str(root), "FSP_RENEW": "1", "FSP_PROGRESS": "0", **silent}
 
 
 def _plain(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:

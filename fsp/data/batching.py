@@ -71,7 +71,7 @@ def augment(
         raise ValueError(f"{n} images do not part equally among {len(generators)} generators")
 
     draws = torch.cat([_drawn(n // len(generators), padding, flip, one) for one in generators], dim=1)
-    if images.is_cuda:
+    if images.is_cuda:  # pragma: no cover - needs CUDA
         draws = draws.pin_memory()  # from other memory a copy waits for all the work that the GPU has been given
     rows, columns, *coins = draws.to(images.device, non_blocking=True)  # one transfer
     if mode == "zeros":

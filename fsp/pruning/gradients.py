@@ -399,7 +399,7 @@ def undisturbed(model: nn.Module, *, training: bool, seed: int = 0) -> Iterator[
         if "torch._dynamo" in sys.modules:  # else nothing is compiled
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         torch.default_generator.manual_seed(seed)
-        for index in cuda:
+        for index in cuda:  # pragma: no cover - needs CUDA
             with torch.cuda.device(index):
                 torch.cuda.manual_seed(seed)
         model.train(training)

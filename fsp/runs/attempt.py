@@ -87,7 +87,7 @@ def on_record(record: dict, config: dict, entries: set[str]) -> Outcome:
 
 def _compute(function: Callable, task: Task, die: Callable[[], None] | None) -> Outcome:
     """Do one run and write its record."""
-    for gpu in _gpus_in_use():
+    for gpu in _gpus_in_use():  # pragma: no cover - needs CUDA
         torch.cuda.reset_peak_memory_stats(gpu)
     started, clock = datetime.now(UTC), time.perf_counter()
 

@@ -153,7 +153,7 @@ class Checkpoint:
             "random": {"cpu": torch.get_rng_state()},
             "at": {"order": at.order, "total_loss": at.total_loss},
         }
-        if at.total_loss.is_cuda:
+        if at.total_loss.is_cuda:  # pragma: no cover - needs CUDA
             groups["random"]["cuda"] = torch.cuda.get_rng_state(at.total_loss.device)
         tensors = {f"{group}/{name}": value for group, values in groups.items() for name, value in values.items()}
         content = {
@@ -215,7 +215,7 @@ class Checkpoint:
         at.order, at.best_state = tensors["at/order"], _under("best/", tensors) or None
         at.total_loss.copy_(tensors["at/total_loss"])
         torch.set_rng_state(tensors["random/cpu"])
-        if at.total_loss.is_cuda:
+        if at.total_loss.is_cuda:  # pragma: no cover - needs CUDA
             torch.cuda.set_rng_state(tensors["random/cuda"], at.total_loss.device)
 
     def remove(self) -> None:

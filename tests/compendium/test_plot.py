@@ -201,6 +201,12 @@ def test_a_figure_is_saved_as_png_and_pdf_and_nothing_else(tmp_path):
     assert image[..., :3].std() > 0.01  # not blank
 
 
+def test_where_nobody_reads_the_files_of_figures_none_is_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("FSP_FIGURES", "0")
+    assert plot.save(figure_with_text(), tmp_path, "04_correlation") == []
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_saving_again_later_gives_the_same_bytes(tmp_path):
     first = [path.read_bytes() for path in plot.save(figure_with_text(), tmp_path, "one")]
     time.sleep(1.1)  # a time stamp has seconds

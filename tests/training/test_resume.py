@@ -120,7 +120,7 @@ class Training:
         states = {"end": self.net.state_dict(), "masks": self.masks or {}, **self.snapshots.states}
         tensors = {f"{at} {name}": t for at, state in states.items() for name, t in state.items()}
         tensors["random"] = torch.get_rng_state()
-        bits = {name: t.reshape(-1).view(torch.uint8).tolist() for name, t in tensors.items()}
+        bits = {name: t.reshape(-1).view(torch.uint8).numpy().tobytes() for name, t in tensors.items()}
         explored = [hook.exploration() for hook in self.hooks[1:]]
         return bits, repr(dataclasses.replace(self.history, seconds=0)), explored
 

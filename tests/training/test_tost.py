@@ -85,7 +85,7 @@ def images(shape=SHAPE, n=6):
 
 
 def bits(state):
-    return {name: t.reshape(-1).view(torch.uint8).tolist() for name, t in state.items()}
+    return {name: t.reshape(-1).view(torch.uint8).numpy().tobytes() for name, t in state.items()}
 
 
 class Looks:
