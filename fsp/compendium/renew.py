@@ -52,10 +52,11 @@ def check(selected: list[Path], *, workers: int) -> int:
 
     * The tables are as ``make refresh`` wrote them, and each verdict follows from its row.
     * The notebooks run with nbval in a copy of the tables: their tagged outputs are the same, and so are their claims.
-    * Meanwhile some runs of each are done anew, unless it measures time: one of each kind, and two at least (see
-      `_some_runs`). With the processor and the libraries of the committed table their rows must be the same bits.
-      Elsewhere they are done apart, in notebooks that end there, and a number may move by `ELSEWHERE` of the range
-      that its column has, an accuracy by `fsp.compendium.report.ACCURACY` in any case.
+    * Some runs of each are done anew, unless it measures time, in notebooks that end there: one of each kind, and two
+      at least (see `_some_runs`). With the processor, the libraries and the code of the committed table their rows must
+      be the same bits, with code that was edited since the same to `fsp.compendium.report.RTOL`. Elsewhere a number
+      may move by `ELSEWHERE` of the range that its column has, an accuracy by `fsp.compendium.report.ACCURACY` in any
+      case.
 
     ``tests/nbval_sanitize.cfg`` is used where it exists.
 
@@ -69,25 +70,21 @@ def check(selected: list[Path], *, workers: int) -> int:
     whole = [source for source in selected if all((_results() / name).exists() for name in _names(source.stem))]
     repeated = [source for source in whole if not execute.measures_time(source)]
     chosen = {source.stem: _some_runs(source) for source in repeated}
-    elsewhere = [source for source in repeated if known.get(source.stem, {}).get("made_with") != _made_with()]
-    here = [source for source in repeated if source not in elsewhere]
-
     with _copied_root() as root:
-        _leave_out(root, {source.stem: chosen[source.stem] for source in here})
         for path in [_results(root) / f"{source.stem}.claims.csv" for source in selected]:
             if path.exists():
                 os.utime(path, (0, 0))  # it stays, for notebooks that show claims of others; see `_compare_claims`
         status = _nbval(selected, root, workers)
         for source in whole:
             found[source.stem] += _compare_claims(root, source.stem)
-        for source in here:
-            found[source.stem] += _compare_runs(root, source.stem, chosen[source.stem], 0.0)
     with _copied_root() as root:
-        _leave_out(root, {source.stem: chosen[source.stem] for source in elsewhere})
-        begun = [_up_to_the_runs(source, root) for source in elsewhere]
+        _leave_out(root, chosen)
+        begun = [_up_to_the_runs(source, root) for source in repeated]
         for job, _, error in execute.run(_jobs(begun, root, figures=False), workers=workers):
             stem = job.source.stem
-            found[stem] += [error] if error else _compare_runs(root, stem, chosen[stem], ELSEWHERE)
+            here = known.get(stem, {}).get("made_with") == _made_with()
+            of_range = 0.0 if here else ELSEWHERE
+            found[stem] += [error] if error else _compare_runs(root, stem, chosen[stem], of_range)
     for stem, sentences in found.items():
         print("".join(f"{stem}: {sentence}\n" for sentence in dict.fromkeys(sentences)), end="", file=sys.stderr)
     return status or int(any(found.values()))
@@ -246,10 +243,11 @@ def _compare_runs(root: Path, stem: str, keys: list[str], of_range: float) -> li
     runs = f"{len(keys)} runs done anew ({', '.join(key[:8] for key in keys)})"
     if sorted(made["key"]) != sorted(before["key"]):
         found.append(f"{runs} have {len(made)} rows, {len(before)} in the committed table")
-    rtol = report.RTOL if of_range else 0.0
+    edited = "code" in made and "code" in before and set(made["code"]) != set(before["code"])
+    rtol = report.RTOL if of_range or edited else 0.0
     if differing := report.compare_rows(made, committed, rtol=rtol, of_range=of_range).differences():
         found.append(f"{runs} differ from the committed table: {differing}")
-    if not found and "code" in made and "code" in before and set(made["code"]) != set(before["code"]):
+    if not found and edited:
         print(f"{stem}: {runs} are the same as in the committed table, which other code has made", flush=True)
     return found
 

@@ -598,11 +598,12 @@ def commit(root, monkeypatch, capfd):
 
 
 def test_check_notices_an_edited_claim_cell_run_function_and_definition(commit):
-    committed = commit("01_same", "02_claim", "03_cell", "04_run", "05_definition", "06_times")
+    committed = commit("01_rounding", "02_claim", "03_cell", "04_run", "05_definition", "06_times")
+    edit(committed.notebooks / "quantity01.py", "2 * x", "2 * x + 1e-12")  # other code may round otherwise
     edit(committed.notebooks / "02_claim.ipynb", "> 0.25", "> 0.125")
     edit(committed.results / "03_cell.csv", "k2,finished,4.5,4.5", "k2,finished,4.5,4.75")
     edit(committed.notebooks / "04_run.ipynb", "double(seed) + 0.5", "double(seed) + 0.625")
-    edit(committed.notebooks / "quantity05.py", "2 * x", "2 * x + 1e-12")
+    edit(committed.notebooks / "quantity05.py", "2 * x", "2 * x + 1e-3")
     edit(committed.results / "06_times.claims.csv", "yes", "no")
     found = committed.check()
     assert found.pop("02_claim") == ["bound '> 0.125', committed '> 0.25': It is high"]
