@@ -148,9 +148,8 @@ def population(
         ``(outputs, inputs, *kernel)``.
     rules : {"iclr2023", "fsp2023"} or Rules
     precision : {"float64", "float32"}
-        Singular values are right to 1e-8 of the second one of their graph, or to 1e-5 in half to three quarters of the
-        time where masks are not very sparse: good enough for choosing among masks (D75).  A CUDA device is exact
-        either way.
+        Singular values are right to 1e-8 of the second one of their graph, or to 1e-5 in three quarters to five sixths
+        of the time: good enough for choosing among masks (D75).  A CUDA device computes in float64 either way.
     device : str or torch.device, optional
         Where to compute.  A CUDA device measures a layer of many masks in one batch; the CPU, the default, one
         layer a thread.

@@ -110,8 +110,14 @@ def _alone(K: Graph) -> tuple[float, float]:
 def _together(graphs: Sequence[Graph], dense: Sequence[bool], precision: Precision) -> list[tuple[float, float] | None]:
     """Two largest singular values of many graphs by one iteration on all; None where not certified."""
     order = sorted(range(len(graphs)), key=lambda i: (graphs[i].shape[0] > graphs[i].shape[1], dense[i]))
-    grams = _Grams([graphs[i] for i in order], [dense[i] for i in order], precision.dtype)
-    values = np.sqrt(two_largest(grams, precision)).tolist()
+    # single precision has no room for the fourth power of very large or small weights; powers of two lose no bit
+    scales = [math.frexp(graphs[i].data.max())[1] if graphs[i].data.dtype != bool else 0 for i in order]
+    scaled = [
+        K._replace(data=np.ldexp(K.data, -scale)) if scale else K
+        for K, scale in zip((graphs[i] for i in order), scales, strict=True)
+    ]
+    values = np.sqrt(two_largest(_Grams(scaled, [dense[i] for i in order], precision.dtype), precision))
+    values = np.ldexp(values, np.array(scales)[:, None]).tolist()
     found = dict(zip(order, values, strict=True))
     return [None if math.isnan(found[i][0]) else tuple(found[i]) for i in range(len(graphs))]
 
