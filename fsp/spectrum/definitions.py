@@ -417,28 +417,6 @@ def imsg(B: Tensor, W: Tensor, *, rules: str | Rules = "fsp2023") -> float:
     return mean(gaps)
 
 
-def coordinate_by_definition(
-    mask: Tensor, weight: Tensor, rules: str | Rules = "fsp2023", wiring: Wiring = PLAIN
-) -> tuple[float, float, float, float]:
-    """Ramanujan gap, weighted gap, IMDB and IMSG of one layer, one definition after the other.
-
-    What `fsp.spectrum.coordinate` has to agree with; it is 3 to 8 times as fast.
-
-    Parameters
-    ----------
-    mask, weight : Tensor of the layer's shape
-    rules : {"iclr2023", "fsp2023"} or Rules
-    wiring : Wiring
-
-    Returns
-    -------
-    tuple of four floats
-    """
-    B = biadjacency(mask, wiring)
-    W = biadjacency(weight, wiring).where(B != 0, 0)
-    return ramanujan_gap(B, rules=rules), weighted_gap(W, rules=rules), imdb(B, rules=rules), imsg(B, W, rules=rules)
-
-
 def narc(B: Tensor, *, rules: str | Rules = "iclr2023", edge_count: str = "directed") -> float:
     r"""Normalised random coefficient: at most 0 for random-like graphs, positive for structured ones.
 
