@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize, prune
 
 from fsp import masks as mask_algebra
 from fsp import models, spectrum
+from fsp.masks import PLAIN
 from fsp.pruning.methods import prune as prune_model
 from fsp.spectrum import RULES, Rules, Wiring, biadjacency, coordinates, dense, fast, lanczos, population
 from fsp.spectrum import two_values as two
@@ -29,7 +30,7 @@ def same(found, expected, rel=1e-9):
     np.testing.assert_allclose(found, expected, rtol=rel, atol=1e-9)
 
 
-def coordinate_by_definition(mask, weight, rules="fsp2023", wiring=Wiring()):
+def coordinate_by_definition(mask, weight, rules="fsp2023", wiring=PLAIN):
     B = biadjacency(mask, wiring)
     W = biadjacency(weight, wiring).where(B != 0, 0)
     gaps = spectrum.ramanujan_gap(B, rules=rules), spectrum.weighted_gap(W, rules=rules)
