@@ -65,10 +65,12 @@ class Plan:
     directory: str | Path | None
     device: str | torch.device | None
     rules: spectrum.Rules
+    precision: str
 
     def __post_init__(self):
         check_choice("accept", self.accept, ACCEPTANCE)
         check_choice("density_control", self.density_control, ("exact", "none"))
+        check_choice("precision", self.precision, ("float64", "float32"))
         for name in ("population", "chunk", "every"):
             value = getattr(self, name)
             check_count(name, value, 1)
@@ -135,7 +137,7 @@ def _settings(plan: Plan, source: CandidateSource) -> dict[str, object]:
     """Settings that must be the same for a search to continue in a directory."""
     return {
         **{name: getattr(source, name) for name in ("method", "density", "noise", "seed", "options")},
-        **{name: getattr(plan, name) for name in ("accept", "density_control", "every", "rules")},
+        **{name: getattr(plan, name) for name in ("accept", "density_control", "every", "rules", "precision")},
         "initial_weights": digest(source.model.state_dict()),
         "scoring_examples": first_examples(source.batches),
     }
@@ -146,9 +148,14 @@ def _first(plan: Plan, source: CandidateSource) -> State:
     begin = time.perf_counter()
     masks = source.draw(0)
     drawn = time.perf_counter()
-    values = spectrum.population([masks], source.model, rules=plan.rules, device=plan.device)[0]
+    values = _measured(plan, source, [masks])[0]
     timing = {"sampling": drawn - begin, "measuring": time.perf_counter() - drawn}
     return _recorded(State(0, masks, values, {name: m.int() for name, m in masks.items()}, timing=timing))
+
+
+def _measured(plan: Plan, source: CandidateSource, several: list[Masks]) -> Tensor:
+    """Coordinates of some masks, (masks, layers, 4)."""
+    return spectrum.population(several, source.model, rules=plan.rules, precision=plan.precision, device=plan.device)
 
 
 def _judged(plan: Plan, source: CandidateSource, make_candidate: MakeCandidate, state: State, stop: int) -> State:
@@ -167,7 +174,7 @@ def _judged(plan: Plan, source: CandidateSource, make_candidate: MakeCandidate, 
             masks = resized(masks, counts, votes, ties)
         candidates.append(masks)
     drawn = time.perf_counter()
-    measured = spectrum.population(candidates, source.model, rules=plan.rules, device=plan.device)
+    measured = _measured(plan, source, candidates)
     timing = {
         "sampling": state.timing["sampling"] + drawn - begin,
         "measuring": state.timing["measuring"] + time.perf_counter() - drawn,

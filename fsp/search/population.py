@@ -30,6 +30,7 @@ def search(
     device: str | torch.device | None = None,
     noise: float = 1.0,
     rules: str | Rules = "fsp2023",
+    precision: str = "float64",
     **options: object,
 ) -> SearchResult:
     r"""Mask-population search: keep, layer by layer, the best of many masks of one method.
@@ -80,6 +81,10 @@ def search(
         Standard deviation of the noise of SynFlow, SynFlow-L2 and iterative SNIP, in units of each layer's own (D10).
         Only a copy for scoring is noisy; coordinates are those of the weights without noise.
     rules : {"iclr2023", "fsp2023"} or Rules
+    precision : {"float64", "float32"}
+        Of the spectra, see `fsp.spectrum.population`.  With "float32" a candidate whose quantities differ from the
+        incumbent's by less than 1e-5 of a singular value may be taken for better or worse than it is; equal layers
+        stay equal.
     **options
         Of the method, see `fsp.pruning.options_of`; also ``reference``.
 
@@ -127,7 +132,7 @@ def search(
     >>> found.trajectory["candidate"].tolist(), found.trajectory["density"].tolist()
     ([0, 2, 4], [0.2, 0.2, 0.2])
     """
-    plan = Plan(population, accept, density_control, chunk, every, directory, device, rules_of(rules))
+    plan = Plan(population, accept, density_control, chunk, every, directory, device, rules_of(rules), precision)
     source = CandidateSource(model, method, density, batches, noise, generator, options)
     return judge_candidates(plan, source, lambda i, incumbent, votes: source.draw(i), {"search": "population"})
 
@@ -148,6 +153,7 @@ def optimise(
     device: str | torch.device | None = None,
     noise: float = 1.0,
     rules: str | Rules = "fsp2023",
+    precision: str = "float64",
     **options: object,
 ) -> SearchResult:
     """Beyond the paper: recombine the weights of the candidates, not only their layers, at an exact density.
@@ -159,7 +165,7 @@ def optimise(
 
     Parameters
     ----------
-    model, method, density, batches, accept, generator, every, directory, device, noise, rules, **options
+    model, method, density, batches, accept, generator, every, directory, device, noise, rules, precision, **options
         As for `search`.
     population : int, >= 1
         Masks that are measured beside mask 0, drawn ones and swapped ones together.
@@ -193,7 +199,7 @@ def optimise(
     """
     if isinstance(explore, bool) or not isinstance(explore, int | float) or not 0 < explore <= 1:
         raise ValueError(f"explore {explore!r} is not in (0, 1]: it is the part of the candidates that is drawn")
-    plan = Plan(population, accept, "exact", chunk, every, directory, device, rules_of(rules))
+    plan = Plan(population, accept, "exact", chunk, every, directory, device, rules_of(rules), precision)
     source = CandidateSource(model, method, density, batches, noise, generator, options)
     drawn = max(1, math.ceil(explore * population))
     wirings = wiring_of(model)

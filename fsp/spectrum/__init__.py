@@ -7,8 +7,9 @@ biadjacency matrix.  The adjacency matrix
 .. math:: A = \begin{pmatrix} 0 & B \\ B^\top & 0 \end{pmatrix}
 
 has the eigenvalues :math:`\pm\sigma_i(B)` and zeros, so the "third largest \|eigenvalue\|" that the published
-code asks for is :math:`\sigma_2(B)`.  All spectra are float64.  What is undefined is ``nan``; only the norm of a
-coordinate counts it as 0, as published, and `coverage` says how often that happened.
+code asks for is :math:`\sigma_2(B)`.  Spectra are float64, or where that is asked right
+to 1e-5 and found faster.  What is undefined is ``nan``; only the norm of a coordinate counts it as 0, as published, and
+`coverage` says how often that happened.
 
 References
 ----------

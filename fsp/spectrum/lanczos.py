@@ -1,8 +1,8 @@
 r"""Two largest eigenvalues of many symmetric matrices at once, by two Lanczos iterations in lockstep.
 
 The matrices are the diagonal blocks of one, so that one product advances all of them.  The first iteration finds a unit
-vector y close to the leading eigenvector of each block.  The second stays orthogonal to y and keeps no basis: until its
-largest Ritz value has converged, its vectors are orthogonal by themselves [1]_.
+vector y close to the leading eigenvector of each block.  The second stays orthogonal to y and keeps no orthogonal
+basis: until its largest Ritz value has converged, its vectors are orthogonal by themselves [1]_.
 
 With :math:`\theta = y^\top A y`, :math:`r = \lVert A y - \theta y \rVert` and :math:`\mu < \theta` the largest
 eigenvalue of A orthogonally to y, interlacing and the trace give
@@ -13,27 +13,72 @@ eigenvalue of A orthogonally to y, interlacing and the trace give
 so y need not be as exact as the eigenvalues.  A start with random entries lets no multiple or clustered value escape:
 where :math:`\lambda_2` is too close to :math:`\lambda_1`, the bound is large and the block is not certified.
 
+In single precision only the vectors are found.  Values and residuals, and with them the certificate, are then taken
+from these vectors by products in double precision: rounding on the way can cost the certificate, never its truth.
+
 References
 ----------
 .. [1] Paige: The computation of eigenvalues and eigenvectors of very large sparse matrices. PhD thesis, London 1971.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
 
 import numpy as np
-from scipy.linalg import eigh_tridiagonal
+from scipy.linalg import lapack
 
-# Largest error bound, relative to the second eigenvalue, that certifies a block; of its square root it is half of that.
-CERTIFIED = 1e-8
 
-# Residual asked of the leading vectors, relative to the eigenvalue; it enters the bound squared.
-LEADING = 1e-6
+class Precision(NamedTuple):
+    """How exact an iteration is to be.
 
-# After how many steps to look whether a block has converged.
-FIRST, SECOND = (8, 12, 16, 24, 32), (32, 42, 52, 64, 84, 110, 140)
+    Attributes
+    ----------
+    dtype : type
+        Of its vectors.
+    certified : float
+        Largest error bound, relative to the second eigenvalue, that certifies a block; of its square root, a singular
+        value, it is half of that.
+    converged : float
+        Residual asked of the second iteration, relative to the second eigenvalue.
+    leading : float
+        Residual asked of the leading vectors, relative to the eigenvalue; it enters the bound squared.
+    first, second : tuple of int
+        After how many steps of each iteration to look whether a block has converged.
+    rounding : float
+        Entries of the tridiagonal matrix that are smaller, relative to the first eigenvalue, are rounding.
+    """
 
-Product = Callable[[np.ndarray], np.ndarray]
+    dtype: type
+    certified: float
+    converged: float
+    leading: float
+    first: tuple[int, ...]
+    second: tuple[int, ...]
+    rounding: float
+
+
+PRECISIONS = {
+    "float64": Precision(
+        np.float64, 1e-8, 5e-9, 1e-6, (8, 12, 16, 24, 32), (32, 42, 52, 64, 84, 110, 140), rounding=1e-13
+    ),
+    "float32": Precision(
+        np.float32, 2e-5, 5e-6, 1e-4, (6, 8, 12, 16, 24, 32), (16, 24, 32, 40, 50, 64, 84, 110), rounding=1e-6
+    ),
+}
+
 Three = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+class Matrix(Protocol):
+    """A positive semidefinite matrix of diagonal blocks, known by its products."""
+
+    sizes: np.ndarray  # rows of the blocks, in order, each >= 2
+
+    def product(self, x: np.ndarray) -> np.ndarray:
+        """The matrix times a vector of ``sum(sizes)``, a new array, both of the iteration's dtype."""
+
+    def exact(self, x: np.ndarray) -> np.ndarray:
+        """The same in float64."""
 
 
 class Blocks:
@@ -52,101 +97,131 @@ class Blocks:
         """One number a block, repeated over its segment."""
         return np.repeat(numbers, self.sizes)
 
+    def alike(self, values: np.ndarray) -> np.ndarray:
+        """The first entries of some values in each segment: what a block gets does not depend on the others."""
+        return values[np.arange(self.sizes.sum()) - self.spread(self.starts)]
+
     def dot(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         """Inner products of the segments of two vectors."""
         return np.add.reduceat(x * y, self.starts)
 
+    def unit(self, x: np.ndarray) -> np.ndarray:
+        """The vector with each segment scaled to length 1."""
+        return x / self.spread(np.sqrt(self.dot(x, x)))
 
-def two_largest(product: Product, sizes) -> np.ndarray:
+
+def two_largest(matrix: Matrix, precision: Precision) -> np.ndarray:
     """The two largest eigenvalues of each diagonal block of a positive semidefinite matrix.
 
     Parameters
     ----------
-    product : callable
-        The matrix times a vector of ``sum(sizes)`` float64.
-    sizes : sequence of B int, each >= 2
-        Rows of the blocks, in order.
+    matrix : Matrix
+        Of B blocks.
+    precision : Precision
 
     Returns
     -------
     ndarray, shape (B, 2), float64
         Descending; both ``nan`` for a block whose values are not certified.
     """
-    blocks = Blocks(sizes)
-    first, residual, leading = _leading(product, blocks)
-    start = np.random.default_rng(0).standard_normal(len(leading))
-    beside = _lanczos(product, blocks, start, leading, first)
-    second, error, _ = _largest(beside, len(first), SECOND, CERTIFIED / 2)
+    blocks = Blocks(matrix.sizes)
+    longest = int(blocks.sizes.max())
+    positive = blocks.alike((1 + np.random.default_rng(1).random(longest)).astype(precision.dtype))
+    steps = _lanczos(matrix, blocks, precision, positive)
+    _, _, leading = _largest(steps, blocks, precision.first, precision.leading, keep=True)
+    y = blocks.unit(leading.astype(np.float64))
+    image = matrix.exact(y)
+    first = blocks.dot(y, image)
+    residual = image - blocks.spread(first) * y
+    square = blocks.dot(residual, residual)
+
+    mixed = blocks.alike(np.random.default_rng(0).standard_normal(longest).astype(precision.dtype))
+    steps = _lanczos(matrix, blocks, precision, mixed, y.astype(precision.dtype), first.astype(precision.dtype))
+    single = precision.dtype != np.float64
+    second, error, x = _largest(steps, blocks, precision.second, precision.converged, keep=single)
+    if single:
+        x = x.astype(np.float64)
+        x = blocks.unit(x - blocks.spread(blocks.dot(y, x)) * y)
+        image = matrix.exact(x)
+        second = blocks.dot(x, image)
+        rest = image - blocks.spread(blocks.dot(y, image)) * y - blocks.spread(second) * x
+        error = np.sqrt(blocks.dot(rest, rest))
     with np.errstate(divide="ignore", invalid="ignore"):
-        bound = error + residual**2 / (first - second)
+        bound = error + square / (first - second)
         # a second value a million times smaller has lost its digits in the rounding of the first
-        good = (first > second) & (second > 1e-6 * first) & (bound <= CERTIFIED * second)
+        good = (first > second) & (second > 1e-6 * first) & (bound <= precision.certified * second)
     return np.where(good[:, None], np.stack([first, second], 1), np.nan)
 
 
 def _lanczos(
-    product: Product, blocks: Blocks, x: np.ndarray, away: np.ndarray, scale: np.ndarray | None = None
+    matrix: Matrix,
+    blocks: Blocks,
+    precision: Precision,
+    x: np.ndarray,
+    away: np.ndarray | None = None,
+    scale: np.ndarray | None = None,
 ) -> Iterator[Three]:
     """Lanczos vectors of all blocks, orthogonal to `away`, each with its alpha and beta; zeros after the last."""
-    before, beta = np.zeros_like(x), np.zeros(len(blocks.sizes))
-    x = x - away * blocks.spread(blocks.dot(away, x))
-    x = x / blocks.spread(np.sqrt(blocks.dot(x, x)))
+    if away is not None:
+        x = x - away * blocks.spread(blocks.dot(away, x))
+    x = blocks.unit(x)
+    before = beta = None
     while True:
-        y = product(x)
+        y = matrix.product(x)
         alpha = blocks.dot(x, y)
-        y = y - blocks.spread(alpha) * x - blocks.spread(beta) * before
-        y -= away * blocks.spread(blocks.dot(away, y))
+        y -= blocks.spread(alpha) * x
+        if before is not None:
+            before *= blocks.spread(beta)
+            y -= before
+        if away is not None:
+            y -= blocks.spread(blocks.dot(away, y)) * away
         beta = np.sqrt(blocks.dot(y, y))
         scale = alpha if scale is None else scale
-        beta[beta < 1e-13 * scale] = 0  # nothing but rounding is left of the block
+        beta[beta < precision.rounding * scale] = 0  # nothing but rounding is left of the block
         yield x, alpha, beta
-        before = x
-        x = y * blocks.spread(np.divide(1, beta, out=np.zeros_like(beta), where=beta > 0))
+        y *= blocks.spread(np.divide(1, beta, out=np.zeros_like(beta), where=beta > 0))
+        before, x = x, y
 
 
-def _ritz(alphas: list[np.ndarray], betas: list[np.ndarray], block: int) -> tuple[float, np.ndarray, float]:
+def _ritz(diagonal: np.ndarray, off: np.ndarray) -> tuple[float, np.ndarray, float]:
     """Largest Ritz value of a block, its vector in the Lanczos basis, and its residual."""
-    diagonal, off = np.array([a[block] for a in alphas]), np.array([b[block] for b in betas])
-    last = len(diagonal) - 1
-    value, vector = eigh_tridiagonal(
-        diagonal, off[:-1], select="i", select_range=(last, last), check_finite=False, lapack_driver="stemr"
+    steps, last = len(diagonal), off[-1]  # which is overwritten
+    # what scipy.linalg.eigh_tridiagonal calls, at a third of its cost
+    _, value, vector, info = lapack.dstemr(
+        diagonal, off, 2, 0.0, 0.0, steps, steps, lwork=18 * steps, liwork=10 * steps
     )
-    return value[0], vector[:, 0], abs(off[-1] * vector[-1, 0])
+    if info:
+        return np.inf, np.zeros(steps), np.inf
+    return value[0], vector[:, 0], abs(last * vector[-1, 0])
 
 
 def _largest(
-    steps: Iterator[Three], number: int, looks: tuple[int, ...], tolerance: float, basis: list[np.ndarray] | None = None
-) -> Three:
-    """Largest Ritz value of each of a number of blocks, its residual, and its vector in the Lanczos basis.
+    steps: Iterator[Three], blocks: Blocks, looks: tuple[int, ...], tolerance: float, *, keep: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Largest Ritz value of each block, its residual, and its vector if they are to be kept.
 
-    Takes steps until every residual is within `tolerance` of its value, at the latest to the last of `looks`.  A list
-    given as `basis` gets the Lanczos vectors.
+    Takes steps until every residual is within `tolerance` of its value, at the latest to the last of `looks`.
     """
+    number = len(blocks.sizes)
     values, residuals = np.full((2, number), np.inf)
     vectors = np.zeros((looks[-1], number))
-    waiting, alphas, betas = list(range(number)), [], []
+    alphas, betas = np.empty((2, looks[-1], number))
+    waiting, basis = np.arange(number), []
     for step, (x, alpha, beta) in enumerate(steps, 1):
-        alphas.append(alpha)
-        betas.append(beta)
-        if basis is not None:
-            basis.append(x)
+        alphas[step - 1], betas[step - 1] = alpha, beta
+        if keep:
+            basis.append(x.copy())
         if step in looks:
             for block in waiting:
-                values[block], vectors[:step, block], residuals[block] = _ritz(alphas, betas, block)
-            waiting = [block for block in waiting if residuals[block] > tolerance * values[block]]
-            if not waiting or step == looks[-1]:
-                return values, residuals, vectors
-
-
-def _leading(product: Product, blocks: Blocks) -> Three:
-    """Rayleigh quotients, residuals and unit vectors close to the leading eigenvector of each block."""
-    basis = []
-    start = 1 + np.random.default_rng(1).random(int(blocks.sizes.sum()))
-    steps = _lanczos(product, blocks, start, np.zeros_like(start))
-    _, _, vectors = _largest(steps, len(blocks.sizes), FIRST, LEADING, basis)
-    y = sum(blocks.spread(w) * x for w, x in zip(vectors, basis, strict=False))
-    y /= blocks.spread(np.sqrt(blocks.dot(y, y)))
-    image = product(y)
-    values = blocks.dot(y, image)
-    rest = image - blocks.spread(values) * y
-    return values, np.sqrt(blocks.dot(rest, rest)), y
+                found = _ritz(alphas[:step, block].copy(), betas[:step, block].copy())
+                values[block], vectors[:step, block], residuals[block] = found
+            waiting = waiting[residuals[waiting] > tolerance * values[waiting]]
+            if not len(waiting) or step == looks[-1]:
+                break
+    if not keep:
+        return values, residuals, None
+    combined = np.zeros_like(basis[0])
+    for w, x in zip(vectors, basis, strict=False):
+        x *= blocks.spread(w.astype(x.dtype))
+        combined += x
+    return values, residuals, combined

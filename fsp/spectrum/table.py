@@ -31,8 +31,9 @@ from fsp.spectrum.definitions import (
     rules_of,
     whole_narc,
 )
-from fsp.spectrum.fast import top_two, touching
+from fsp.spectrum.fast import touching
 from fsp.spectrum.full_spectrum import Coordinate, coordinates
+from fsp.spectrum.two_values import top_two
 
 COLUMNS = """layer n_inputs n_outputs density n_left n_right edges sigma1 sigma2 degree_left degree_right expansion
 valid valid_inputs_left valid_outputs_left delta_s delta_s_bound ramanujan_gap ramanujan_bound gap_normalised

@@ -159,6 +159,24 @@ def test_an_exact_search_measures_every_candidate_at_the_counts_of_mask_0(monkey
     assert len({tuple(layer_counts(prune(net(), "random", KEPT, generator=seeded(i)))) for i in range(5)}) > 1
 
 
+@pytest.mark.parametrize("function", [search, optimise])
+def test_all_masks_are_measured_in_the_precision_that_is_asked_for(function, monkeypatch):
+    seen = []
+
+    def measured(*given, precision, **options):
+        seen.append(precision)
+        return population(*given, precision=precision, **options)
+
+    monkeypatch.setattr(spectrum, "population", measured)
+    quick(function)
+    assert set(seen) == {"float64"}
+    seen.clear()
+    quick(function, precision="float32")
+    assert set(seen) == {"float32"}
+    with pytest.raises(ValueError, match=r"precision='float16'.*'float64', 'float32'"):
+        quick(function, precision="float16")
+
+
 def test_without_control_the_density_drifts_and_is_told():
     found = quick(method="random", accept="norm", density_control="none", every=1)
     assert found.trajectory["density"].tolist() == [density_of(masks) for masks in found.tickets.values()]
@@ -371,6 +389,7 @@ OTHERS = {  # what a directory remembers, and another value of it
     "every is 4 there and 5 here": {"every": 5},
     "seed": {"generator": seeded(9)},
     "rules": {"rules": "iclr2023"},
+    "precision is 'float64' there and 'float32' here": {"precision": "float32"},
     "method": {"method": "taylor"},
     "options": {"rounds": 2},
     "scoring_examples": {"batches": lambda i: few(i + 1)},

@@ -11,9 +11,11 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 from fsp import masks as mask_algebra
-from fsp import models
+from fsp import models, spectrum
+from fsp.masks import PLAIN
 from fsp.pruning.methods import prune as prune_model
-from fsp.spectrum import RULES, Rules, Wiring, biadjacency, coordinate, coordinates, fast, lanczos, population
+from fsp.spectrum import RULES, Rules, Wiring, biadjacency, coordinates, dense, fast, lanczos, population
+from fsp.spectrum import two_values as two
 from fsp.spectrum.definitions import without_isolated
 
 PUBLISHED_ZEROS = Rules(2, 3, 1, True, True, "outputs", "published")
@@ -26,6 +28,13 @@ def seeded(seed=0):
 def same(found, expected, rel=1e-9):
     found, expected = (torch.as_tensor(v, dtype=torch.float64).numpy() for v in (found, expected))
     np.testing.assert_allclose(found, expected, rtol=rel, atol=1e-9)
+
+
+def coordinate_by_definition(mask, weight, rules="fsp2023", wiring=PLAIN):
+    B = biadjacency(mask, wiring)
+    W = biadjacency(weight, wiring).where(B != 0, 0)
+    gaps = spectrum.ramanujan_gap(B, rules=rules), spectrum.weighted_gap(W, rules=rules)
+    return [*gaps, spectrum.imdb(B, rules=rules), spectrum.imsg(B, W, rules=rules)]
 
 
 # ---- the fast ways against the definitions ------------------------------------------------------------------------
@@ -42,9 +51,9 @@ FEW_WEIGHTS[3:, 2:] = 0  # the second group is no valid graph by its weights
 def test_the_sparse_and_the_dense_way_give_the_numbers_of_the_definitions(rules, layer, flips):
     mask, weight = torch.from_numpy(layer[0]).T.bool(), torch.from_numpy(layer[1]).T
     several = torch.stack([mask, *(mask ^ (torch.rand(mask.shape, generator=seeded(i)) < 0.1) for i in range(flips))])
-    expected = [list(coordinate(m, weight, rules=rules)) for m in several]
+    expected = [list(coordinate_by_definition(m, weight, rules)) for m in several]
     same(population([{"w": m} for m in several], {"w": weight}, rules=rules)[:, 0], expected)
-    same(fast.dense_coordinates(several, weight, rules, Wiring(), 2**30), expected)
+    same(dense.dense_coordinates(several, weight, rules, Wiring(), 2**30), expected)
 
 
 @pytest.mark.parametrize("max_bytes", [1, 3_000_000, 2**30])
@@ -55,25 +64,37 @@ def test_the_dense_way_knows_every_wiring_and_chunks_change_no_number(module, ma
     wiring, weight = Wiring(module.groups, module.transposed), module.weight.detach().clone()
     several = torch.rand(5, *weight.shape, generator=seeded()) < 0.4
     weight[~several.any(0)] = torch.nan  # off every mask a weight may be anything
-    found = fast.dense_coordinates(several, weight, RULES["fsp2023"], wiring, max_bytes)
-    same(found, [list(coordinate(m, weight, wiring=wiring)) for m in several], rel=1e-10)
+    found = dense.dense_coordinates(several, weight, RULES["fsp2023"], wiring, max_bytes)
+    same(found, [list(coordinate_by_definition(m, weight, wiring=wiring)) for m in several], rel=1e-10)
 
 
-@pytest.mark.parametrize(("density", "iterates"), [(0.01, True), (0.03, True), (0.4, False)])
-def test_large_sparse_layers_are_iterated_on_and_agree(density, iterates, monkeypatch):
-    answers = []
-    together = fast._together
-    monkeypatch.setattr(fast, "_together", lambda graphs: answers.extend(together(graphs)) or answers)
+@pytest.mark.parametrize("precision", two.PRECISIONS)
+@pytest.mark.parametrize(("density", "formed"), [(0.01, False), (0.03, None), (0.1, True), (0.4, True)])
+def test_large_layers_are_iterated_on_by_either_product_and_agree(density, formed, precision, monkeypatch):
+    calls = []
+    together = two._together
+
+    def told(graphs, dense, chosen):
+        calls.append((dense, together(graphs, dense, chosen)))
+        return calls[-1][1]
+
+    monkeypatch.setattr(two, "_together", told)
     mask = torch.rand(256, 96, 3, 3, generator=seeded()) < density
     weight = torch.randn(256, 96, 3, 3, generator=seeded(1))
-    same(coordinates({"w": mask}, {"w": weight})["w"], coordinate(mask, weight), rel=1e-10)
-    assert bool(answers) == iterates
-    assert None not in answers
+    found = coordinates({"w": mask}, {"w": weight}, precision=precision)["w"]
+    same(found, coordinate_by_definition(mask, weight), rel=1e-10 if precision == "float64" else 1e-6)
+    assert calls
+    assert all(None not in values for _, values in calls)
+    assert formed in (None, calls[0][0][0])
 
 
 def random_graph(m, n, density, seed=0):
     B = (np.random.default_rng(seed).random((m, n)) < density).astype(float)
     return B[B.any(1)][:, B.any(0)]
+
+
+def as_graph(matrix):
+    return fast.touching(sparse.csr_array(matrix))
 
 
 def coupled(size):
@@ -86,7 +107,7 @@ def coupled(size):
 TWO_KINDS = sparse.block_diag((random_graph(50, 70, 0.5), random_graph(40, 60, 0.45))).toarray()
 HARD = {  # a graph, and whether the iteration certifies its values when alone; None where rounding decides
     "random": (random_graph(300, 400, 0.05), True),
-    "first value double": (coupled(0), False),
+    "first value double": (coupled(0), None),
     "components by a thread of 1e-2": (coupled(1e-2), None),
     "components by a thread of 1e-9": (coupled(1e-9), None),
     "components by a thread of 1e-13": (coupled(1e-13), None),
@@ -98,33 +119,69 @@ HARD = {  # a graph, and whether the iteration certifies its values when alone; 
 }
 
 
+@pytest.mark.parametrize("formed", [False, True])
+@pytest.mark.parametrize("precision", two.PRECISIONS)
 @pytest.mark.parametrize(("graph", "certified"), HARD.values(), ids=HARD)
-def test_hard_graphs_come_out_right_alone_and_in_company(graph, certified):
-    expected = pytest.approx(tuple(np.linalg.svd(graph, compute_uv=False)[:2]), rel=1e-9)
-    K, company = sparse.csr_array(graph), sparse.csr_array(random_graph(170, 300, 0.05))
-    assert fast.top_two([K]) == [expected]
-    found = fast._together([K]) + fast._together([company, K])[1:]
-    assert all(pair is None or pair == expected for pair in found)
-    assert certified in (None, found[0] is not None)
+def test_hard_graphs_come_out_right_alone_and_in_company(graph, certified, precision, formed):
+    expected = pytest.approx(
+        tuple(np.linalg.svd(graph, compute_uv=False)[:2]), rel=1e-9 if precision == "float64" else 1e-5
+    )
+    K, company = as_graph(graph), as_graph(random_graph(170, 300, 0.05))
+    assert two.top_two([K], precision) == [expected]
+    alone = two._together([K], [formed], lanczos.PRECISIONS[precision])[0]
+    beside = two._together(
+        [company, K, as_graph(random_graph(300, 170, 0.05))], [not formed, formed, True], lanczos.PRECISIONS[precision]
+    )[1]
+    assert all(pair is None or pair == expected for pair in (alone, beside))
+    assert certified in (None, alone is not None)
 
 
+@pytest.mark.parametrize("precision", two.PRECISIONS)
+def test_what_a_graph_gets_depends_on_no_other_to_the_last_bit(precision):
+    several = [as_graph(random_graph(80 + 37 * i, 300 - 31 * i, 0.02 + 0.01 * i, seed=i)) for i in range(7)]
+    formed = [i % 3 == 0 for i in range(7)]
+    chosen = lanczos.PRECISIONS[precision]
+    alone = [two._together([K], [f], chosen)[0] for K, f in zip(several, formed, strict=True)]
+    assert two._together(several, formed, chosen) == alone
+    assert two._together(several[::-1], formed[::-1], chosen) == alone[::-1]
+
+
+@pytest.mark.parametrize("precision", two.PRECISIONS)
 @settings(max_examples=100, deadline=None)
-@given(st.lists(graphs.layers(), min_size=1, max_size=5))
-def test_what_the_iteration_certifies_is_right_to_1e_8(layers):
+@given(st.lists(graphs.layers(), min_size=1, max_size=5), st.booleans())
+def test_what_the_iteration_certifies_is_right_to_what_it_promises(precision, layers, formed):
     several = [without_isolated(torch.from_numpy(np.abs(B * W))).numpy() for B, W in layers]
-    several = [sparse.csr_array(K) for K in several if min(K.shape) > 1]
-    for K, found in zip(several, fast._together(several) if several else [], strict=True):
+    several = [as_graph(K) for K in several if min(K.shape) > 1]
+    chosen = lanczos.PRECISIONS[precision]
+    for K, found in zip(
+        several, two._together(several, [formed] * len(several), chosen) if several else [], strict=True
+    ):
         if found is not None:
-            assert found == pytest.approx(tuple(np.linalg.svd(K.toarray(), compute_uv=False)[:2]), rel=1e-8)
+            expected = np.linalg.svd(two._dense(K, np.float64), compute_uv=False)[:2]
+            assert np.abs(np.subtract(found, expected)).max() <= chosen.certified / 2 * expected[1]
 
 
-def test_an_iteration_that_does_not_converge_falls_back_to_all_eigenvalues(monkeypatch):
+@pytest.mark.parametrize("precision", two.PRECISIONS)
+def test_an_iteration_that_does_not_converge_falls_back_to_all_eigenvalues(precision, monkeypatch):
     graph = random_graph(300, 400, 0.05, seed=2)
-    monkeypatch.setattr(lanczos, "CERTIFIED", 0.0)
-    monkeypatch.setattr(fast, "_saved", lambda K: 1.0)  # always try it first
-    assert fast._together([sparse.csr_array(graph)]) == [None]
+    strict = lanczos.PRECISIONS[precision]._replace(certified=0.0)
+    monkeypatch.setitem(two.PRECISIONS, precision, strict)
+    monkeypatch.setattr(two, "_saved", lambda K, dtype: (1.0, False))  # always try it first
+    assert two._together([as_graph(graph)], [False], strict) == [None]
     expected = np.linalg.svd(graph, compute_uv=False)[:2]
-    assert fast.top_two([sparse.csr_array(graph)])[0] == pytest.approx(tuple(expected), rel=1e-10)
+    assert two.top_two([as_graph(graph)], precision)[0] == pytest.approx(tuple(expected), rel=1e-10)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_single_precision_is_certified_from_the_graph_itself_whatever_its_size_and_how_its_weights_differ(scale):
+    rng = np.random.default_rng(5)
+    graph = random_graph(300, 420, 0.06) * np.exp(4 * rng.standard_normal((1, 1)) + rng.normal(0, 3, (300, 1)))
+    graph = scale * graph[graph.any(1)][:, graph.any(0)]
+    expected = np.linalg.svd(graph, compute_uv=False)[:2]
+    for formed in (False, True):
+        found = two._together([as_graph(graph)], [formed], lanczos.PRECISIONS["float32"])[0]
+        assert found is None or np.abs(np.subtract(found, expected)).max() <= 1e-5 * expected[1]
+    assert np.abs(np.subtract(two.top_two([as_graph(graph)], "float32")[0], expected)).max() <= 1e-5 * expected[1]
 
 
 @pytest.mark.gpu
@@ -151,7 +208,7 @@ def test_a_population_is_its_masks_one_by_one(network):
     weights = dict(net.named_parameters())
     for p, one in enumerate(several):
         for ell, name in enumerate(one):
-            same(found[p, ell], coordinate(one[name], weights[name].detach()), rel=1e-10)
+            same(found[p, ell], coordinate_by_definition(one[name], weights[name].detach()), rel=1e-10)
 
 
 def test_the_number_of_threads_changes_no_bit_and_is_put_back(network):
@@ -220,7 +277,7 @@ def test_every_kind_of_convolution_is_wired_as_it_computes(module):
     weight = module.weight.detach()
     model = nn.Sequential(module)
     found = coordinates({"0.weight": mask}, model)["0.weight"]
-    same(found, coordinate(mask, weight, wiring=wiring))
+    same(found, coordinate_by_definition(mask, weight, wiring=wiring))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
@@ -228,7 +285,7 @@ def test_weights_of_any_precision_are_measured_in_double(dtype):
     mask = torch.rand(12, 20, generator=seeded()) < 0.5
     weight = torch.randn(12, 20, generator=seeded(1)).to(dtype)
     found = coordinates({"w": mask}, {"w": weight})["w"]
-    same(found, coordinate(mask, weight.double()), rel=1e-12)
+    same(found, coordinate_by_definition(mask, weight.double()), rel=1e-12)
 
 
 def test_a_shared_weight_is_measured_once_and_embeddings_and_norms_are_not():
@@ -261,4 +318,4 @@ def test_a_parameter_that_torch_has_moved_is_measured_under_its_new_name_as_the_
         model = nn.Sequential(layer)
         assert list(mask_algebra.prunable(model)) == [name]
         weight = layer.weight.detach()  # which the forward pass uses
-        same(coordinates({name: mask}, model)[name], coordinate(mask, weight, wiring=Wiring(groups=2)))
+        same(coordinates({name: mask}, model)[name], coordinate_by_definition(mask, weight, wiring=Wiring(groups=2)))

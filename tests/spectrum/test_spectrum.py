@@ -591,6 +591,9 @@ def test_an_unknown_option_is_refused_with_the_names_there_are():
     for measure in (ramanujan_gap, weighted_gap, imdb, narc, partial(imsg, B), partial(coordinate, B)):
         with pytest.raises(ValueError, match=r"neurips2023.*iclr2023, fsp2023"):
             measure(B, rules="neurips2023")
+    for measure in (coordinate, lambda B, W, **options: coordinates({"w": B}, {"w": W}, **options)):
+        with pytest.raises(ValueError, match=r"precision='double'.*'float64', 'float32'"):
+            measure(ONES, ONES, precision="double")
     with pytest.raises(ValueError, match="twice"):
         narc(ONES, edge_count="twice")
     with pytest.raises(ValueError, match="whole_left"):
