@@ -32,7 +32,7 @@ PROMPTS = "return [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')]
 # Printed text that is higher than its lines.
 WRAPPED = """
 return [...document.querySelectorAll(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stdout'] pre")]
-  .filter(e => e.clientHeight > (e.textContent.trimEnd().split("\\n").length + 0.5)
+  .filter(e => e.clientHeight > (e.textContent.replace(/\\n$/, "").split("\\n").length + 0.5)
                                 * parseFloat(getComputedStyle(e).lineHeight))
   .map(e => e.textContent);
 """

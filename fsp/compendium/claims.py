@@ -171,19 +171,17 @@ def shown(table: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     pandas.DataFrame
-        Indexed by the claim, for pandas cuts what stands in a column; published values only where there are some.
+        Indexed by the claim, for pandas cuts what stands in a column. An interval is not broken over two lines.
 
     Examples
     --------
     >>> row = claim("A beats B", Estimate(0.00042, 0.0001, 0.00074, 30), above=0, paper="P")
-    >>> shown(pd.DataFrame([row]))
-                      kind     measured [interval]   n bound holds
-    claim
-    A beats B  exploratory  0.00042 [0.0001, 0.00074]  30   > 0   yes
+    >>> shown(pd.DataFrame([row])).loc["A beats B"].tolist()
+    ['exploratory', '0.00042\\xa0[0.0001,\\xa00.00074]', 30, '> 0', 'yes']
     """
-    found = table.assign(**{"measured [interval]": [measured(row) for row in table.to_dict("records")]})
-    told = [name for name in ("published",) if (table[name].fillna("") != "").any()]
-    return found.set_index("claim")[["kind", "measured [interval]", "n", "bound", *told, "holds"]]
+    found = [measured(row).replace(" ", "\N{NO-BREAK SPACE}") for row in table.to_dict("records")]
+    found = table.assign(**{"measured [interval]": found}).set_index("claim")
+    return found[["kind", "measured [interval]", "n", "bound", "holds"]].rename_axis(index=None, columns="claim")
 
 
 def verdict(estimate: Estimate, bound: str) -> str:

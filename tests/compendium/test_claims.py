@@ -243,7 +243,7 @@ def test_a_shown_table_has_every_sentence_whole_and_no_number_rounded_to_nothing
     table = report.read_claims(DATA / "results", [stem])
     cells = [html.unescape(cell) for cell in re.findall(r"<t[hd]>(.*?)</t[hd]>", shown(table)._repr_html_())]
     width = shown(table).shape[1] + 1
-    lines = [cells[start : start + width] for start in range(2 * width, len(cells), width)]  # below two of headings
+    lines = [cells[start : start + width] for start in range(width, len(cells), width)]  # below the headings
     for line, row in zip(lines, table.to_dict("records"), strict=True):
         assert (line[0], line[-1]) == (row["claim"], row["holds"])
         told = [float(number) for number in re.findall(r"[-+.\de]+", line[2])]
