@@ -21,7 +21,7 @@ ROOT = PACKAGE.parent
 PICTURES = ROOT / "build" / "browser"  # what was seen
 OVERVIEW = [path.stem for path in ROOT.glob("notebooks/00_*.ipynb")]
 CORRELATION = "04_weighted_gap_correlation"
-PATIENCE_S = 600  # for a notebook on a busy machine
+PATIENCE_S = 1200  # for a notebook on a busy machine
 
 # Where the tests depart from a fresh JupyterLab: all cells are in the page at once, and nobody asks about news.
 SETTINGS = {
