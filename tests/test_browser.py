@@ -135,6 +135,23 @@ class Window:
 
 
 @pytest.fixture(scope="module")
+def driver():
+    """A headless Chromium."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: see `make browser`")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    chromedriver = shutil.which("chromedriver")
+    if not (chromium and chromedriver):
+        pytest.skip("Chromium is not installed: on Debian, apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-gpu", "window-size=1400,1000"):
+        options.add_argument(f"--{flag}")
+    started = webdriver.Chrome(options=options, service=webdriver.ChromeService(chromedriver))
+    yield started
+    started.quit()
+
+
+@pytest.fixture(scope="module")
 def copy(tmp_path_factory):
     """The repository without downloads and records: JupyterLab saves what a reader changes."""
     root = tmp_path_factory.mktemp("copy") / "fsp"
@@ -182,25 +199,10 @@ def address(copy, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def window(copy, address):
-    """A headless Chromium at what `make lab` opens."""
-    webdriver = pytest.importorskip(
-        "selenium.webdriver", reason='selenium is not installed: pip install -e ".[browser]"'
-    )
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    chromedriver = shutil.which("chromedriver")
-    if not (chromium and chromedriver):
-        pytest.skip("Chromium is not installed: on Debian, apt-get install chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-gpu", "window-size=1400,1000"):
-        options.add_argument(f"--{flag}")
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(chromedriver))
-    try:
-        driver.get(address)
-        yield Window(driver, copy)
-    finally:
-        driver.quit()
+def window(driver, copy, address):
+    """What `make lab` opens."""
+    driver.get(address)
+    return Window(driver, copy)
 
 
 def errors_of(notebook: nbformat.NotebookNode) -> list[str]:
