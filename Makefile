@@ -8,7 +8,7 @@ PROFILE ?= quick
 ARGS ?=
 TORCH_INDEX ?=
 
-.PHONY: reproduce demo test lint units notebooks faults cluster gpu book lab lock refresh clean
+.PHONY: reproduce demo test lint units notebooks faults cluster gpu book lab browser lock refresh clean
 
 reproduce: $(VENV)/installed          ## run every notebook from nothing, one a core, and print the report
 	$(BIN)/python -m fsp.compendium.reproduce --profile $(PROFILE) $(ARGS)
@@ -28,7 +28,7 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 
 units: $(VENV)/installed              ## unit tests, doctests, and each notebook's smoke profile through papermill
-	FSP_PROGRESS=0 $(BIN)/python -m pytest -q -n auto --dist loadscope --no-loadscope-reorder --durations=10 -m "not slow and not services"
+	FSP_PROGRESS=0 $(BIN)/python -m pytest -q -n auto --dist loadscope --no-loadscope-reorder --durations=10 -m "not slow and not services and not browser"
 
 notebooks: $(VENV)/installed          ## the committed notebooks still give the outputs they were committed with
 	$(BIN)/python -m fsp.compendium.reproduce --check
@@ -54,6 +54,12 @@ book: $(VENV)/installed               ## the pages, notebooks and docstrings as 
 
 lab: $(VENV)/installed                ## the repository in JupyterLab, its overview open
 	$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" $(firstword $(wildcard notebooks/00_*.ipynb))
+
+# Needs a browser of the system: on Debian, apt-get install chromium chromium-driver.  Without it it says so.
+browser: $(VENV)/installed            ## what a reader does first in JupyterLab, in a headless Chromium; pictures in build/browser
+	@$(BIN)/python -c "import selenium" 2>/dev/null || \
+	  $(PIP) -c requirements.lock -e ".[browser]"
+	$(BIN)/python -m pytest -q -rs -m browser tests/test_browser.py
 
 refresh: $(VENV)/installed            ## recompute the committed notebooks, tables, figures and pages of claims
 	$(BIN)/python -m fsp.compendium.reproduce --refresh $(ARGS)

@@ -160,6 +160,30 @@ def p_value_of(row: dict) -> float:
     return max(p_value(estimate, limit) for limit in _limits(row["bound"]) if math.isfinite(limit))
 
 
+def shown(table: pd.DataFrame) -> pd.DataFrame:
+    """A claims table for people: whole sentences, and numbers with three significant digits.
+
+    Parameters
+    ----------
+    table : DataFrame
+        With the columns `CLAIM_COLUMNS`.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Indexed by the claim, for pandas cuts what stands in a column. An interval is not broken over two lines.
+
+    Examples
+    --------
+    >>> row = claim("A beats B", Estimate(0.00042, 0.0001, 0.00074, 30), above=0, paper="P")
+    >>> shown(pd.DataFrame([row])).loc["A beats B", ["bound", "holds"]].tolist()
+    ['> 0', 'yes']
+    """
+    found = [measured(row).replace(" ", "\N{NO-BREAK SPACE}") for row in table.to_dict("records")]
+    found = table.assign(**{"measured [interval]": found}).set_index("claim")
+    return found[["kind", "measured [interval]", "n", "bound", "holds"]].rename_axis(index=None, columns="claim")
+
+
 def verdict(estimate: Estimate, bound: str) -> str:
     """Whether an estimate's whole interval lies where a bound allows it.
 
@@ -221,6 +245,19 @@ def contradictions(table: pd.DataFrame) -> list[str]:
         if row["holds"] != follows:
             found.append(f"verdict {row['holds']!r} is written, {follows!r} follows from its numbers: {row['claim']}")
     return found
+
+
+def measured(row: dict) -> str:
+    """Value of a claim with its interval, to three significant digits.
+
+    Examples
+    --------
+    >>> measured({"measured": 0.86312, "low": 0.8, "high": 0.91})
+    '0.863 [0.8, 0.91]'
+    """
+    if math.isnan(row["low"]) or math.isnan(row["high"]):
+        return f"{row['measured']:.3g}"
+    return f"{row['measured']:.3g} [{row['low']:.3g}, {row['high']:.3g}]"
 
 
 def _bound(above: float | None, below: float | None, equivalent: float | tuple[float, float] | None) -> str:

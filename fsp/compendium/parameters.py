@@ -6,12 +6,14 @@ turns a wrong name or value into an error that names the valid choices.
 
 import ast
 import dataclasses
+import difflib
 import math
 import re
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from numbers import Real
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import yaml
@@ -46,7 +48,14 @@ STRUCTURED = LISTS | OPTIONS | {"train_options", "rescaling"}  # papermill's -p 
 ARMS = ("default", "activations", "skips", "rescaling", "labels", "all")  # which parts of ToST a training has
 CONTROLS = ("no_activations", "no_skips", "no_rescaling", "no_labels")  # all parts but one, and rivals
 CONTROLS += ("longer", "all_longer", "density_scaled", "late", "kept")
-Rule = tuple[Callable[[object], bool], str]  # whether a value is right, and what is expected
+
+
+class Rule(NamedTuple):
+    """Whether a value is right, what is expected, and the names to choose from, if there are any."""
+
+    fits: Callable[[object], bool]
+    expected: str
+    names: Collection[str] = ()
 
 
 class Given(SimpleNamespace):
@@ -90,7 +99,8 @@ def check(**given: object) -> Given:
     """
     unknown = _injected() - given.keys()
     if unknown:
-        raise ValueError(f"no parameter is called {', '.join(sorted(unknown))}: this notebook has {', '.join(given)}")
+        names = f"{', '.join(sorted(unknown))}: this notebook has {', '.join(given)}"
+        raise ValueError(f"no parameter is called {names}{_nearest(unknown, given)}")
     missing = given.keys() - RULES.keys()
     if missing:
         known = ", ".join(RULES)
@@ -98,9 +108,9 @@ def check(**given: object) -> Given:
     for name, value in given.items():
         if name in STRUCTURED and isinstance(value, str):
             given[name] = value = _parsed(value)
-        fits, expected = RULES[name]
-        if not fits(value):
-            raise ValueError(f"{name} = {value!r}: expected {expected}{_hint(value)}")
+        rule = RULES[name]
+        if not rule.fits(value):
+            raise ValueError(f"{name} = {value!r}: expected {rule.expected}{_hint(value)}{_nearest(value, rule.names)}")
     try:
         TrainConfig(1, **given.get("train_options", {}))
     except ValueError as error:
@@ -148,6 +158,14 @@ def _hint(value: object) -> str:
     return f"; YAML reads {value} as text: write {right}"
 
 
+def _nearest(value: object, names: Iterable[str]) -> str:
+    """Which names text that is none of them may mean, be it alone, in a list or a key; "" if none is near."""
+    texts = [value] if isinstance(value, str) or not isinstance(value, Iterable) else value
+    wrong = [text for text in texts if isinstance(text, str) and text not in names]
+    meant = dict.fromkeys(name for text in wrong for name in difflib.get_close_matches(text.lower(), names, n=1))
+    return f"; did you mean {' and '.join(meant)}?" if meant else ""
+
+
 def _injected() -> set[str]:
     """Names that the cell injected by papermill assigns, in a running notebook; without papermill's own."""
     ipython = sys.modules.get("IPython")
@@ -163,7 +181,7 @@ def _injected() -> set[str]:
 
 def _one_of(choices: Collection[str]) -> Rule:
     """Rule: one of the choices."""
-    return (lambda value: value in list(choices)), f"one of {', '.join(choices)}"
+    return Rule(lambda value: value in list(choices), f"one of {', '.join(choices)}", choices)
 
 
 def _list_of(fits: Callable[[object], bool], expected: str) -> Rule:
@@ -174,12 +192,13 @@ def _list_of(fits: Callable[[object], bool], expected: str) -> Rule:
             return False
         return all(fits(element) and element not in value[:i] for i, element in enumerate(value))
 
-    return is_list, f"a list of different {expected}"
+    return Rule(is_list, f"a list of different {expected}")
 
 
 def _some_of(choices: Collection[str]) -> Rule:
     """Rule: a list of different choices."""
-    return _list_of(lambda value: value in list(choices), f"ones of {', '.join(choices)}")
+    rule = _list_of(lambda value: value in list(choices), f"ones of {', '.join(choices)}")
+    return rule._replace(names=choices)
 
 
 def _is_number(value: object) -> bool:
@@ -209,22 +228,19 @@ def _is_rescaling(value: object) -> bool:
     return True
 
 
-COUNT = (lambda value: is_count(value, 1)), "a whole number of at least 1"
-STEPS = (lambda value: is_count(value, 0)), "a whole number of steps from 0 on"
-WHOLE = (lambda value: is_count(value, 0)), "a whole number from 0 on"
-FRACTION = _is_fraction, "a fraction in (0, 1], such as 0.05"
+COUNT = Rule(lambda value: is_count(value, 1), "a whole number of at least 1")
+STEPS = Rule(lambda value: is_count(value, 0), "a whole number of steps from 0 on")
+WHOLE = Rule(lambda value: is_count(value, 0), "a whole number from 0 on")
+FRACTION = Rule(_is_fraction, "a fraction in (0, 1], such as 0.05")
 FRACTIONS = _list_of(_is_fraction, "fractions in (0, 1], such as [0.05]")
 SEEDS = _list_of(
     lambda value: is_count(value, 0) and value < 2**63, "whole numbers from 0 to 2**63 - 1, such as [0, 1]"
 )
-RATE = (
-    (lambda value: _is_number(value) and 0 < value < math.inf),
-    "a number above 0, such as 0.001",
-)
+RATE = Rule(lambda value: _is_number(value) and 0 < value < math.inf, "a number above 0, such as 0.001")
 RULES: dict[str, Rule] = {
     "dataset": _one_of(DATASETS),
     "model": _one_of(MODELS),
-    **dict.fromkeys(OPTIONS, ((lambda value: isinstance(value, dict)), "a dict of options of the model, such as {}")),
+    **dict.fromkeys(OPTIONS, Rule(lambda value: isinstance(value, dict), "a dict of options of the model, such as {}")),
     **dict.fromkeys(["rival", "plain"], _one_of(MODELS)),
     "confirm_dataset": _one_of(DATASETS),
     "networks": _some_of(MODELS),
@@ -259,20 +275,21 @@ RULES: dict[str, Rule] = {
     "pretrain": STEPS,
     **dict.fromkeys(
         ["imp_rate", "dropout"],
-        ((lambda value: _is_number(value) and 0 <= value < 1), "a number in [0, 1), such as 0.2"),
+        Rule(lambda value: _is_number(value) and 0 <= value < 1, "a number in [0, 1), such as 0.2"),
     ),
     **dict.fromkeys(["lr", "settled_lr", "confirm_lr", "constant_lr", "speed_lr"], RATE),
     **dict.fromkeys(["arms", "arms_beside"], _some_of(ARMS)),
     "controls": _some_of(CONTROLS),
     "controlled": _some_of(METHODS),
-    "e1": ((lambda value: _is_number(value) and 0 <= value < 1), "a fraction of the training, in [0, 1)"),
-    "rescaling": (_is_rescaling, 'a dict of settings of Rescaling, such as {"iterations": 30}'),
-    "train_options": (
-        (lambda value: isinstance(value, dict) and value.keys() <= TRAIN_OPTIONS),
+    "e1": Rule(lambda value: _is_number(value) and 0 <= value < 1, "a fraction of the training, in [0, 1)"),
+    "rescaling": Rule(_is_rescaling, 'a dict of settings of Rescaling, such as {"iterations": 30}'),
+    "train_options": Rule(
+        lambda value: isinstance(value, dict) and value.keys() <= TRAIN_OPTIONS,
         f"a dict of fields of TrainConfig, of {', '.join(sorted(TRAIN_OPTIONS))}",
+        TRAIN_OPTIONS,
     ),
-    "device": (_is_device, "auto or cpu, or cuda where there is a CUDA device"),
-    "recompute": ((lambda value: isinstance(value, bool)), "True or False"),
-    "out_dir": ((lambda value: isinstance(value, str)), 'a folder, or "" for scratch/ in the repository'),
-    "scheduler": ((lambda value: value is None or (isinstance(value, str) and is_scheduler(value))), SCHEDULERS),
+    "device": Rule(_is_device, "auto or cpu, or cuda where there is a CUDA device"),
+    "recompute": Rule(lambda value: isinstance(value, bool), "True or False"),
+    "out_dir": Rule(lambda value: isinstance(value, str), 'a folder, or "" for scratch/ in the repository'),
+    "scheduler": Rule(lambda value: value is None or (isinstance(value, str) and is_scheduler(value)), SCHEDULERS),
 }

@@ -12,7 +12,7 @@ from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
 from fsp import paths
 from fsp.compendium import stats
-from fsp.compendium.claims import CLAIM_COLUMNS, MEASURED, VERDICTS, contradictions, p_value_of, primaries
+from fsp.compendium.claims import CLAIM_COLUMNS, MEASURED, VERDICTS, contradictions, measured, p_value_of, primaries
 from fsp.files import replacing
 from fsp.runs import tables
 from fsp.runs.provenance import provenance
@@ -191,19 +191,6 @@ def verdicts_table(claims: pd.DataFrame, headings: dict[str, str], *, link: str)
         lines.append([_link(stem, link), heading, *(verdicts.count(verdict) for verdict in VERDICTS)])
     head = ["", "What its notebook finds", "claims hold", "equivalent", "do not hold", "not decided"]
     return _markdown(head, lines)
-
-
-def measured(row: dict) -> str:
-    """Value of a claim with its interval, to three significant digits.
-
-    Examples
-    --------
-    >>> measured({"measured": 0.86312, "low": 0.8, "high": 0.91})
-    '0.863 [0.8, 0.91]'
-    """
-    if math.isnan(row["low"]) or math.isnan(row["high"]):
-        return f"{row['measured']:.3g}"
-    return f"{row['measured']:.3g} [{row['low']:.3g}, {row['high']:.3g}]"
 
 
 class RowComparison(NamedTuple):

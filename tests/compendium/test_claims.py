@@ -1,4 +1,6 @@
+import html
 import math
+import re
 from itertools import pairwise
 
 import numpy as np
@@ -14,6 +16,7 @@ from fsp.compendium.claims import (
     p_value_of,
     primaries,
     primary,
+    shown,
     verdict,
 )
 from fsp.compendium.stats import Estimate
@@ -230,3 +233,19 @@ def test_the_answers_are_in_the_order_of_the_page_and_marked_where_holm_leaves_n
     whole = report.answers_table(written, link="n", whole=True).splitlines()
     assert len(whole) == 5
     assert primaries()["P6"].overturned in whole[2]
+
+
+# --- how they are shown
+
+
+@pytest.mark.parametrize("stem", COMMITTED)
+def test_a_shown_table_has_every_sentence_whole_and_no_number_rounded_to_nothing(stem):
+    table = report.read_claims(DATA / "results", [stem])
+    cells = [html.unescape(cell) for cell in re.findall(r"<t[hd]>(.*?)</t[hd]>", shown(table)._repr_html_())]
+    width = shown(table).shape[1] + 1
+    lines = [cells[start : start + width] for start in range(width, len(cells), width)]  # below the headings
+    for line, row in zip(lines, table.to_dict("records"), strict=True):
+        assert (line[0], line[-1]) == (row["claim"], row["holds"])
+        told = [float(number) for number in re.findall(r"[-+.\de]+", line[2])]
+        exact = [row[name] for name in ("measured", "low", "high")]
+        assert told == pytest.approx([number for number in exact if not math.isnan(number)], rel=0.005)

@@ -171,6 +171,22 @@ def test_a_bad_value_is_refused_with_its_name_and_what_is_possible(name):
         assert expected in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ({"methods": ["erk", "sinp", "SynFlow", "phwe"]}, "snip and synflow and phew"),
+        ({"dataset": "mnist-1d"}, "mnist1d"),
+        ({"train_options": {"momentun": 0.9}}, "momentum"),
+        ({"methods": ["quite another"]}, ""),
+        ({"methods": ["snip", "snip", None]}, ""),
+    ],
+)
+def test_a_name_that_is_nearly_right_is_refused_with_the_right_one(given, meant):
+    with pytest.raises(ValueError, match="expected") as error:
+        check(**given)
+    assert str(error.value).partition("; did you mean ")[2] == (meant and f"{meant}?")
+
+
 def test_all_parameters_come_back_together_and_nobody_sets_them_later():
     given = {name: good[0] for name, (good, *_) in CASES.items()}
     found = check(**given)
@@ -288,7 +304,7 @@ def running(monkeypatch, *cells):
 def test_an_injected_name_that_the_notebook_does_not_have_is_refused_before_any_value(monkeypatch):
     wrong = PythonTranslator.codify({"epochs": 0, "learning_rate": math.nan, "modle": "mlp"})  # papermill writes cells
     running(monkeypatch, "epochs = 3\nlr = 0.1", wrong)
-    message = r"no parameter is called learning_rate, modle: this notebook has epochs, lr, model$"
+    message = r"no parameter is called learning_rate, modle: this notebook has epochs, lr, model; did you mean model\?$"
     with pytest.raises(ValueError, match=message):
         check(epochs=0, lr=0.1, model="mlp")
 
