@@ -95,6 +95,13 @@ def read(path: Path) -> nbformat.NotebookNode:
     return nbformat.read(path, as_version=4)
 
 
+def heading(path: Path) -> str:
+    """What a notebook says it finds: its first line, or its name if it begins otherwise."""
+    cells = read(path).cells
+    first = cells[0].source.partition("\n")[0] if cells else ""
+    return first.removeprefix("# ") if first.startswith("# ") and cells[0].cell_type == "markdown" else path.stem
+
+
 def measures_time(path: Path) -> bool:
     """Whether a notebook has the tag ``timing`` on a cell: its results are times of this machine."""
     return any("timing" in cell.metadata.get("tags", []) for cell in read(path).cells)

@@ -18,7 +18,7 @@ import pytest
 import yaml
 from papermill.exceptions import PapermillExecutionError
 
-from fsp.compendium import parameters, report, study
+from fsp.compendium import compare, parameters, report, study
 from fsp.paths import NOTEBOOKS, PROFILES, ROOT, outputs
 from fsp.runs import read_record, tables
 
@@ -339,7 +339,7 @@ def test_workers_do_the_runs_and_give_the_table_that_one_process_gives(path, whe
         assert len(set(made_by)) == 2
     assert len(set(makers(smoked(path)[0]))) == 1
     there, here = (tables.read(out / "results" / f"{path.stem}.csv") for out in (tmp_path, smoked(path)[0]))
-    compared = report.compare_rows(there, here)
+    compared = compare.compare_rows(there, here)
     assert compared[:3] == (len(here), 0, 0)
     assert set(compared.differing) <= {"peak_bytes"}
 
