@@ -111,7 +111,8 @@ def _claims_table(claims: pd.DataFrame) -> Markup:
     rows = claims.to_dict("records")
     more = {"found": [measured(row) for row in rows], "source": (claims.paper + " " + claims.section).str.strip()}
     table = claims.assign(**more)[list(CLAIM_HEAD)].rename(columns=CLAIM_HEAD)
-    return Markup(table.to_html(index=False, border=0, float_format="{:g}".format))
+    with pd.option_context("display.max_colwidth", None):  # else sentences are cut
+        return Markup(table.to_html(index=False, border=0, float_format="{:g}".format))
 
 
 def _code(text: str) -> Markup:

@@ -446,30 +446,32 @@ def test_a_notebook_that_reused_runs_of_other_code_is_stale_and_runs_again(root,
     assert in_process == ["01_good", "01_good"], "a stale notebook has not finished"
 
 
+HOSTILE = "<img src=x onerror=alert()> & 'all', and so long that no table may cut this sentence"
+
+
 @pytest.fixture
 def page(root, tmp_path):
     """A function that writes the report on five notebooks, each with another end, and gives its page."""
     committed, out = paths.COMMITTED, paths.Outputs(*(tmp_path / "out" / name for name in paths.Outputs._fields))
-    hostile = "<img src=x onerror=alert()> & 'all'"
     stems = {"01_good": "finished", "02_few": "finished", "03_old": "stale", "04_bad": "failed", "05_far": "gated"}
     sources = [write_notebook(root / "notebooks", stem, tag="timing" if stem == "01_good" else "x") for stem in stems]
     for stem in list(stems)[:3]:
         tables.save(pd.DataFrame({"key": ["a"], "status": "finished", "x": 1.0}), committed.results / f"{stem}.csv")
         tables.save(pd.DataFrame({"key": ["a"], "status": "finished", "x": 1.0}), out.results / f"{stem}.csv")
-        tables.save(pd.DataFrame([claim(f"{stem} same"), claim(hostile)]), committed.results / f"{stem}.claims.csv")
+        tables.save(pd.DataFrame([claim(f"{stem} same"), claim(HOSTILE)]), committed.results / f"{stem}.claims.csv")
         out.figures.mkdir(exist_ok=True)
         (out.figures / f"{stem}_second.png").write_bytes(b"drawn")
-    tables.save(pd.DataFrame([claim("01_good same"), claim(hostile, 0.1, 0, 0.2)]), out.results / "01_good.claims.csv")
-    few = [claim("02_few same"), claim(hostile, low=0.2) | {"n": 2}]
+    tables.save(pd.DataFrame([claim("01_good same"), claim(HOSTILE, 0.1, 0, 0.2)]), out.results / "01_good.claims.csv")
+    few = [claim("02_few same"), claim(HOSTILE, low=0.2) | {"n": 2}]
     tables.save(pd.DataFrame(few), out.results / "02_few.claims.csv")
-    tables.save(pd.DataFrame([claim("03_old same"), claim(hostile, 0.1, 0, 0.2)]), out.results / "03_old.claims.csv")
+    tables.save(pd.DataFrame([claim("03_old same"), claim(HOSTILE, 0.1, 0, 0.2)]), out.results / "03_old.claims.csv")
     links = "[next](02_few.ipynb#a) [D4](../docs/decisions.md#d4) [no](../nowhere.md) [far](05_far.ipynb) $x<y$"
     for stem in list(stems)[:4]:
         write_executed(tmp_path / "out" / "notebooks" / f"{stem}.ipynb", text=links)
 
     def page(profile: str = "quick", **given: str) -> BeautifulSoup:
         outcomes = [report.Outcome(source, 3.0, word) for source, word in zip(sources, stems.values(), strict=True)]
-        reasons = {"03_old": "3 are stale", "04_bad": f"ValueError: {hostile}", "05_far": f"05_far: {hostile}"}
+        reasons = {"03_old": "3 are stale", "04_bad": f"ValueError: {HOSTILE}", "05_far": f"05_far: {HOSTILE}"}
         outcomes = [outcome._replace(reason=reasons.get(outcome.stem, "")) for outcome in outcomes]
         report.write(tmp_path / "out", outcomes, profile=profile, given=given, records_before=0)
         return BeautifulSoup((tmp_path / "out" / "report.html").read_text(encoding="utf-8"), "html.parser")
@@ -512,11 +514,10 @@ def test_the_page_opens_with_what_changed_and_keeps_failed_stale_gated_and_expec
 
 
 def test_the_pages_escape_what_they_are_given_and_no_link_of_theirs_leads_nowhere(page, tmp_path):
-    hostile = "<img src=x onerror=alert()> & 'all'"
-    assert hostile in page(lr=hostile).find("ul").text
+    assert HOSTILE in page(lr=HOSTILE).find("ul").text
     found = page()
     changes, claims_, differences, errors = 3, 3, 5, 2
-    assert found.text.count(hostile) == changes + claims_ + differences + errors
+    assert found.text.count(HOSTILE) == changes + claims_ + differences + errors
     assert not found.find_all("script")
     ids = {tag["id"] for tag in found.find_all(id=True)}
     names = [path.name for path in (tmp_path / "out" / "notebooks").glob("*.html")]
