@@ -19,6 +19,7 @@ RTOL = 1e-6  # numbers closer than this, relative to the committed one, count as
 # How a claim can differ from the committed one, the worst first.
 CHANGES = ("decided otherwise", "committed in error", "stated otherwise", "missing here", "not committed")
 CHANGES += ("value outside the committed interval", "decided only here", "no longer decided")
+MOVED = (CHANGES[0], *CHANGES[-3:])  # the same claim, another number
 MEANING = ("kind", "paper", "section", "bound")  # what a claim says, beside its sentence
 
 

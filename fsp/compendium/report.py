@@ -10,7 +10,7 @@ import pandas as pd
 from fsp import paths
 from fsp.compendium import execute, page, stats
 from fsp.compendium.claims import LEAST, VERDICTS, contradictions, measured, p_value_of, primaries, read_claims
-from fsp.compendium.compare import CHANGES, RTOL, Change, Comparison, compare_committed
+from fsp.compendium.compare import CHANGES, MOVED, RTOL, Change, Comparison, compare_committed
 from fsp.files import replacing
 from fsp.runs import tables
 from fsp.runs.provenance import provenance
@@ -205,12 +205,12 @@ def write(out: Path, outcomes: list[Outcome], *, profile: str, given: dict, reco
         committed = read_claims(paths.COMMITTED.results, stems)
     timed = {outcome.stem for outcome in outcomes if execute.measures_time(outcome.source)}
     changes = [change for comparison in compared.values() if comparison for change in comparison.changes]
-    changes.sort(key=lambda change: (change.stem in timed, CHANGES.index(change.kind)))
+    changes.sort(key=lambda change: (_is_time(change, timed), CHANGES.index(change.kind)))
     facts = {
         "title": f"Reproduction, profile {profile}",
         "headline": _headline(list(compared.values()), len(claims)),
         "lines": _first_lines(outcomes, changes, timed, committed, given, records_before),
-        "changes": [_change_row(change, profile, change.stem in timed) for change in changes],
+        "changes": [_change_row(change, profile, _is_time(change, timed)) for change in changes],
         "outcomes": sorted(outcomes, key=lambda outcome: list(STATUSES).index(outcome.status)),
         "statuses": STATUSES,
         "answers": _answer_rows(claims, committed),
@@ -235,6 +235,11 @@ def _headline(compared: list[Comparison | None], judged: int) -> str:
     return f"{total} claims compared: {total - changed} same, {changed} changed"
 
 
+def _is_time(change: Change, timed: set[str]) -> bool:
+    """Whether all that changed is a number of a notebook that measures times."""
+    return change.stem in timed and change.kind in MOVED
+
+
 def _first_lines(
     outcomes: list[Outcome],
     changes: list[Change],
@@ -248,9 +253,9 @@ def _first_lines(
     if committed.size:
         lines.append("Same: the committed verdict, and a value within the committed interval.")
     if changes:
-        kinds = Counter(change.kind for change in changes if change.stem not in timed)
+        kinds = Counter(change.kind for change in changes if not _is_time(change, timed))
         counts = [f"{kinds[kind]} {kind}" for kind in CHANGES if kinds[kind]]
-        if times := sum(change.stem in timed for change in changes):
+        if times := sum(_is_time(change, timed) for change in changes):
             counts.append(f"{times} of a notebook that measures times of this machine")
         lines.append(f"Changed: {', '.join(counts)}.")
     statuses = Counter(outcome.status for outcome in outcomes)

@@ -461,7 +461,8 @@ def page(root, tmp_path):
         tables.save(pd.DataFrame([claim(f"{stem} same"), claim(HOSTILE)]), committed.results / f"{stem}.claims.csv")
         out.figures.mkdir(exist_ok=True)
         (out.figures / f"{stem}_second.png").write_bytes(b"drawn")
-    tables.save(pd.DataFrame([claim("01_good same"), claim(HOSTILE, 0.1, 0, 0.2)]), out.results / "01_good.claims.csv")
+    timed = [claim("01_good same"), claim(HOSTILE, 0.1, 0, 0.2), claim("01_good new")]
+    tables.save(pd.DataFrame(timed), out.results / "01_good.claims.csv")
     few = [claim("02_few same"), claim(HOSTILE, low=0.2) | {"n": 2}]
     tables.save(pd.DataFrame(few), out.results / "02_few.claims.csv")
     tables.save(pd.DataFrame([claim("03_old same"), claim(HOSTILE, 0.1, 0, 0.2)]), out.results / "03_old.claims.csv")
@@ -481,18 +482,19 @@ def page(root, tmp_path):
 
 def test_the_page_opens_with_what_changed_and_keeps_failed_stale_gated_and_expected_apart(page):
     found = page()
-    assert found.find(class_="headline").text == "6 claims compared: 3 same, 3 changed"
+    assert found.find(class_="headline").text == "7 claims compared: 3 same, 4 changed"
     lines = [line.text for line in found.find("ul").find_all("li")]
     times = "1 of a notebook that measures times of this machine"
     assert lines[1:3] == [
-        f"Changed: 1 decided otherwise, 1 no longer decided, {times}.",
+        f"Changed: 1 decided otherwise, 1 not committed, 1 no longer decided, {times}.",
         "Notebooks: 1 failed, 1 stale, 1 gated, 2 finished.",
     ]
     order = ["ValueError: ", "3 are stale", "What changed", "Not run on this machine", "Answers", "All its claims"]
     places = [found.text.index(words) for words in order]
     assert places == sorted(places)
     unexpected, expected = (table.find_all("tr")[1:] for table in found.find_all("table")[:2])
-    [row] = [[cell.text.replace("\u00a0", " ") for cell in row.find_all("td")][1:] for row in unexpected]
+    row, new = ([cell.text.replace("\u00a0", " ") for cell in row.find_all("td")][1:] for row in unexpected)
+    assert new[0] == "not committed", "a claim that is new is no matter of time"
     assert row == [
         "decided otherwise",
         "no: 0.1 [0, 0.2], n = 9",
@@ -509,7 +511,7 @@ def test_the_page_opens_with_what_changed_and_keeps_failed_stale_gated_and_expec
     assert [bool(found.find(id=stem).find("img")) for stem in status] == [True, True, True, False, False]
     paper = page("paper").find(class_="headline").text
     assert (
-        paper == "No claim compared, 6 judged: the committed results belong to the profiles full and quick as they are"
+        paper == "No claim compared, 7 judged: the committed results belong to the profiles full and quick as they are"
     )
 
 
