@@ -58,7 +58,7 @@ def write(out: Path, facts: dict, claims: pd.DataFrame) -> None:
                 "read": outcome.stem in written,
             }
         )
-    text = _template("report.html").render(**facts, notebooks=notebooks)
+    text = _rendered("report.html", **facts, notebooks=notebooks)
     with replacing(out / "report.html") as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -81,7 +81,7 @@ def _write_notebook(executed: Path, stems: Collection[str], exporter: HTMLExport
     for style in body.find_all("style"):  # of every table by pandas the same one; ours is in style.css
         style.decompose()
     mathjax = (executed.parent / "mathjax").is_dir()
-    page = _template("notebook.html").render(title=executed.stem, body=Markup(body), mathjax=mathjax)
+    page = _rendered("notebook.html", title=executed.stem, body=Markup(body), mathjax=mathjax)
     with replacing(executed.with_suffix(".html")) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return True
@@ -120,8 +120,8 @@ def _code(text: str) -> Markup:
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
-def _template(name: str):
-    """A template, with what it calls; whatever is put into it is escaped."""
+def _rendered(name: str, **content: object) -> str:
+    """A template with the style sheet and with content, which is escaped unless it is Markup."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -130,5 +130,5 @@ def _template(name: str):
         lstrip_blocks=True,
     )
     environment.filters["code"] = _code
-    environment.globals["style"] = Markup((TEMPLATES / "style.css").read_text(encoding="utf-8"))
-    return environment.get_template(name)
+    style = Markup((TEMPLATES / "style.css").read_text(encoding="utf-8"))
+    return environment.get_template(name).render(style=style, **content)
