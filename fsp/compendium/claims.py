@@ -16,10 +16,12 @@ import pandas as pd
 from fsp.checks import check_choice
 from fsp.compendium.stats import Estimate, p_value
 from fsp.paths import PACKAGE
+from fsp.runs import tables
 
 WHO = ("claim", "kind", "paper", "section")
 MEASURED = ("measured", "low", "high", "n")
 CLAIM_COLUMNS = (*WHO, *MEASURED, "bound", "published", "holds", "note")
+TEXTS = [name for name in CLAIM_COLUMNS if name not in MEASURED]
 KINDS = ("primary", "exploratory")
 VERDICTS = ("yes", "equivalent", "no", "not decided")
 LEAST = 3  # observations that decide a claim
@@ -245,6 +247,41 @@ def contradictions(table: pd.DataFrame) -> list[str]:
         if row["holds"] != follows:
             found.append(f"verdict {row['holds']!r} is written, {follows!r} follows from its numbers: {row['claim']}")
     return found
+
+
+def read_claims(results: Path, stems: list[str]) -> pd.DataFrame:
+    """Claims tables of several notebooks as one; a notebook without one is left out.
+
+    Parameters
+    ----------
+    results : path
+        Folder of the files ``<stem>.claims.csv``.
+    stems : list of str
+        Notebooks, in the order of the table.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Column ``notebook``, then `CLAIM_COLUMNS`; text that is missing is "".
+
+    Raises
+    ------
+    ValueError
+        If a file lacks one of the columns.
+    """
+    columns = ["notebook", *CLAIM_COLUMNS]
+    frames = []
+    for stem in stems:
+        path = results / f"{stem}.claims.csv"
+        if not path.exists():
+            continue
+        frame = tables.read(path).assign(notebook=stem)
+        missing = [name for name in columns if name not in frame]
+        if missing:
+            raise ValueError(f"{path} has no column {missing[0]!r}: expected {', '.join(CLAIM_COLUMNS)}")
+        frames.append(frame[columns].astype(dict.fromkeys(TEXTS, object)))
+    claims = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=columns)
+    return claims.assign(**claims[TEXTS].fillna("").astype(str))
 
 
 def measured(row: dict) -> str:

@@ -102,6 +102,13 @@ def tags_of(path: Path) -> set[str]:
     return {tag for cell in read(path).cells for tag in cell.metadata.get("tags", [])}
 
 
+def heading(path: Path) -> str:
+    """What a notebook says it finds: its first line, or its name if it begins otherwise."""
+    cells = read(path).cells
+    first = cells[0].source.partition("\n")[0] if cells else ""
+    return first.removeprefix("# ") if first.startswith("# ") and cells[0].cell_type == "markdown" else path.stem
+
+
 def measures_time(path: Path) -> bool:
     """Whether a notebook has the tag ``timing`` on a cell: its results are times of this machine."""
     return "timing" in tags_of(path)

@@ -54,8 +54,8 @@ def check(selected: list[Path], *, workers: int) -> int:
     * The notebooks run with nbval in a copy of the tables: their tagged outputs are the same, and so are their claims.
     * Some runs of each are done anew, unless it measures time, in notebooks that end there: one of each kind, and two
       at least (see `_some_runs`). With the processor, the libraries and the code of the committed table their rows must
-      be the same bits, with code that was edited since the same to `fsp.compendium.report.RTOL`. Elsewhere a number
-      may move by `ELSEWHERE` of the range that its column has, an accuracy by `fsp.compendium.report.ACCURACY` in any
+      be the same bits, with code that was edited since the same to `fsp.compendium.compare.RTOL`. Elsewhere a number
+      may move by `ELSEWHERE` of the range that its column has, an accuracy by `fsp.compendium.compare.ACCURACY` in any
       case.
 
     ``tests/nbval_sanitize.cfg`` is used where it exists.
@@ -219,22 +219,23 @@ def _leave_out(root: Path, chosen: dict[str, list[str]]) -> None:
 
 def _compare_claims(root: Path, stem: str) -> list[str]:
     """Sentences on how the claims that a notebook wrote in another root differ from the committed ones."""
-    from fsp.compendium import report  # here, because they load torch; see `fsp.compendium.reproduce`
+    from fsp.compendium import compare, report  # here, because they load torch; see `fsp.compendium.reproduce`
+    from fsp.compendium.claims import read_claims
 
     if (_results(root) / f"{stem}.claims.csv").stat().st_mtime == 0:
         return [f"it finished without writing {stem}.claims.csv"]
     if broken := report.broken_promise(_place(root), stem):
         return [broken]
     try:
-        ours, committed = (report.read_claims(place, [stem]) for place in (_results(root), _results()))
+        ours, committed = (read_claims(place, [stem]) for place in (_results(root), _results()))
     except ValueError as error:
         return [str(error)]
-    return report.compare_claims(ours, committed, exact=True)
+    return compare.compare_claims(ours, committed, exact=True)
 
 
 def _compare_runs(root: Path, stem: str, keys: list[str], of_range: float) -> list[str]:
     """Sentences on how runs that a notebook did anew in another root differ from the committed table."""
-    from fsp.compendium import report
+    from fsp.compendium import compare
     from fsp.runs import tables
 
     found = []
@@ -244,8 +245,8 @@ def _compare_runs(root: Path, stem: str, keys: list[str], of_range: float) -> li
     if sorted(made["key"]) != sorted(before["key"]):
         found.append(f"{runs} have {len(made)} rows, {len(before)} in the committed table")
     edited = "code" in made and "code" in before and set(made["code"]) != set(before["code"])
-    rtol = report.RTOL if of_range or edited else 0.0
-    if differing := report.compare_rows(made, committed, rtol=rtol, of_range=of_range).differences():
+    rtol = compare.RTOL if of_range or edited else 0.0
+    if differing := compare.compare_rows(made, committed, rtol=rtol, of_range=of_range).differences():
         found.append(f"{runs} differ from the committed table: {differing}")
     if not found and edited:
         print(f"{stem}: {runs} are the same as in the committed table, which other code has made", flush=True)
@@ -259,15 +260,14 @@ def _names(stem: str) -> list[str]:
 
 def _damage(stem: str, known: dict) -> list[str]:
     """What is wrong with a notebook's committed files: absent, not as refresh wrote them, or in contradiction."""
-    from fsp.compendium import report
-    from fsp.compendium.claims import contradictions
+    from fsp.compendium.claims import contradictions, read_claims
 
     if missing := [name for name in _names(stem) if not (_results() / name).exists()]:
         return [f"{missing[0]} is not committed: make refresh writes it"]
     written = known.get(stem, {}).get("sha256", {})
     found = [f"{name} is not as make refresh wrote it" for name in _names(stem) if _sha256(name) != written.get(name)]
     try:
-        return found + [f"committed: {wrong}" for wrong in contradictions(report.read_claims(_results(), [stem]))]
+        return found + [f"committed: {wrong}" for wrong in contradictions(read_claims(_results(), [stem]))]
     except ValueError as error:
         return [*found, str(error)]
 
@@ -374,10 +374,11 @@ def _plain(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 def _pages(results: Path) -> dict[Path, str]:
     """The two pages that show the claims in a folder."""
     from fsp.compendium import report
+    from fsp.compendium.claims import read_claims
 
     stems = sorted(path.name.removesuffix(".claims.csv") for path in results.glob("*.claims.csv"))
-    claims = report.read_claims(results, stems)
-    headings = {stem: _heading(ROOT / "notebooks" / f"{stem}.ipynb") for stem in stems}
+    claims = read_claims(results, stems)
+    headings = {stem: execute.heading(ROOT / "notebooks" / f"{stem}.ipynb") for stem in stems}
     verdicts, away = report.verdicts_table(claims, headings, link="notebooks"), "../../notebooks"
     all_claims = report.claims_table(claims, link=away)
 
@@ -388,12 +389,6 @@ def _pages(results: Path) -> dict[Path, str]:
         ROOT / "README.md": readme_with(f"{answers(False, 'notebooks')}\n\n{verdicts}".strip()),
         _results() / "README.md": CLAIMS_PAGE.format(answers=answers(True, away), claims=all_claims),
     }
-
-
-def _heading(notebook: Path) -> str:
-    """What a notebook says it finds: its first line, or its name if it begins otherwise."""
-    first = execute.read(notebook).cells[0].source.partition("\n")[0]
-    return first.removeprefix("# ") if first.startswith("# ") else notebook.stem
 
 
 def readme_with(table: str) -> str:

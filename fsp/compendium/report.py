@@ -1,38 +1,51 @@
-"""The report on a reproduction: environment, notebooks, claims, and differences to the committed results."""
+"""The report on a reproduction: what changed, answers, notebooks, claims, differences, environment."""
 
 import json
-import math
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pandas as pd
-from nbconvert.filters import markdown2html
-from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
 from fsp import paths
-from fsp.compendium import stats
-from fsp.compendium.claims import CLAIM_COLUMNS, MEASURED, VERDICTS, contradictions, measured, p_value_of, primaries
+from fsp.compendium import execute, page, stats
+from fsp.compendium.claims import LEAST, VERDICTS, contradictions, measured, p_value_of, primaries, read_claims
+from fsp.compendium.compare import CHANGES, MOVED, RTOL, Change, Comparison, compare_committed
 from fsp.files import replacing
 from fsp.runs import tables
 from fsp.runs.provenance import provenance
 
-# Of accuracies, where numbers may move by a share of their column's range: in a column of good methods alone that is
-# less than an image. Between two processors an accuracy was seen to move by 7 of 360 test images.
-ACCURACY = 0.03
-RTOL = 1e-6  # numbers closer than this, relative to the committed one, count as the same
-STYLE = "body { font: 16px sans-serif; margin: 2em } td, th { padding: 0 1em 0.3em 0; text-align: left }"
-TEXTS = [name for name in CLAIM_COLUMNS if name not in MEASURED]
-MEANING = ("kind", "paper", "section", "bound")  # what a claim says, beside its sentence
+EDITED = "runs were made by code that has been edited since"  # what `fsp.compendium.study.sweep` prints of such runs
+# What became of a notebook, in the order of the report. The first two come before the answers.
+STATUSES = {
+    "failed": "it raised an error, took too long, or did not write what it owes",
+    "stale": "it finished, with runs that other code has made than there is now",
+    "gated": "not run: it needs a GPU or a download that is not here",
+    "finished": "",
+    "finished earlier": "before this call, with these parameters and this code",
+}
+NOT_COMPARED = "the committed results belong to the profiles full and quick as they are"
 
 
 class Outcome(NamedTuple):
-    """How one notebook ended: ``finished``, ``finished earlier`` (before this call) or ``failed``, with its error."""
+    """How one notebook ended: one of `STATUSES`, and the error, or what it lacks, or what is stale."""
 
-    stem: str
+    source: Path
     seconds: float
     status: str
-    error: str = ""
+    reason: str = ""
+
+    @property
+    def stem(self) -> str:
+        """Name of the notebook."""
+        return self.source.stem
+
+
+def stale_runs(executed: Path) -> str:
+    """What an executed notebook printed of runs that other code has made; "" if nothing."""
+    outputs = [output for cell in execute.read(executed).cells for output in cell.get("outputs", [])]
+    lines = "".join(output.get("text", "") for output in outputs).splitlines()
+    return "\n".join(line for line in lines if EDITED in line)
 
 
 def broken_promise(place: paths.Outputs, stem: str) -> str:
@@ -49,41 +62,6 @@ def broken_promise(place: paths.Outputs, stem: str) -> str:
         return "" if "key" in tables.read(table) else f"its table {table.name} has no column 'key'"
     except ValueError as error:
         return f"a table it wrote cannot be read: {error}"
-
-
-def read_claims(results: Path, stems: list[str]) -> pd.DataFrame:
-    """Claims tables of several notebooks as one; a notebook without one is left out.
-
-    Parameters
-    ----------
-    results : path
-        Folder of the files ``<stem>.claims.csv``.
-    stems : list of str
-        Notebooks, in the order of the table.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Column ``notebook``, then `CLAIM_COLUMNS`; text that is missing is "".
-
-    Raises
-    ------
-    ValueError
-        If a file lacks one of the columns.
-    """
-    columns = ["notebook", *CLAIM_COLUMNS]
-    frames = []
-    for stem in stems:
-        path = results / f"{stem}.claims.csv"
-        if not path.exists():
-            continue
-        frame = tables.read(path).assign(notebook=stem)
-        missing = [name for name in columns if name not in frame]
-        if missing:
-            raise ValueError(f"{path} has no column {missing[0]!r}: expected {', '.join(CLAIM_COLUMNS)}")
-        frames.append(frame[columns].astype(dict.fromkeys(TEXTS, object)))
-    claims = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=columns)
-    return claims.assign(**claims[TEXTS].fillna("").astype(str))
 
 
 def claims_table(claims: pd.DataFrame, *, link: str) -> str:
@@ -193,137 +171,15 @@ def verdicts_table(claims: pd.DataFrame, headings: dict[str, str], *, link: str)
     return _markdown(head, lines)
 
 
-class RowComparison(NamedTuple):
-    """Two tables matched row by row: counts of rows, and what differs by column."""
-
-    compared: int
-    missing: int
-    added: int
-    differing: dict[str, str]
-
-    def __str__(self):
-        rows = f"{self.compared} of {self.compared + self.missing} committed rows compared, {self.added} rows are new"
-        return f"{rows}: {self.differences() or 'same to the printed digits'}"
-
-    def differences(self) -> str:
-        """What differs, by column; "" if nothing does."""
-        return "; ".join(f"`{column}`: {text}" for column, text in self.differing.items())
-
-
-def compare_rows(
-    ours: pd.DataFrame, committed: pd.DataFrame, *, rtol: float = RTOL, of_range: float = 0.0
-) -> RowComparison:
-    """Compare two tidy tables, rows matched by ``key`` (and by position among the rows of one key).
-
-    Columns whose name ends in ``_s`` are wall times and left out, and so is ``code``, which is no result.
-
-    Parameters
-    ----------
-    ours, committed : pandas.DataFrame
-        Tables with a column ``key``.
-    rtol : float
-        Tolerance for numbers, relative to the committed one.
-    of_range : float
-        More tolerance, as a share of the range that the column has in the committed table; for a column whose name
-        begins with ``accuracy`` it is `ACCURACY` at least.
-
-    Returns
-    -------
-    RowComparison
-        ``differing`` says for each column that differs in how many cells, and for numbers the largest absolute
-        difference. Numbers differ beyond the tolerances, or where one is missing.
-
-    Examples
-    --------
-    >>> old = pd.DataFrame({"key": ["a", "b"], "accuracy": [0.5, 0.75], "train_s": [1.0, 1.0]})
-    >>> print(compare_rows(old.assign(accuracy=[0.5, 0.5], train_s=9.0), old))
-    2 of 2 committed rows compared, 0 rows are new: `accuracy`: 1 differ, by at most 0.25
-    """
-    ours, committed = (frame.set_index(["key", frame.groupby("key").cumcount()]) for frame in (ours, committed))
-    common = committed.index.intersection(ours.index)
-    differing = {}
-    for name in dict.fromkeys([*committed, *ours]):
-        if name.endswith("_s") or name == "code":
-            continue
-        if name not in ours or name not in committed:
-            differing[name] = "only in the " + ("committed table" if name not in ours else "new table")
-            continue
-        a, b = ours.loc[common, name], committed.loc[common, name]
-        largest = ""
-        if all(is_numeric_dtype(column) and not is_bool_dtype(column) for column in (a, b)):
-            span = committed[name].max() - committed[name].min()
-            atol = of_range * span if span > 0 else 0
-            if of_range and name.startswith("accuracy"):
-                atol = max(atol, ACCURACY)
-            unequal = ~np.isclose(a, b, rtol=rtol, atol=atol, equal_nan=True)
-            gap = (a - b).abs()[unequal].max()
-            largest = ", one is missing" if math.isnan(gap) else f", by at most {gap:.3g}"
-        else:
-            unequal = (a.astype(str) != b.astype(str)) & ~(a.isna() & b.isna())
-        if unequal.any():
-            differing[name] = f"{unequal.sum()} differ{largest}"
-    return RowComparison(len(common), len(committed) - len(common), len(ours) - len(common), differing)
-
-
-def compare_claims(ours: pd.DataFrame, committed: pd.DataFrame, *, exact: bool = False) -> list[str]:
-    """Sentences on claims that are missing, say or find something else, or whose committed verdict is wrong.
-
-    Parameters
-    ----------
-    ours, committed : pandas.DataFrame
-        From `read_claims`; matched by notebook and claim.
-    exact : bool
-        Both come from the same rows: all columns are compared, and numbers to `RTOL`. Without it a value is the same
-        inside the committed interval; where there is none it is compared to `RTOL`.
-
-    Returns
-    -------
-    list of str
-        Empty if nothing of this is the case.
-    """
-    found = [f"committed: {wrong}" for _, rows in committed.groupby("notebook") for wrong in contradictions(rows)]
-    ours, committed = (
-        {(row["notebook"], row["claim"]): row for row in frame.to_dict("records")} for frame in (ours, committed)
-    )
-    found += [f"not committed: {claim}" for stem, claim in ours if (stem, claim) not in committed]
-    for name, old in committed.items():
-        if name not in ours:
-            found.append(f"missing: {name[1]}")
-            continue
-        new = ours[name]
-        for column in (*MEANING, "published", "note") if exact else MEANING:
-            if new[column] != old[column]:
-                found.append(f"{column} {new[column]!r}, committed {old[column]!r}: {name[1]}")
-        if new["holds"] != old["holds"]:
-            found.append(f"verdict {new['holds']!r}, committed {old['holds']!r}: {name[1]}")
-        if exact:
-            moved = [column for column in MEASURED if not _close(new[column], old[column])]
-            found += [f"{column} {new[column]:.6g}, committed {old[column]:.6g}: {name[1]}" for column in moved]
-        elif not _within(new["measured"], old):
-            found.append(f"measured {new['measured']:.4g}, committed {measured(old)}: {name[1]}")
-    return found
-
-
-def compare_committed(results: Path, stem: str) -> list[str]:
-    """What differs between a notebook's tables in a folder and the committed ones, in sentences."""
-    committed = paths.COMMITTED.results
-    if not (committed / f"{stem}.csv").exists() or not (committed / f"{stem}.claims.csv").exists():
-        return ["nothing is committed to compare with"]
-    rows, committed_rows = (tables.read(folder / f"{stem}.csv") for folder in (results, committed))
-    claims, committed_claims = (read_claims(folder, [stem]) for folder in (results, committed))
-    same = f"{len(committed_claims)} claims compared: same verdicts, values within their committed intervals"
-    return [str(compare_rows(rows, committed_rows)), *(compare_claims(claims, committed_claims) or [same])]
-
-
 def write(out: Path, outcomes: list[Outcome], *, profile: str, given: dict, records_before: int) -> str:
-    """Write ``report.md`` and ``report.html`` into an output folder.
+    """Write ``report.md``, ``report.html`` and a page for each executed notebook into an output folder.
 
     Parameters
     ----------
     out : path
         Where the notebooks wrote to.
     outcomes : list of Outcome
-        In the order they ran.
+        In the order of the notebooks.
     profile : {"quick", "full", "smoke", "paper"}
     given : dict
         Parameters set on the command line; not the scheduler, which changes no result.
@@ -340,51 +196,172 @@ def write(out: Path, outcomes: list[Outcome], *, profile: str, given: dict, reco
     ValueError
         If a claims table lacks a column.
     """
-    finished = [outcome.stem for outcome in outcomes if not outcome.error]
-    claims = read_claims(out / "results", finished)
+    ended = [outcome.stem for outcome in outcomes if outcome.status not in ("failed", "gated")]
+    claims = read_claims(out / "results", ended)
+    compared, committed = {}, claims[:0]
     if profile in ("quick", "full") and not given:
-        differences = {stem: compare_committed(out / "results", stem) for stem in finished}
-    else:
-        differences = {"not compared": ["the committed results belong to the profiles full and quick as they are"]}
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in (out / "runs").glob("*.json")]
-    gpus = {(record.get("provenance") or {}).get("gpu") for record in records} - {None, ""}
-    environment = provenance() | {"gpu": ", ".join(sorted(gpus)) or "none used"}
-
-    parts = [f"# Reproduction, profile {profile}"]
-    if given:
-        parts.append(f"Parameters from the command line: `{json.dumps(given, default=str)}`")
-    parts.append(f"Run records found at the start, and reused where they fit: {records_before}.")
-    rows = [[o.stem, o.status, f"{o.seconds:.0f}", f"[{o.stem}](notebooks/{o.stem}.ipynb)"] for o in outcomes]
-    parts += ["## Notebooks", _markdown(["Notebook", "Status", "Seconds", "Executed"], rows)]
-    for outcome in outcomes:
-        if outcome.error:
-            executed = out / "notebooks" / f"{outcome.stem}.ipynb"
-            partial = f"As far as it came: `{executed}`" if executed.exists() else "It ended before its first cell."
-            parts += [f"### {outcome.stem} failed", f"```text\n{outcome.error}\n```", partial]
-    parts += ["## Claims", claims_table(claims, link="notebooks") if len(claims) else "None."]
-    parts += ["## Differences to the committed results"]
-    parts += [f"Numbers count as the same within a relative tolerance of {RTOL:g}; wall times are left out."]
-    for stem, sentences in differences.items():
-        parts += [f"**{stem}**", "\n".join(f"- {sentence}" for sentence in sentences)]
-    parts += ["## Environment", _markdown(["", ""], [list(item) for item in environment.items()])]
-    text = "\n\n".join(parts) + "\n"
-    head = f"<!doctype html><meta charset='utf-8'><title>Reproduction</title><style>{STYLE}</style>"
-    for name, content in (("report.md", text), ("report.html", f"{head}\n{markdown2html(text)}\n")):
-        with replacing(out / name) as temporary:
-            temporary.write_text(content, encoding="utf-8")
+        compared = {stem: compare_committed(out / "results", stem) for stem in ended}
+        stems = sorted(path.name.split(".")[0] for path in paths.COMMITTED.results.glob("*.claims.csv"))
+        committed = read_claims(paths.COMMITTED.results, stems)
+    timed = {outcome.stem for outcome in outcomes if execute.measures_time(outcome.source)}
+    changes = [change for comparison in compared.values() if comparison for change in comparison.changes]
+    changes.sort(key=lambda change: (_is_time(change, timed), CHANGES.index(change.kind)))
+    facts = {
+        "title": f"Reproduction, profile {profile}",
+        "headline": _headline(list(compared.values()), len(claims)),
+        "lines": _first_lines(outcomes, changes, timed, committed, given, records_before),
+        "changes": [_change_row(change, profile, _is_time(change, timed)) for change in changes],
+        "outcomes": sorted(outcomes, key=lambda outcome: list(STATUSES).index(outcome.status)),
+        "statuses": STATUSES,
+        "answers": _answer_rows(claims, committed),
+        "judged_of": len(primaries()) if profile in ("quick", "full") else 0,
+        "differences": {stem: _differences(found, profile, stem in timed) for stem, found in compared.items()},
+        "rtol": RTOL,
+        "environment": _environment(out),
+    }
+    text = _text(out, facts, claims)
+    with replacing(out / "report.md") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    page.write(out, facts, claims)
     return text
 
 
-def _within(value: float, old: dict) -> bool:
-    """Whether a value lies in a committed interval, or equals the committed value if that has none."""
-    if math.isnan(old["low"]) or math.isnan(old["high"]):
-        return _close(value, old["measured"])
-    return old["low"] <= value <= old["high"]
+def _headline(compared: list[Comparison | None], judged: int) -> str:
+    """The first sentence of the report."""
+    if not compared:
+        return f"No claim compared, {judged} judged: {NOT_COMPARED}"
+    total = sum(comparison.claims for comparison in compared if comparison)
+    changed = sum(len(comparison.changes) for comparison in compared if comparison)
+    return f"{total} claims compared: {total - changed} same, {changed} changed"
 
 
-def _close(value: float, committed: float) -> bool:
-    """Whether two numbers are the same to `RTOL`, or both missing."""
-    return bool(np.isclose(value, committed, rtol=RTOL, atol=1e-12, equal_nan=True))
+def _is_time(change: Change, timed: set[str]) -> bool:
+    """Whether all that changed is a number of a notebook that measures times."""
+    return change.stem in timed and change.kind in MOVED
+
+
+def _first_lines(
+    outcomes: list[Outcome],
+    changes: list[Change],
+    timed: set[str],
+    committed: pd.DataFrame,
+    given: dict,
+    records_before: int,
+) -> list[str]:
+    """Sentences that say more of the headline: how claims changed, and what became of the notebooks."""
+    lines = []
+    if committed.size:
+        lines.append("Same: the committed verdict, and a value within the committed interval.")
+    if changes:
+        kinds = Counter(change.kind for change in changes if not _is_time(change, timed))
+        counts = [f"{kinds[kind]} {kind}" for kind in CHANGES if kinds[kind]]
+        if times := sum(_is_time(change, timed) for change in changes):
+            counts.append(f"{times} of a notebook that measures times of this machine")
+        lines.append(f"Changed: {', '.join(counts)}.")
+    statuses = Counter(outcome.status for outcome in outcomes)
+    lines.append(f"Notebooks: {', '.join(f'{statuses[word]} {word}' for word in STATUSES if statuses[word])}.")
+    absent = [outcome.stem for outcome in outcomes if outcome.status in ("failed", "gated")]
+    if not_compared := int(committed.notebook.isin(absent).sum()):
+        lines.append(f"Not compared: {not_compared} committed claims of notebooks that failed or are gated.")
+    if given:
+        lines.append(f"Parameters from the command line: `{json.dumps(given, default=str)}`.")
+    return [*lines, f"Run records found at the start, and reused where they fit: {records_before}."]
+
+
+def _change_row(change: Change, profile: str, timed: bool) -> dict:
+    """What a changed claim says here and committed, and what may explain it.
+
+    A change is ``expected`` where fewer observations decide nothing any more, or a time is another machine's.
+    """
+    sides = {"here": change.here, "committed": change.committed}
+    row = {"claim": change.claim, "kind": change.kind, "stem": change.stem, "what": "; ".join(change.what)}
+    for side, found in sides.items():
+        row[side] = f"{found['holds']}: {measured(found)}, n = {found['n']:g}" if found else "–"
+    fewer = change.here and change.committed and change.here["n"] < change.committed["n"]
+    row["why"] = ""
+    if timed:
+        row["why"] = "a time of this machine: another one, or a busy one, gives another"
+    elif fewer:
+        row["why"] = f"profile {profile} has fewer observations"
+        row["why"] += f", and fewer than {LEAST} decide nothing" if change.here["n"] < LEAST else ""
+    row["expected"] = timed or (fewer and change.kind == "no longer decided")
+    return row
+
+
+def _answer_rows(claims: pd.DataFrame, committed: pd.DataFrame) -> list[dict]:
+    """Answers to the primary claims judged here, beside the committed ones."""
+    before, rows = answers(committed), []
+    for claim, row in answers(claims).items():
+        old = before.get(claim)
+        was = f"{old['answer']}: {measured(old)}, n = {old['n']:g}" if old else "–"
+        here = {"claim": claim, "stem": row["notebook"], "answer": row["answer"], "measured": measured(row)}
+        rows.append(
+            {**here, "n": f"{row['n']:g}", "committed": was, "changed": bool(old and old["holds"] != row["holds"])}
+        )
+    return rows
+
+
+def _differences(comparison: Comparison | None, profile: str, timed: bool) -> list[str]:
+    """Sentences on a notebook's tables beside the committed ones, each difference with what explains it."""
+    if comparison is None:
+        return ["nothing is committed to compare with"]
+    rows = comparison.rows
+    found = [str(rows)]
+    if rows.missing:
+        why = f"profile {profile} leaves their runs out" if profile == "quick" else "their runs were not done here"
+        machine = ", or only a machine with other cores or a GPU does them" if timed else ""
+        found.append(f"skipped committed rows: {rows.missing} ({why}{machine})")
+    if rows.times:
+        times = ", ".join(f"`{name}`" for name in rows.times)
+        found.append(f"wall times are another machine's and are not compared: {times}")
+    if timed and (rows.differing or comparison.changes):
+        found.append("it measures this machine: what differs here is no other result of a paper")
+    for change in comparison.changes:
+        found += [f"{sentence}: {change.claim}" for sentence in change.what]
+    if not comparison.changes:
+        same = "same verdicts, values within their committed intervals"
+        found.append(f"{comparison.claims} claims compared: {same}")
+    return found
+
+
+def _environment(out: Path) -> dict[str, object]:
+    """What the runs were made with, and the GPUs that their records name."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in (out / "runs").glob("*.json")]
+    gpus = {(record.get("provenance") or {}).get("gpu") for record in records} - {None, ""}
+    return provenance() | {"gpu": ", ".join(sorted(gpus)) or "none used"}
+
+
+def _text(out: Path, facts: dict, claims: pd.DataFrame) -> str:
+    """The report in Markdown, for the terminal."""
+    parts = [f"# {facts['title']}", f"**{facts['headline']}**", "\n".join(f"- {line}" for line in facts["lines"])]
+    for outcome in facts["outcomes"]:
+        if outcome.reason:
+            parts += [f"## {outcome.stem}: {outcome.status}", f"```text\n{outcome.reason}\n```"]
+        if outcome.status == "failed":
+            executed = out / "notebooks" / outcome.source.name
+            parts.append(f"As far as it came: `{executed}`" if executed.exists() else "It ended before its first cell.")
+    head = {"claim": "Changed claim", "kind": "How", "here": "Here", "committed": "Committed", "why": "Why"}
+    parts += _section("Changed", head, facts["changes"])
+    head = {"claim": "Primary claim", "answer": "Answer", "measured": "Measured [interval]", "n": "n"}
+    parts += _section("Answers", head | {"committed": "Committed"}, facts["answers"])
+    outcomes = sorted(facts["outcomes"], key=lambda outcome: outcome.stem)
+    lines = [[outcome.stem, outcome.status, f"{outcome.seconds:.0f}"] for outcome in outcomes]
+    parts += ["## Notebooks", _markdown(["Notebook", "Status", "Seconds"], lines)]
+    parts += ["## Claims", claims_table(claims, link="notebooks") if len(claims) else "None."]
+    parts += ["## Differences to the committed results"]
+    parts += [
+        f"Numbers count as the same within a relative tolerance of {RTOL:g}." if facts["differences"] else NOT_COMPARED
+    ]
+    for stem, sentences in facts["differences"].items():
+        parts += [f"**{stem}**", "\n".join(f"- {sentence}" for sentence in sentences)]
+    parts += ["## Environment", _markdown(["", ""], [list(item) for item in facts["environment"].items()])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _section(heading: str, head: dict[str, str], rows: list[dict]) -> list[str]:
+    """A heading and a table of rows, each with a link to its notebook; nothing without rows."""
+    lines = [[*(row[name] for name in head), _link(row["stem"], "notebooks")] for row in rows]
+    return [f"## {heading}", _markdown([*head.values(), "Notebook"], lines)] if rows else []
 
 
 def _link(stem: str, folder: str) -> str:

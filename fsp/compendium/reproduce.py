@@ -14,7 +14,9 @@ import os
 import signal
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import papermill
 import yaml
@@ -59,9 +61,10 @@ def main(argv: list[str] | None = None) -> int:
         given = dict(_assignment(words) for words in args.parameters)
         where = {} if args.scheduler is None else {"scheduler": args.scheduler}
         out = Path(args.out).expanduser().resolve() if args.out else default_out(args.profile)
-        jobs = _plan_all(selected, args.profile, given | where, out)
+        jobs, gated = _plan_all(selected, args.profile, given | where, out)
         if not args.check and not args.refresh:
             _check_out(out)
+            print("".join(f"gated, not run: {reason}\n" for reason in gated.values()), end="", file=sys.stderr)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     try:
@@ -69,13 +72,17 @@ def main(argv: list[str] | None = None) -> int:
             return renew.check(selected, workers=args.workers)
         if args.refresh:
             return renew.refresh(selected, workers=args.workers, recompute=args.recompute)
-        options = {"timeout": args.timeout, "workers": args.workers, "resume": args.resume}
+        options = {"timeout": args.timeout, "workers": args.workers, "resume": args.resume, "gated": gated}
         return reproduce(jobs, out, profile=args.profile, given=given, **options)
     except KeyboardInterrupt:
         place = renew.kept_root() / "data" if args.refresh else out
         kept = f": finished runs are kept in {place / 'runs'}, and the same command continues there"
         print("\nstopped" + ("" if args.check else kept), file=sys.stderr)
         return 130
+
+
+class Gated(ValueError):
+    """A notebook asks for a GPU or for files of a data set, and they are not here."""
 
 
 def notebooks(only: list[str] | None = None) -> list[Path]:
@@ -118,11 +125,15 @@ def plan(path: Path, profile: str, given: dict, out: Path) -> dict:
     Raises
     ------
     ValueError
-        If a name is no parameter of the notebook, or `fsp.compendium.parameters.check` refuses a value, or does not
-        find a data set, a device or a scheduler.
+        If a name is no parameter of the notebook, or `fsp.compendium.parameters.check` refuses a value or finds no
+        scheduler.
+    Gated
+        If all is right but that this machine has no CUDA device, or not the files of a data set.
     FileNotFoundError
         If the profile's file is missing.
     """
+    import torch
+
     from fsp.compendium import parameters
 
     chosen = {}
@@ -139,24 +150,37 @@ def plan(path: Path, profile: str, given: dict, out: Path) -> dict:
     for name in chosen:
         if name not in defaults:
             raise ValueError(f"{path.stem} has no parameter {name!r}: it has {', '.join(defaults)}")
+    asked, lacks = defaults | chosen, []
+    if str(asked.get("device")).startswith("cuda") and not torch.cuda.is_available():
+        lacks.append(f"device = {asked['device']!r} needs a CUDA device, and there is none here")
+        asked["device"] = "cpu"  # so that all else is checked
     try:
-        parameters.check(**defaults | chosen)
+        parameters.check(**asked)
+    except FileNotFoundError as error:
+        lacks.append(str(error))
     except (ValueError, OSError) as error:
         raise ValueError(f"{path.stem}: {error}") from error
+    if lacks:
+        raise Gated(f"{path.stem}: {'; '.join(lacks)}")
     return chosen
 
 
-def _plan_all(selected: list[Path], profile: str, given: dict, out: Path) -> dict[Path, dict]:
-    """Notebooks with their parameters, from `plan`; raises on all that cannot run at once, a line each."""
-    jobs, errors = {}, []
+def _plan_all(selected: list[Path], profile: str, given: dict, out: Path) -> tuple[dict[Path, dict], dict[Path, str]]:
+    """Notebooks with their parameters, from `plan`, and those that are gated, with what they lack.
+
+    Raises `ValueError` on all that is wrong at once, a line each, and where nothing is left to run.
+    """
+    jobs, gated, errors = {}, {}, []
     for path in selected:
         try:
             jobs[path] = plan(path, profile, given, out)
+        except Gated as error:
+            gated[path] = str(error)
         except (ValueError, OSError) as error:
             errors.append(str(error))
-    if errors:
-        raise ValueError("\n".join(dict.fromkeys(errors)))
-    return jobs
+    if errors or not jobs:
+        raise ValueError("\n".join(dict.fromkeys([*errors, *gated.values()])))
+    return jobs, gated
 
 
 def default_out(profile: str) -> Path:
@@ -177,6 +201,7 @@ def reproduce(
     timeout: float = math.inf,
     workers: int = 1,
     resume: bool = False,
+    gated: Mapping[Path, str] = MappingProxyType({}),
 ) -> int:
     """Run notebooks into a folder, then write and print the report.
 
@@ -185,7 +210,8 @@ def reproduce(
     jobs : dict
         Notebook to its parameters, from `plan`.
     out : path
-        Gets ``notebooks/``, ``runs/``, ``results/``, ``figures/``, ``report.md`` and ``report.html``; and
+        Gets ``notebooks/`` (with a page of each), ``runs/``, ``results/``, ``figures/``, ``report.html`` and, the same
+        as text, ``report.md``; and
         ``finished/<stem>.json`` for each notebook that kept its promise: its parameters and code.
     profile, given
         For the report; see `fsp.compendium.report.write`.
@@ -196,6 +222,8 @@ def reproduce(
     resume : bool
         Leave out the notebooks that finished here with these parameters and this code, and report what they found.
         Without it they run again, on the run records that are there: that repeats no run.
+    gated : dict
+        Notebooks that are not run and what they lack, for the report.
 
     Returns
     -------
@@ -207,7 +235,8 @@ def reproduce(
     place = outputs(out, "")
     records = len(list(place.runs.glob("*.json")))
     (out / "finished").mkdir(parents=True, exist_ok=True)
-    outcomes, waiting, marks = {}, [], {}
+    outcomes = {source: report.Outcome(source, 0, "gated", lacks) for source, lacks in gated.items()}
+    waiting, marks = [], {}
     for source, parameters in jobs.items():
         stem = source.stem
         mark, executed = out / "finished" / f"{stem}.json", out / "notebooks" / source.name
@@ -215,7 +244,7 @@ def reproduce(
         finished = mark.exists() and mark.read_text(encoding="utf-8") == marks[stem] and executed.exists()
         if resume and finished and not report.broken_promise(place, stem):
             seconds = execute.read(executed).metadata.papermill.duration
-            outcomes[stem] = report.Outcome(stem, seconds, "finished earlier")
+            outcomes[source] = report.Outcome(source, seconds, "finished earlier")
             continue
         # What an earlier attempt claimed must not pass for what this one found.
         for stale in (mark, place.results / f"{stem}.claims.csv"):
@@ -224,14 +253,16 @@ def reproduce(
     for job, seconds, error in execute.run(waiting, workers=workers, timeout=timeout):
         stem = job.source.stem
         error = error or report.broken_promise(place, stem)
-        outcomes[stem] = report.Outcome(stem, seconds, "failed" if error else "finished", error)
-        if not error:
+        stale = "" if error else report.stale_runs(job.target)
+        status = "failed" if error else "stale" if stale else "finished"
+        outcomes[job.source] = report.Outcome(job.source, seconds, status, error or stale)
+        if status == "finished":
             (out / "finished" / f"{stem}.json").write_text(marks[stem], encoding="utf-8")
-        print(f"{stem}  {outcomes[stem].status} after {seconds:.0f} s", flush=True)
-    ordered = [outcomes[source.stem] for source in jobs]
+        print(f"{stem}  {status} after {seconds:.0f} s", flush=True)
+    ordered = [outcomes[source] for source in sorted(outcomes)]
     text = report.write(out, ordered, profile=profile, given=given, records_before=records)
-    print(f"\n{text}\nnotebooks  {out / 'notebooks'}\nfigures    {out / 'figures'}\nreport     {out / 'report.md'}")
-    return 1 if any(outcome.error for outcome in ordered) else 0
+    print(f"\n{text}\nnotebooks  {out / 'notebooks'}\nfigures    {out / 'figures'}\nreport     {out / 'report.html'}")
+    return 1 if any(outcome.status == "failed" for outcome in ordered) else 0
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -19,7 +19,7 @@ import papermill
 import pytest
 import yaml
 
-from fsp.compendium import execute, parameters, report, study
+from fsp.compendium import compare, execute, parameters, report, study
 from fsp.paths import NOTEBOOKS, PROFILES, ROOT, outputs
 from fsp.runs import read_record, tables
 
@@ -392,7 +392,7 @@ def test_workers_do_the_runs_and_give_the_table_that_one_process_gives(
     monkeypatch.delenv("FSP_FIGURES")
     assert len(set(makers(smoked(path)[0]))) == 1
     there, here = (tables.read(out / "results" / f"{path.stem}.csv") for out in (tmp_path, smoked(path)[0]))
-    compared = report.compare_rows(there, here)
+    compared = compare.compare_rows(there, here)
     assert compared[:3] == (len(here), 0, 0)
     assert set(compared.differing) <= {"peak_bytes"}
 

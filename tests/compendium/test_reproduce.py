@@ -1,4 +1,5 @@
 import contextlib
+import io
 import json
 import os
 import re
@@ -14,9 +15,11 @@ import nbformat
 import pandas as pd
 import psutil
 import pytest
+import torch
+from bs4 import BeautifulSoup
 
 from fsp import paths
-from fsp.compendium import claims, execute, parameters, renew, report, reproduce, stats
+from fsp.compendium import claims, compare, execute, parameters, renew, report, reproduce, stats
 from fsp.runs import tables
 
 PARAMETERS = """\
@@ -234,14 +237,15 @@ def test_a_run_reports_claims_differences_and_the_notebook_that_failed(root, tmp
     assert "verdict 'yes', committed 'no'" in text
     assert "bound '> 0.3', committed '> 0.8'" in text.replace("&gt;", ">")
     assert "measured 0.5, committed 0.7 [0.65, 0.75]" in text
-    assert "train_s" not in text
+    assert "- skipped committed rows: 1 (profile quick leaves their runs out)" in text
+    assert "- wall times are another machine's and are not compared: `train_s`" in text
     assert "01_good  cell 3/5" in printed.out
     assert "bar at seed 1" in printed.err
     assert "backend module://matplotlib_inline" in printed.out
     assert text in printed.out
-    assert str(out / "report.md") in printed.out
-    assert "<table>" in (out / "report.html").read_text()
-    assert {path.name for path in (out / "notebooks").iterdir()} == {"00_bad.ipynb", "01_good.ipynb"}
+    assert printed.out.endswith(f"report     {out / 'report.html'}\n")
+    executed = {path.name for path in (out / "notebooks").glob("0*")}
+    assert executed == {"00_bad.ipynb", "00_bad.html", "01_good.ipynb", "01_good.html"}
     assert contents(root) == repository
 
 
@@ -334,24 +338,35 @@ def test_as_many_notebooks_run_at_once_as_asked_and_no_more(tmp_path, monkeypatc
     assert max(most) == min(workers, 4)
 
 
+def write_executed(target: Path, printed: str = "", text: str = "") -> None:
+    """An executed notebook of a cell that printed something and one of text."""
+    outputs = [nbformat.v4.new_output("stream", text=printed)] if printed else []
+    cells = [nbformat.v4.new_code_cell("x", outputs=outputs), nbformat.v4.new_markdown_cell(text)]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"papermill": {"duration": 3.0}}), target)
+
+
 def run_here(jobs, monkeypatch, ran):
-    """In place of `execute.run`: notebooks run in this process and at once, and leave no outputs in their cells."""
+    """In place of `execute.run`: notebooks run in this process and at once; what they print is in their last cell."""
     for job in jobs:
         ran.append(job.source.stem)
         executed = execute.read(job.source)
         executed.metadata["papermill"] = {"duration": 3.0}
         for cell in executed.cells:
             cell.metadata.setdefault("tags", [])
-        job.target.parent.mkdir(parents=True, exist_ok=True)
-        nbformat.write(executed, job.target)
         code = [cell.source for cell in executed.cells]
-        error = ""
+        error, printed = "", io.StringIO()
         for name, value in job.environment.items():
             monkeypatch.setenv(name, value)
         try:
-            exec("\n".join([code[0], *(f"{n} = {v!r}" for n, v in job.parameters.items()), *code[1:]]), {})
+            with contextlib.redirect_stdout(printed):
+                exec("\n".join([code[0], *(f"{n} = {v!r}" for n, v in job.parameters.items()), *code[1:]]), {})
         except ValueError as raised:
             error = str(raised)
+        if printed.getvalue():
+            executed.cells[-1].outputs = [nbformat.v4.new_output("stream", text=printed.getvalue())]
+        job.target.parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(executed, job.target)
         yield job, 3.0, error
 
 
@@ -399,6 +414,142 @@ def test_resume_leaves_out_what_finished_with_the_same_parameters_and_code(root,
     assert reproduce.main(["--out", str(out), *good]) == 1
     write_notebook(root / "notebooks", "01_good", RUNS, TABLES + "\n# other code")
     assert runs(*good) == ["01_good"], "a notebook that fails takes its mark with it"
+
+
+def test_what_lacks_a_gpu_or_a_download_is_gated_and_all_else_runs(root, tmp_path, monkeypatch, in_process, capsys):
+    write_notebook(root / "notebooks", "02_b", RUNS, TABLES)
+    profile = root / "notebooks" / "profiles" / "quick" / "02_b.yaml"
+    profile.parent.mkdir(parents=True)
+    profile.write_text("lr: 0.25\n")
+
+    def check(**given):
+        if given["lr"] == 0.25:
+            raise FileNotFoundError("cifar10: data_batch_1 not found")
+
+    monkeypatch.setattr(parameters, "check", check)
+    assert reproduce.main(["--out", str(tmp_path)]) == 0
+    assert in_process == ["01_good"]
+    assert capsys.readouterr().err.startswith("gated, not run: 02_b: cifar10: data_batch_1 not found\n")
+    text = (tmp_path / "report.md").read_text()
+    assert "- Notebooks: 1 gated, 1 finished." in text
+    assert "| 02_b | gated | 0 |" in text
+
+
+def test_a_cuda_device_is_lacking_only_where_all_else_is_right(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    source = root / "notebooks" / "01_good.ipynb"
+    edit(source, "lr = 0.5", 'lr = 0.5\\ndevice = \\"auto\\"')
+    with pytest.raises(
+        reproduce.Gated, match=r"01_good: device = 'cuda:1' needs a CUDA device, and there is none here"
+    ):
+        reproduce.plan(source, "full", {"device": "cuda:1"}, tmp_path)
+    with pytest.raises(ValueError, match="lr = -1") as wrong:
+        reproduce.plan(source, "full", {"device": "cuda", "lr": -1}, tmp_path)
+    assert not isinstance(wrong.value, reproduce.Gated)
+
+
+def test_a_notebook_that_reused_runs_of_other_code_is_stale_and_runs_again(root, tmp_path, in_process):
+    said = f"2 of 5 {report.EDITED}; recompute=True redoes all"
+    write_notebook(root / "notebooks", "01_good", RUNS, TABLES, f"print('{said}')")
+    command = ["--out", str(tmp_path), "--resume"]
+    assert reproduce.main(command) == 0
+    assert f"## 01_good: stale\n\n```text\n{said}\n```" in (tmp_path / "report.md").read_text()
+    assert reproduce.main(command) == 0
+    assert in_process == ["01_good", "01_good"], "a stale notebook has not finished"
+
+
+HOSTILE = "<img src=x onerror=alert()> & 'all', and so long that no table may cut this sentence"
+
+
+@pytest.fixture
+def page(root, tmp_path):
+    """A function that writes the report on five notebooks, each with another end, and gives its page."""
+    committed, out = paths.COMMITTED, paths.Outputs(*(tmp_path / "out" / name for name in paths.Outputs._fields))
+    stems = {"01_good": "finished", "02_few": "finished", "03_old": "stale", "04_bad": "failed", "05_far": "gated"}
+    sources = [write_notebook(root / "notebooks", stem, tag="timing" if stem == "01_good" else "x") for stem in stems]
+    for stem in list(stems)[:3]:
+        tables.save(pd.DataFrame({"key": ["a"], "status": "finished", "x": 1.0}), committed.results / f"{stem}.csv")
+        tables.save(pd.DataFrame({"key": ["a"], "status": "finished", "x": 1.0}), out.results / f"{stem}.csv")
+        tables.save(pd.DataFrame([claim(f"{stem} same"), claim(HOSTILE)]), committed.results / f"{stem}.claims.csv")
+        out.figures.mkdir(exist_ok=True)
+        (out.figures / f"{stem}_second.png").write_bytes(b"drawn")
+    timed = [claim("01_good same"), claim(HOSTILE, 0.1, 0, 0.2), claim("01_good new")]
+    tables.save(pd.DataFrame(timed), out.results / "01_good.claims.csv")
+    few = [claim("02_few same"), claim(HOSTILE, low=0.2) | {"n": 2}]
+    tables.save(pd.DataFrame(few), out.results / "02_few.claims.csv")
+    tables.save(pd.DataFrame([claim("03_old same"), claim(HOSTILE, 0.1, 0, 0.2)]), out.results / "03_old.claims.csv")
+    links = "[next](02_few.ipynb#a) [D4](../docs/decisions.md#d4) [no](../nowhere.md) [far](05_far.ipynb) $x<y$"
+    for stem in list(stems)[:4]:
+        write_executed(tmp_path / "out" / "notebooks" / f"{stem}.ipynb", text=links)
+
+    def page(profile: str = "quick", **given: str) -> BeautifulSoup:
+        outcomes = [report.Outcome(source, 3.0, word) for source, word in zip(sources, stems.values(), strict=True)]
+        reasons = {"03_old": "3 are stale", "04_bad": f"ValueError: {HOSTILE}", "05_far": f"05_far: {HOSTILE}"}
+        outcomes = [outcome._replace(reason=reasons.get(outcome.stem, "")) for outcome in outcomes]
+        report.write(tmp_path / "out", outcomes, profile=profile, given=given, records_before=0)
+        return BeautifulSoup((tmp_path / "out" / "report.html").read_text(encoding="utf-8"), "html.parser")
+
+    return page
+
+
+def test_the_page_opens_with_what_changed_and_keeps_failed_stale_gated_and_expected_apart(page):
+    found = page()
+    assert found.find(class_="headline").text == "7 claims compared: 3 same, 4 changed"
+    lines = [line.text for line in found.find("ul").find_all("li")]
+    times = "1 of a notebook that measures times of this machine"
+    assert lines[1:3] == [
+        f"Changed: 1 decided otherwise, 1 not committed, 1 no longer decided, {times}.",
+        "Notebooks: 1 failed, 1 stale, 1 gated, 2 finished.",
+    ]
+    order = ["ValueError: ", "3 are stale", "What changed", "Not run on this machine", "Answers", "All its claims"]
+    places = [found.text.index(words) for words in order]
+    assert places == sorted(places)
+    unexpected, expected = (table.find_all("tr")[1:] for table in found.find_all("table")[:2])
+    row, new = ([cell.text.replace("\u00a0", " ") for cell in row.find_all("td")][1:] for row in unexpected)
+    assert new[0] == "not committed", "a claim that is new is no matter of time"
+    assert row == [
+        "decided otherwise",
+        "no: 0.1 [0, 0.2], n = 9",
+        "yes: 0.5 [0.4, 0.6], n = 9",
+        "verdict 'no', committed 'yes'; measured 0.1, committed 0.5 [0.4, 0.6]",
+        "03",
+    ]
+    assert [row.find_all("td")[4].text for row in expected] == [
+        "profile quick has fewer observations, and fewer than 3 decide nothing",
+        "a time of this machine: another one, or a busy one, gives another",
+    ]
+    status = {card["id"]: card.find(class_="status").text for card in found.find_all(class_="card", id=True)}
+    assert list(status.values()) == ["finished", "finished", "stale", "failed", "gated"]
+    assert [bool(found.find(id=stem).find("img")) for stem in status] == [True, True, True, False, False]
+    paper = page("paper").find(class_="headline").text
+    assert (
+        paper == "No claim compared, 7 judged: the committed results belong to the profiles full and quick as they are"
+    )
+
+
+def test_the_pages_escape_what_they_are_given_and_no_link_of_theirs_leads_nowhere(page, tmp_path):
+    assert HOSTILE in page(lr=HOSTILE).find("ul").text
+    found = page()
+    changes, claims_, differences, errors = 3, 3, 5, 2
+    assert found.text.count(HOSTILE) == changes + claims_ + differences + errors
+    assert not found.find_all("script")
+    ids = {tag["id"] for tag in found.find_all(id=True)}
+    names = [path.name for path in (tmp_path / "out" / "notebooks").glob("*.html")]
+    assert sorted(names) == ["01_good.html", "02_few.html", "03_old.html", "04_bad.html"]
+    for path in [tmp_path / "out" / "report.html", *(tmp_path / "out" / "notebooks" / name for name in names)]:
+        read = BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
+        for tag in [*read.find_all(href=True), *read.find_all(src=True)]:
+            link = tag.get("href") or tag["src"]
+            target, _, anchor = link.partition("#")
+            if link.startswith("data:image/png;base64,"):
+                continue
+            leads = (path.parent / target).exists() if target else anchor in ids
+            assert leads, f"{path.name}: {link}"
+    links = {tag.text: tag.get("href") for tag in read.find_all("a")}
+    assert links["next"] == "02_few.html#a"
+    assert links["D4"].endswith("/docs/decisions.md#d4")
+    assert links.keys() == {"Report", "next", "D4"}
+    assert "$x<y$" in read.text
 
 
 def test_ctrl_c_stops_everything_and_the_same_command_continues(root, tmp_path, capsys):
@@ -692,12 +843,12 @@ def test_the_short_page_counts_the_verdicts_of_each_notebook():
 
 def test_rows_are_matched_by_key_whatever_their_order_and_rows_of_one_key_by_position():
     old = pd.DataFrame({"key": ["a", "a", "b"], "step": [1, 2, 1], "x": [0.1, 0.2, 0.3]})
-    assert report.compare_rows(old.iloc[[2, 0, 1]], old).differing == {}
-    swapped = report.compare_rows(old.iloc[[1, 0, 2]], old)
+    assert compare.compare_rows(old.iloc[[2, 0, 1]], old).differing == {}
+    swapped = compare.compare_rows(old.iloc[[1, 0, 2]], old)
     assert swapped.differing == {"step": "2 differ, by at most 1", "x": "2 differ, by at most 0.1"}
-    assert report.compare_rows(old.iloc[:2], old)[:3] == (2, 1, 0)
-    assert report.compare_rows(old, old.iloc[:2])[:3] == (2, 0, 1)
-    assert str(report.compare_rows(old, old)).endswith("same to the printed digits")
+    assert compare.compare_rows(old.iloc[:2], old)[:3] == (2, 1, 0)
+    assert compare.compare_rows(old, old.iloc[:2])[:3] == (2, 0, 1)
+    assert str(compare.compare_rows(old, old)).endswith("same to the printed digits")
 
 
 @pytest.mark.parametrize(
@@ -715,27 +866,27 @@ def test_rows_are_matched_by_key_whatever_their_order_and_rows_of_one_key_by_pos
 )
 def test_numbers_differ_beyond_a_tolerance_and_all_else_where_it_is_not_the_same(new, said):
     old = pd.DataFrame({"key": ["a", "b"], "x": [1000.0, 2.0], "part": ["x", None], "ok": [True, True], "wall_s": 1.0})
-    assert report.compare_rows(old.assign(**new), old).differing == said
+    assert compare.compare_rows(old.assign(**new), old).differing == said
 
 
 def test_more_tolerance_is_a_share_of_the_range_of_the_committed_column():
     old = pd.DataFrame({"key": ["a", "b", "c"], "x": [0.0, 10.0, 0.0], "code": "1"})
-    assert report.compare_rows(old.assign(x=[0.9, 10.0, 0.0], code="2"), old, of_range=0.1).differing == {}
-    assert report.compare_rows(old.assign(x=[1.1, 10.0, 0.0]), old[:2], of_range=0.1).differing != {}
-    assert report.compare_rows(old.assign(x=[0.9, 10.0, 0.0]), old).differing != {}
+    assert compare.compare_rows(old.assign(x=[0.9, 10.0, 0.0], code="2"), old, of_range=0.1).differing == {}
+    assert compare.compare_rows(old.assign(x=[1.1, 10.0, 0.0]), old[:2], of_range=0.1).differing != {}
+    assert compare.compare_rows(old.assign(x=[0.9, 10.0, 0.0]), old).differing != {}
     good = old.assign(accuracy=[0.95, 0.96, 0.95])  # 10 % of their range is less than an image
     near, far = (good.assign(accuracy=[0.95, 0.96, 0.95 - moved]) for moved in (0.028, 0.032))
-    assert report.compare_rows(near, good, of_range=0.1).differing == {}
-    assert report.compare_rows(far, good, of_range=0.1).differing == {"accuracy": "1 differ, by at most 0.032"}
-    assert report.compare_rows(near, good).differing == {"accuracy": "1 differ, by at most 0.028"}
+    assert compare.compare_rows(near, good, of_range=0.1).differing == {}
+    assert compare.compare_rows(far, good, of_range=0.1).differing == {"accuracy": "1 differ, by at most 0.032"}
+    assert compare.compare_rows(near, good).differing == {"accuracy": "1 differ, by at most 0.028"}
     last_bit = old.assign(x=[0.0, 10.000000000000002, 0.0])
-    assert report.compare_rows(last_bit, old).differing == {}
-    assert report.compare_rows(last_bit, old, rtol=0).differing != {}
+    assert compare.compare_rows(last_bit, old).differing == {}
+    assert compare.compare_rows(last_bit, old, rtol=0).differing != {}
 
 
 def test_a_column_that_is_gone_is_named():
     old = pd.DataFrame({"key": ["a"], "x": [1.0]})
-    assert report.compare_rows(old[["key"]], old).differing == {"x": "only in the committed table"}
+    assert compare.compare_rows(old[["key"]], old).differing == {"x": "only in the committed table"}
 
 
 @pytest.mark.parametrize(
@@ -755,14 +906,14 @@ def test_a_column_that_is_gone_is_named():
 )
 def test_a_claim_is_the_same_if_its_verdict_is_and_its_value_stays_in_the_committed_interval(new, said):
     old = pd.DataFrame([claim()])
-    assert report.compare_claims(pd.DataFrame(new, columns=old.columns), old) == said
+    assert compare.compare_claims(pd.DataFrame(new, columns=old.columns), old) == said
 
 
 def test_claims_from_the_same_rows_are_the_same_in_every_column():
     old = pd.DataFrame([claim()])
-    assert report.compare_claims(pd.DataFrame([claim(measured=0.5 + 1e-9)]), old, exact=True) == []
+    assert compare.compare_claims(pd.DataFrame([claim(measured=0.5 + 1e-9)]), old, exact=True) == []
     new = pd.DataFrame([claim(measured=0.59, low=0.41, note="other", n=8)])
-    assert report.compare_claims(new, old, exact=True) == [
+    assert compare.compare_claims(new, old, exact=True) == [
         "note 'other', committed '': Gap decides",
         "measured 0.59, committed 0.5: Gap decides",
         "low 0.41, committed 0.4: Gap decides",
@@ -773,11 +924,11 @@ def test_claims_from_the_same_rows_are_the_same_in_every_column():
 def test_a_committed_verdict_that_its_row_does_not_give_is_named_although_the_new_one_agrees():
     wrong = pd.DataFrame([claim(holds="no")])
     said = "committed: verdict 'no' is written, 'yes' follows from its numbers: Gap decides"
-    assert report.compare_claims(wrong, wrong) == [said]
+    assert compare.compare_claims(wrong, wrong) == [said]
 
 
 def test_a_committed_claim_without_an_interval_is_compared_by_its_value():
     old = pd.DataFrame([claim(low=float("nan"), high=float("nan"))])
     assert list(old.holds) == ["not decided"]
-    assert report.compare_claims(old, old) == []
-    assert len(report.compare_claims(old.assign(measured=0.5001), old)) == 1
+    assert compare.compare_claims(old, old) == []
+    assert len(compare.compare_claims(old.assign(measured=0.5001), old)) == 1

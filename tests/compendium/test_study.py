@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fsp import models, paths, pruning, runs
-from fsp.compendium import claims, stats, study
+from fsp.compendium import claims, report, stats, study
 from fsp.data import load, scoring_batches
 from fsp.runs import tables
 from fsp.training import TrainConfig, fit
@@ -172,7 +172,7 @@ def test_rows_that_other_code_made_are_told_of_in_a_line_and_not_in_a_warning_th
     capsys.readouterr()
     assert study.sweep(lambda config: square(config), xs(2, 3), asked(), "99_test").attrs["stale"]
     said = capsys.readouterr()
-    assert said.out.startswith("1 of 2 runs were made by code that has been edited since; recompute=True redoes all\n")
+    assert said.out.startswith(f"1 of 2 {report.EDITED}; recompute=True redoes all\n")
     assert (said.err, list(recwarn)) == ("", [])
 
 

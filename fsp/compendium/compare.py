@@ -1,0 +1,213 @@
+"""What differs between results and the committed ones: of tables row by row, of claims one by one."""
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from pandas.api.types import is_bool_dtype, is_numeric_dtype
+
+from fsp import paths
+from fsp.compendium.claims import MEASURED, contradictions, measured, read_claims
+from fsp.runs import tables
+
+# Of accuracies, where numbers may move by a share of their column's range: in a column of good methods alone that is
+# less than an image. Between two processors an accuracy was seen to move by 7 of 360 test images.
+ACCURACY = 0.03
+RTOL = 1e-6  # numbers closer than this, relative to the committed one, count as the same
+# How a claim can differ from the committed one, the worst first.
+CHANGES = ("decided otherwise", "committed in error", "stated otherwise", "missing here", "not committed")
+CHANGES += ("value outside the committed interval", "decided only here", "no longer decided")
+MOVED = (CHANGES[0], *CHANGES[-3:])  # the same claim, another number
+MEANING = ("kind", "paper", "section", "bound")  # what a claim says, beside its sentence
+
+
+class RowComparison(NamedTuple):
+    """Two tables matched row by row: counts of rows, what differs by column, and columns of wall time, left out."""
+
+    compared: int
+    missing: int
+    added: int
+    differing: dict[str, str]
+    times: list[str]
+
+    def __str__(self):
+        rows = f"{self.compared} of {self.compared + self.missing} committed rows compared, {self.added} rows are new"
+        return f"{rows}: {self.differences() or 'same to the printed digits'}"
+
+    def differences(self) -> str:
+        """What differs, by column; "" if nothing does."""
+        return "; ".join(f"`{column}`: {text}" for column, text in self.differing.items())
+
+
+def compare_rows(
+    ours: pd.DataFrame, committed: pd.DataFrame, *, rtol: float = RTOL, of_range: float = 0.0
+) -> RowComparison:
+    """Compare two tidy tables, rows matched by ``key`` (and by position among the rows of one key).
+
+    Columns whose name ends in ``_s`` are wall times and left out, and so is ``code``, which is no result.
+
+    Parameters
+    ----------
+    ours, committed : pandas.DataFrame
+        Tables with a column ``key``.
+    rtol : float
+        Tolerance for numbers, relative to the committed one.
+    of_range : float
+        More tolerance, as a share of the range that the column has in the committed table; for a column whose name
+        begins with ``accuracy`` it is `ACCURACY` at least.
+
+    Returns
+    -------
+    RowComparison
+        ``differing`` says for each column that differs in how many cells, and for numbers the largest absolute
+        difference. Numbers differ beyond the tolerances, or where one is missing.
+
+    Examples
+    --------
+    >>> old = pd.DataFrame({"key": ["a", "b"], "accuracy": [0.5, 0.75], "train_s": [1.0, 1.0]})
+    >>> print(compare_rows(old.assign(accuracy=[0.5, 0.5], train_s=9.0), old))
+    2 of 2 committed rows compared, 0 rows are new: `accuracy`: 1 differ, by at most 0.25
+    """
+    ours, committed = (frame.set_index(["key", frame.groupby("key").cumcount()]) for frame in (ours, committed))
+    common = committed.index.intersection(ours.index)
+    differing = {}
+    names = dict.fromkeys([*committed, *ours])
+    times = [name for name in names if name.endswith("_s")]
+    for name in names:
+        if name in times or name == "code":
+            continue
+        if name not in ours or name not in committed:
+            differing[name] = "only in the " + ("committed table" if name not in ours else "new table")
+            continue
+        a, b = ours.loc[common, name], committed.loc[common, name]
+        largest = ""
+        if all(is_numeric_dtype(column) and not is_bool_dtype(column) for column in (a, b)):
+            span = committed[name].max() - committed[name].min()
+            atol = of_range * span if span > 0 else 0
+            if of_range and name.startswith("accuracy"):
+                atol = max(atol, ACCURACY)
+            unequal = ~np.isclose(a, b, rtol=rtol, atol=atol, equal_nan=True)
+            gap = (a - b).abs()[unequal].max()
+            largest = ", one is missing" if math.isnan(gap) else f", by at most {gap:.3g}"
+        else:
+            unequal = (a.astype(str) != b.astype(str)) & ~(a.isna() & b.isna())
+        if unequal.any():
+            differing[name] = f"{unequal.sum()} differ{largest}"
+    return RowComparison(len(common), len(committed) - len(common), len(ours) - len(common), differing, times)
+
+
+def compare_claims(ours: pd.DataFrame, committed: pd.DataFrame, *, exact: bool = False) -> list[str]:
+    """Sentences on claims that are missing, say or find something else, or whose committed verdict is wrong.
+
+    Parameters
+    ----------
+    ours, committed : pandas.DataFrame
+        From `read_claims`; matched by notebook and claim.
+    exact : bool
+        Both come from the same rows: all columns are compared, and numbers to `RTOL`. Without it a value is the same
+        inside the committed interval; where there is none it is compared to `RTOL`.
+
+    Returns
+    -------
+    list of str
+        Empty if nothing of this is the case.
+    """
+    found = [f"committed: {wrong}" for _, rows in committed.groupby("notebook") for wrong in contradictions(rows)]
+    ours, committed = (
+        {(row["notebook"], row["claim"]): row for row in frame.to_dict("records")} for frame in (ours, committed)
+    )
+    found += [f"not committed: {claim}" for stem, claim in ours if (stem, claim) not in committed]
+    for name, old in committed.items():
+        if name not in ours:
+            found.append(f"missing: {name[1]}")
+            continue
+        new = ours[name]
+        for column in (*MEANING, "published", "note") if exact else MEANING:
+            if new[column] != old[column]:
+                found.append(f"{column} {new[column]!r}, committed {old[column]!r}: {name[1]}")
+        if new["holds"] != old["holds"]:
+            found.append(f"verdict {new['holds']!r}, committed {old['holds']!r}: {name[1]}")
+        if exact:
+            moved = [column for column in MEASURED if not _close(new[column], old[column])]
+            found += [f"{column} {new[column]:.6g}, committed {old[column]:.6g}: {name[1]}" for column in moved]
+        elif not _within(new["measured"], old):
+            found.append(f"measured {new['measured']:.4g}, committed {measured(old)}: {name[1]}")
+    return found
+
+
+class Change(NamedTuple):
+    """A claim that is not the same as committed.
+
+    Attributes
+    ----------
+    stem, claim : str
+        Its notebook and its sentence.
+    kind : str
+        One of `CHANGES`.
+    what : list of str
+        Sentences of `compare_claims`, without the claim.
+    here, committed : dict or None
+        Its two rows; None where there is none.
+    """
+
+    stem: str
+    claim: str
+    kind: str
+    what: list[str]
+    here: dict | None
+    committed: dict | None
+
+
+class Comparison(NamedTuple):
+    """A notebook's tables beside the committed ones: rows, number of claims on either side, and those that changed."""
+
+    rows: RowComparison
+    claims: int
+    changes: list[Change]
+
+
+def compare_committed(results: Path, stem: str) -> Comparison | None:
+    """How a notebook's tables in a folder differ from the committed ones; None if none are committed."""
+    committed = paths.COMMITTED.results
+    if not (committed / f"{stem}.csv").exists() or not (committed / f"{stem}.claims.csv").exists():
+        return None
+    rows = compare_rows(*(tables.read(folder / f"{stem}.csv") for folder in (results, committed)))
+    ours, theirs = (read_claims(folder, [stem]) for folder in (results, committed))
+    sentences = dict.fromkeys([*theirs.claim, *ours.claim])
+    changes = [_change(stem, text, ours[ours.claim == text], theirs[theirs.claim == text]) for text in sentences]
+    return Comparison(rows, len(sentences), [change for change in changes if change])
+
+
+def _change(stem: str, claim: str, ours: pd.DataFrame, theirs: pd.DataFrame) -> Change | None:
+    """What has changed of one claim, given the tables of its row; None if it is the same."""
+    what = [sentence.removesuffix(f": {claim}") for sentence in compare_claims(ours, theirs)]
+    if not what:
+        return None
+    here, committed = (next(iter(rows.to_dict("records")), None) for rows in (ours, theirs))
+    if not here or not committed:
+        kind = "not committed" if here else "missing here"
+    elif any(sentence.startswith("committed: ") for sentence in what):
+        kind = "committed in error"
+    elif any(here[name] != committed[name] for name in MEANING):
+        kind = "stated otherwise"
+    elif here["holds"] == committed["holds"]:
+        kind = "value outside the committed interval"
+    elif here["holds"] == "not decided":
+        kind = "no longer decided"
+    else:
+        kind = "decided only here" if committed["holds"] == "not decided" else "decided otherwise"
+    return Change(stem, claim, kind, what, here, committed)
+
+
+def _within(value: float, old: dict) -> bool:
+    """Whether a value lies in a committed interval, or equals the committed value if that has none."""
+    if math.isnan(old["low"]) or math.isnan(old["high"]):
+        return _close(value, old["measured"])
+    return old["low"] <= value <= old["high"]
+
+
+def _close(value: float, committed: float) -> bool:
+    """Whether two numbers are the same to `RTOL`, or both missing."""
+    return bool(np.isclose(value, committed, rtol=RTOL, atol=1e-12, equal_nan=True))
