@@ -313,7 +313,7 @@ def test_notebooks_run_side_by_side_then_those_that_measure_time_alone_then_thos
     assert max(begins["02_b"], begins["03_c"]) < min(ends["02_b"], ends["03_c"])
     assert begins["01_good"] > max(ends["02_b"], ends["03_c"])
     assert begins["00_shows"] > ends["01_good"]
-    assert printed.count("backend module") == 1, "what several kernels print at once is in their notebooks alone"
+    assert printed.count("backend module") == 2, "what several kernels print at once is in their notebooks alone"
     assert "backend module://matplotlib_inline" in (out / "notebooks" / "02_b.ipynb").read_text()
 
 
