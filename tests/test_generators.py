@@ -33,6 +33,7 @@ CALLS = {  # each with all that it needs but a generator
     "initialise_": partial(models.initialise_, nn.Linear(2, 2), "lecun"),
     "keep_top": partial(masks.keep_top, {"w": torch.arange(4.0)}, 0.5),
     "keep_counts": partial(masks.keep_counts, {"w": torch.arange(4.0)}, {"w": 2}),
+    "draw": partial(masks.draw, KEPT, 1),
     "shuffle": partial(masks.shuffle, KEPT),
     "shuffle globally": partial(masks.shuffle, KEPT, scope="global"),
     "rewire": partial(masks.rewire, KEPT),
@@ -47,7 +48,6 @@ CALLS = {  # each with all that it needs but a generator
     },
     "imp": partial(pruning.lottery.imp, models.build("mlp", (1, 8, 8), 10), DIGITS, training.TrainConfig(1), levels=1),
     "phew": partial(phew, NET, 0.5, batches=BATCHES),
-    "score random": partial(scores.random, NET, FULL),
     **{
         f"score {name}": partial(getattr(scores, name), NET, FULL, batches=BATCHES)
         for name in ("snip", "taylor", "force", "grasp")

@@ -25,5 +25,5 @@ from fsp.masks.exchange import from_torch, to_torch_
 from fsp.masks.files import load, metadata, save
 from fsp.masks.holding import apply_, gradients_are_masked, hold_
 from fsp.masks.layers import NAMES, PRUNABLE, layers_of, put_weight, unpruned, weight_of
-from fsp.masks.randomise import rewire, scattered, shuffle
+from fsp.masks.randomise import draw, rewire, scattered, shuffle
 from fsp.masks.wiring import PLAIN, Wiring, blocks, joined, wiring_of

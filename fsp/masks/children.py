@@ -208,7 +208,7 @@ def overlapping(masks: Mapping[str, Tensor], share: float, *, generator: torch.G
     check_generator(generator)
     _check_bool(masks)
     for name, mask in masks.items():
-        kept, size = int(mask.sum()), mask.numel()
+        kept, size = int(mask.count_nonzero()), mask.numel()
         if 2 * kept - size > max(1, round(share * kept)):
             raise ValueError(
                 f"share={share!r}: {name!r} keeps {kept} of {size} weights, so a second mask with as many overlaps "

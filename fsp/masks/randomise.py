@@ -8,10 +8,61 @@ import torch
 from torch import Tensor, nn
 
 from fsp.checks import check_generator, check_tensors, plain_settings
-from fsp.masks.algebra import Masks, check_masks, check_scope, unflattened
+from fsp.masks.algebra import EVERYWHERE, Masks, check_masks, check_scope, keep_counts, unflattened
 from fsp.masks.wiring import PLAIN, blocks, joined, wiring_of
 
 ROUNDS = 32  # of trades; see the notes of `rewire`
+SMALL = 2**17  # entries up to which all of them are put in random order, which takes a millisecond or two
+
+
+@plain_settings()
+def draw(among: Mapping[str, Tensor], counts: int | Mapping[str, int], *, generator: torch.Generator) -> Masks:
+    """Masks of given counts, every choice of positions as likely as any other.
+
+    Parameters
+    ----------
+    among : Masks
+        What may be kept.
+    counts : int or dict of name to int
+        How many to keep: in all tensors together, or in each.
+    generator : torch.Generator on the CPU
+
+    Returns
+    -------
+    Masks
+        New tensors on the devices of `among`.
+
+    Raises
+    ------
+    ValueError
+        If more are to be kept than may be, or the generator is not on the CPU.
+
+    Notes
+    -----
+    Positions are drawn until there are enough different ones, so the time is that of the weights kept.  Where `among`
+    has at most 2^17 entries in all, they are ranked by normal random numbers instead.
+
+    Examples
+    --------
+    >>> masks = draw({"w": torch.ones(4, 5).bool()}, 7, generator=torch.Generator().manual_seed(0))
+    >>> int(masks["w"].sum())
+    7
+    """
+    check_generator(generator)
+    check_tensors("mask", among)
+    if sum(mask.numel() for mask in among.values()) <= SMALL:
+        scores = {}
+        for name, mask in among.items():
+            drawn = torch.randn(mask.shape, generator=generator, dtype=torch.float32, device="cpu")
+            scores[name] = drawn.to(mask.device).masked_fill(~mask, -torch.inf)
+        if isinstance(counts, Mapping):
+            return keep_counts(scores, counts, generator)
+        together = torch.cat([score.flatten() for score in scores.values()])
+        return unflattened(keep_counts({EVERYWHERE: together}, {EVERYWHERE: counts}, generator)[EVERYWHERE], among)
+    if isinstance(counts, Mapping):
+        return {name: _scattered(mask, counts[name], generator, name) for name, mask in among.items()}
+    together = torch.cat([mask.flatten() for mask in among.values()])
+    return unflattened(_scattered(together, counts, generator, EVERYWHERE), among)
 
 
 @plain_settings()
@@ -181,6 +232,34 @@ def permuted(flat: Tensor, generator: torch.Generator) -> Tensor:
     return flat[torch.randperm(len(flat), generator=generator, device="cpu").to(flat.device)]
 
 
+# ---- positions ---------------------------------------------------------------------------------------------------
+
+
+def _scattered(among: Tensor, count: int, generator: torch.Generator, where: str) -> Tensor:
+    """So many of the True entries, drawn at random."""
+    room = int(among.count_nonzero())
+    if not 0 <= count <= room:
+        raise ValueError(f"{where}: {count} weights are to be kept, only {room} may be; lower the density")
+    chosen = _drawn(room, count, generator).to(among.device)
+    if room == among.numel():
+        return chosen.view_as(among)
+    return among.masked_scatter(among, chosen)
+
+
+def _drawn(n: int, count: int, generator: torch.Generator) -> Tensor:
+    """Which of n are in a set of a given size, all such sets being equally likely; on the CPU.
+
+    Numbers are drawn until so many different ones have come, never more at a time than are missing: so it makes no
+    difference that they are drawn many at a time.
+    """
+    if 2 * count > n:
+        return ~_drawn(n, n - count, generator)
+    found = np.zeros(n, dtype=bool)
+    while missing := count - np.count_nonzero(found):
+        found[torch.randint(n, (missing,), generator=generator, dtype=torch.int64, device="cpu").numpy()] = True
+    return torch.from_numpy(found)
+
+
 # ---- a share of the entries --------------------------------------------------------------------------------------
 
 
@@ -204,11 +283,13 @@ def _free(flat: Tensor, share: float, generator: torch.Generator) -> Tensor:
 
 def _is_thick(mask: Tensor) -> bool:
     """Whether more entries are True than not: then those that are not are the ones to draw, being fewer."""
-    return 2 * int(mask.sum()) > mask.numel()
+    return 2 * int(mask.count_nonzero()) > mask.numel()
 
 
 def _permuted_part(flat: Tensor, share: float, generator: torch.Generator) -> Tensor:
     """Entries in random order, but for those that stay."""
+    if share == 1 and len(flat) > SMALL:
+        return _drawn(len(flat), int(flat.count_nonzero()), generator).to(flat.device)
     if share == 1:
         return permuted(flat, generator)
     free = _free(~flat if _is_thick(flat) else flat, share, generator)

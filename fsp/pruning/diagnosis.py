@@ -119,7 +119,7 @@ def diagnose(model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence[int]
     paths = follow_paths(model, masks, shape)
     rows = []
     for name, mask in masks.items():
-        weights, kept, effective = mask.numel(), int(mask.sum()), int(paths.effective[name].sum())
+        weights, kept, effective = mask.numel(), int(mask.count_nonzero()), int(paths.effective[name].sum())
         rows.append(
             {
                 "layer": name,

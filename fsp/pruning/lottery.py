@@ -399,7 +399,7 @@ def _read(folder: Path, number: int, masks: Masks, rewound: State) -> tuple[Hist
     except (OSError, ValueError) as error:
         raise CannotResume(f"{error}: {remedy}") from error
     if not digest(masks) == about["masks"] == digest(stored):
-        kept, asked = (sum(int(m.sum()) for m in each.values()) for each in (stored, masks))
+        kept, asked = (sum(int(m.count_nonzero()) for m in each.values()) for each in (stored, masks))
         raise CannotResume(
             f"{masks_path} keeps {kept} weights, and not the {asked} that follow from the level before it: it was made "
             f"with another density, or is damaged. Choose another directory, or {remedy}"

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fsp.checks import check_choice, check_count, check_has_values, check_options, given_or_seed_0, plain_settings
-from fsp.masks import Masks, all_kept, check_density, check_scope, keep_counts, keep_top, kept_count
+from fsp.masks import Masks, all_kept, check_density, check_scope, draw, keep_counts, keep_top, kept_count
 from fsp.pruning import allocate, scores
 from fsp.pruning.expanders import ramanujan, regular
 from fsp.pruning.phew import phew
@@ -93,7 +93,7 @@ def by_score(
 
 def _leaves(masks: Masks, density: float, scope: str) -> bool:
     """Whether masks leave as many weights as a density keeps."""
-    kept, sizes = [int(m.sum()) for m in masks.values()], [m.numel() for m in masks.values()]
+    kept, sizes = [int(m.count_nonzero()) for m in masks.values()], [m.numel() for m in masks.values()]
     if scope == "global":
         kept, sizes = [sum(kept)], [sum(sizes)]
     return all(k >= kept_count(n, density) for k, n in zip(kept, sizes, strict=True))
@@ -111,6 +111,37 @@ def _keep_lowest(found: scores.Scores, density: float, *, scope: str, generator:
         return lowest
     parts = lowest["all"].split([s.numel() for s in found.values()])
     return {name: part.view_as(s) for (name, s), part in zip(found.items(), parts, strict=True)}
+
+
+def by_chance(
+    model: nn.Module,
+    density: float,
+    *,
+    generator: torch.Generator,
+    batches: scores.Batches | EachRound | None = None,
+    exclude: Iterable[str] = (),
+    scope: str = "global",
+) -> Masks:
+    """Random positions.
+
+    Parameters
+    ----------
+    model, density, generator, scope
+        As for `prune`.
+    batches
+        Ignored.
+    exclude : iterable of str
+        Parameters or modules to leave dense, outside the masks.
+
+    Returns
+    -------
+    Masks
+    """
+    check_scope(scope)
+    masks = all_kept(model, exclude=exclude)
+    counts = {name: kept_count(mask.numel(), density) for name, mask in masks.items()}
+    together = kept_count(sum(mask.numel() for mask in masks.values()), density)
+    return draw(masks, counts if scope == "layer" else together, generator=generator)
 
 
 def at_random(
@@ -150,11 +181,11 @@ def at_random(
     masks = all_kept(model, exclude=exclude)
     shapes = {name: tuple(m.shape) for name, m in masks.items()}
     counts = allocate.counts(allocation(shapes, density, **options), shapes, density)
-    return keep_counts(scores.random(model, masks, generator=generator), counts, generator)
+    return draw(masks, counts, generator=generator)
 
 
 METHODS: dict[str, Callable[..., Masks]] = {
-    "random": partial(by_score, scores.random),
+    "random": by_chance,
     **{name: partial(at_random, allocation) for name, allocation in allocate.ALLOCATIONS.items()},
     "regular": regular,
     "ramanujan": ramanujan,
@@ -325,7 +356,7 @@ def prune(
         masks = METHODS[method](model, density, batches=batches, generator=generator, **options)
     sizes = [m.numel() for m in masks.values()]
     asked = sum(kept_count(n, density) for n in (sizes if options.get("scope") == "layer" else [sum(sizes)]))
-    kept = sum(int(m.sum()) for m in masks.values())
+    kept = sum(int(m.count_nonzero()) for m in masks.values())
     if kept != asked:
         raise RuntimeError(f"{kept} of {sum(sizes)} weights are kept where density {density} asks for {asked}")
     return masks

@@ -27,30 +27,11 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fsp.checks import check_generator
 from fsp.masks import Masks, used_weights
 from fsp.pruning.gradients import Batches, FlowRun, LossRun, flow_gradients, input_shape, loss_gradients, seed_of
 from fsp.training.settings import is_number
 
 Scores = dict[str, Tensor]
-
-
-def random(model: nn.Module, masks: Masks, *, generator: Generator) -> Scores:
-    """Independent standard normal scores: the topology of a uniformly random mask.
-
-    Parameters
-    ----------
-    model : nn.Module
-    masks : Masks
-    generator : torch.Generator on the CPU
-
-    Returns
-    -------
-    dict of name to Tensor
-        Drawn on the CPU, moved to the masks' devices.
-    """
-    check_generator(generator)
-    return _alive({name: _normal(m, generator) for name, m in masks.items()}, masks)
 
 
 def magnitude(model: nn.Module, masks: Masks) -> Scores:
@@ -321,11 +302,6 @@ def synflow_l2(
     _, gradients = flow_gradients(model, masks, shape, of=torch.square, seed=seed, **run)
     dense = used_weights(model, masks)
     return _alive({name: dense[name].to(g.dtype).abs() * g.abs() for name, g in gradients.items()}, masks)
-
-
-def _normal(mask: Tensor, generator: Generator) -> Tensor:
-    """Standard normal numbers in the shape of a mask, drawn on the CPU."""
-    return torch.randn(mask.shape, generator=generator, dtype=torch.float32, device="cpu").to(mask.device)
 
 
 def _alive(scores: Scores, masks: Masks) -> Scores:

@@ -227,7 +227,7 @@ def matched(
     check_generator(generator)
     if method == "phew":
         raise ValueError('method "phew" walks through all layers and has no count for each: match it with method=None')
-    if method is None or getattr(METHODS[method], "func", None) is not by_score or method == "random":
+    if method is None or getattr(METHODS[method], "func", None) is not by_score:
         return mask_algebra.shuffle(masks, generator=generator)
     if model is None:
         raise ValueError(f"method {method!r} scores a model: pass model=")
@@ -240,7 +240,7 @@ def matched(
     for k in range(1, rounds + 1):
         counts = {}
         for name, m in masks.items():
-            n = int(m.sum())
+            n = int(m.count_nonzero())
             counts[name] = n if k == rounds else math.ceil(m.numel() * (n / m.numel()) ** (k / rounds))
         found = keep_counts(score(model, found, **options), counts, generator)
     return found

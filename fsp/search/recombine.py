@@ -42,7 +42,7 @@ def resized(masks: Masks, counts: dict[str, int], votes: dict[str, Tensor], gene
     """
     found = {}
     for name, mask in masks.items():
-        if int(mask.sum()) != counts[name]:
+        if int(mask.count_nonzero()) != counts[name]:
             rank = votes[name] + mask * (votes[name].max() + 1)  # what the mask keeps before all that it does not
             mask = keep_counts({name: rank}, counts, generator)[name]
         found[name] = mask
@@ -119,7 +119,7 @@ def swapped(
     best.scatter_(1, ranked.argmax(1, keepdim=True), True).scatter_(2, ranked.argmax(2, keepdim=True), True)
     movable = (kept & ~best).flatten().nonzero()[:, 0]
     free = (blocks(explored, wiring) & ~kept).flatten().nonzero()[:, 0]
-    most = min(int(share * int(mask.sum())) + 1, len(movable), len(free))
+    most = min(int(share * int(mask.count_nonzero())) + 1, len(movable), len(free))
     promise = promise.flatten()
     leaving = movable[promise[movable].argsort(stable=True)[:most]]
     coming = free[promise[free].argsort(descending=True, stable=True)[:most]]

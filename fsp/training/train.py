@@ -5,6 +5,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -301,6 +302,7 @@ def fit(
     on_cuda = is_cuda(device)
     layout = torch.channels_last if config.channels_last and on_cuda else torch.preserve_format
     model.to(memory_format=layout)
+    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16)
     network = compiled_for(config.batch_size, model) if config.compiled and on_cuda else model
     optimizer = optimizer_of(model, config)
     schedule = schedule_of(optimizer, config, last_step)
@@ -323,6 +325,9 @@ def fit(
     held = hold_(optimizer, model, masks or {}, dense_gradients=dense)
 
     start = time.perf_counter() - history.seconds
+    # images of floats that no augmentation moves are normalised once; others a batch at a time, which takes less memory
+    once = not augmented and data.train.images.is_floating_point()
+    train = (data.normalise(data.train.images), data.train.labels) if once else data.train
     size, steps_an_epoch = len(data.train.labels), last_step // config.epochs
     look = {"unit": "img", "unit_scale": True, "delay": 3, "leave": False}
     with bar(total=config.epochs * size, initial=(at.epoch - 1) * size, **look) as progress:
@@ -330,7 +335,7 @@ def fit(
             model.train()
             if at.seen == 0:  # otherwise a checkpoint was written in the middle of this epoch
                 at.epoch, at.lr, at.order = epoch, schedule.get_last_lr()[0], generator.get_state()
-            epoch_batches = batches(data.train, config.batch_size, generator=generator)
+            epoch_batches = batches(train, config.batch_size, generator=generator)
             for step, (images, labels) in enumerate(epoch_batches, start=(epoch - 1) * steps_an_epoch + 1):
                 if augmented:
                     images = augment(images, generator=generator)
@@ -342,8 +347,8 @@ def fit(
                     optimizer.step()
                     schedule.step()
                     continue
-                inputs = data.normalise(images).to(memory_format=layout)
-                with torch.autocast(device.type, torch.bfloat16, enabled=config.bfloat16 and on_cuda):
+                inputs = (images if once else data.normalise(images)).to(memory_format=layout)
+                with autocast() if config.bfloat16 and on_cuda else nullcontext():
                     loss = cross_entropy(network(inputs), labels, label_smoothing=config.label_smoothing)
                 loss.backward()
                 for call in at_each_step:
@@ -473,9 +478,9 @@ def compiled_for(batch_size: int, model: nn.Module, backend: str | Callable = "i
 
 
 def optimizer_of(model: nn.Module, config: TrainConfig) -> Optimizer:
-    """Optimiser of all parameters; on CUDA a step is one kernel."""
+    """Optimiser of all parameters, all layers together; on CUDA a step is one kernel."""
     on_cuda = all(p.is_cuda and p.is_floating_point() for p in model.parameters())
-    options = {"weight_decay": config.weight_decay, "fused": True if on_cuda else None}
+    options = {"weight_decay": config.weight_decay, "fused" if on_cuda else "foreach": True}
     if config.optimizer == "adam":
         return Adam(model.parameters(), config.lr, (config.momentum, 0.999), **options)
     nesterov = config.nesterov and config.momentum > 0

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import pickle
+from collections import Counter
 from fractions import Fraction
 
 import numpy as np
@@ -13,13 +14,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from scipy.stats import chisquare
 from torch import inf, nan, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parametrizations, prune
 
 from fsp import masks
 from fsp.files import DamagedFile
-from fsp.masks import holding
+from fsp.masks import holding, randomise
 
 examples = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
@@ -197,6 +199,63 @@ def test_ties_fall_on_every_position_equally_often():
 def test_ties_in_separate_layers_are_not_broken_alike():
     kept = masks.keep_top({"a": torch.zeros(64), "b": torch.zeros(64)}, 0.5, scope="layer")
     assert not torch.equal(kept["a"], kept["b"])
+
+
+# ---- drawn at random ---------------------------------------------------------------------------------------------
+
+LARGE = {"a": torch.ones(300, 400).bool(), "b": torch.ones(200, 100).bool()}  # positions are drawn
+LITTLE = {"a": torch.ones(30, 40).bool(), "b": torch.ones(20, 10).bool()}  # all entries are ranked
+
+
+@pytest.mark.parametrize("among", [LARGE, LITTLE], ids=["large", "little"])
+@pytest.mark.parametrize("share", [0.0, 0.003, 0.5, 0.997, 1.0])
+def test_drawn_masks_have_exactly_the_counts_asked_for(among, share):
+    counts = {name: round(share * mask.numel()) for name, mask in among.items()}
+    assert {name: int(m.sum()) for name, m in masks.draw(among, counts, generator=generator()).items()} == counts
+    together = masks.draw(among, sum(counts.values()), generator=generator())
+    assert total(together) == sum(counts.values())
+    assert {name: m.shape for name, m in together.items()} == {name: m.shape for name, m in among.items()}
+
+
+@pytest.mark.parametrize("among", [LARGE, LITTLE], ids=["large", "little"])
+def test_only_what_may_be_kept_is_drawn_and_no_more_than_there_is(among):
+    half = {"a": among["a"].clone(), "b": among["b"]}
+    half["a"][::2] = False
+    there = int(half["a"].sum())
+    drawn = masks.draw(half, {"a": there - 1, "b": 3}, generator=generator())
+    assert not (drawn["a"] & ~half["a"]).any()
+    with pytest.raises(ValueError, match=f"a: {there + 1} weights are to be kept, only {there} may be"):
+        masks.draw(half, {"a": there + 1, "b": 3}, generator=generator())
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_every_set_of_positions_is_drawn_equally_often(count):
+    order = generator()
+    sets = [tuple(randomise._drawn(5, count, order).nonzero().flatten().tolist()) for _ in range(4000)]
+    often = Counter(sets)
+    assert len(often) == math.comb(5, count)
+    assert chisquare(list(often.values())).pvalue > 1e-3
+
+
+def test_positions_over_all_tensors_fall_into_each_by_its_size():
+    kept = sum(int(masks.draw(LARGE, 1000, generator=generator(seed))["b"].sum()) for seed in range(100))
+    assert abs(kept / 100_000 - 1 / 7) < 0.005  # four and a half standard errors
+
+
+def test_a_draw_depends_on_its_generator_and_on_no_setting():
+    def draw():
+        return masks.draw(LARGE, 5000, generator=generator(3))
+
+    first, threads = draw(), torch.get_num_threads()
+    torch.manual_seed(9)
+    torch.set_num_threads(2)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert same(first, draw())
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(torch.float32)
+    assert not same(first, masks.draw(LARGE, 5000, generator=generator(4)))
 
 
 # ---- what is prunable --------------------------------------------------------------------------------------------
@@ -818,6 +877,16 @@ def test_a_shuffle_reaches_every_position_equally_often():
     for _ in range(1200):
         counts += masks.shuffle({"w": bools(True, True, False, False, False, False)}, generator=rng)["w"]
     assert ((counts - 400) ** 2).sum() / (1200 * 2 / 9) * 5 / 6 < 35  # as above, with 5
+
+
+def test_large_masks_are_shuffled_by_drawing_as_many_positions():
+    kept = {"w": torch.zeros(400, 400).bool(), "v": torch.ones(400, 400).bool()}
+    kept["w"][0, :300] = True
+    kept["v"][5] = False
+    new = masks.shuffle(kept, generator=generator())
+    assert {name: int(m.sum()) for name, m in new.items()} == {"w": 300, "v": 399 * 400}
+    assert int(new["w"][0].sum()) < 10
+    assert int((~new["v"][5]).sum()) < 10
 
 
 def test_scattering_keeps_counts_and_the_multiset_of_kept_weights_but_not_their_places():

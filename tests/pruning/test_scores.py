@@ -17,12 +17,12 @@ from torch.nn.functional import cross_entropy, one_hot
 
 from fsp.masks import keep_top, prunable
 from fsp.models import build
-from fsp.pruning.scores import force, grasp, magnitude, random, snip, synflow, synflow_l2, taylor
+from fsp.pruning.scores import force, grasp, magnitude, snip, synflow, synflow_l2, taylor
 
 AVERAGED = {"snip": snip, "force": force, "grasp": grasp}  # over all examples
 ON_DATA = {"snip": snip, "taylor": taylor, "force": force, "grasp": grasp}
 FLOW = {"synflow": synflow, "synflow_l2": synflow_l2}
-SCORES = {"random": random, "magnitude": magnitude, **ON_DATA, **FLOW}
+SCORES = {"magnitude": magnitude, **ON_DATA, **FLOW}
 
 
 def examples(shape=(3,), n=8, classes=3, seed=1, dtype=torch.float64):
@@ -80,19 +80,7 @@ def masked_copy(model, kept):
 flow_may_be_lost = pytest.mark.filterwarnings("ignore:synaptic flow is not conserved")
 
 
-# ---- random and magnitude ----------------------------------------------------------------------------------------
-
-
-def test_random_scores_are_standard_normal_and_depend_only_on_the_generator():
-    model = nn.Linear(300, 200)
-    torch.manual_seed(1)
-    s = random(model, all_kept(model), generator=generator(2))["weight"]
-    torch.manual_seed(3)
-    assert torch.equal(s, random(model, all_kept(model), generator=generator(2))["weight"])
-    assert not torch.equal(s, random(model, all_kept(model), generator=generator(3))["weight"])
-    assert abs(s.mean()) < 0.02  # 60,000 draws: five standard errors
-    assert abs(s.var() - 1) < 0.03
-    assert abs((s.abs() < 1).double().mean() - 0.6827) < 0.01
+# ---- magnitude ---------------------------------------------------------------------------------------------------
 
 
 def test_magnitude_is_the_absolute_weight():
@@ -840,7 +828,7 @@ def test_scores_have_the_masks_names_shapes_and_device_and_only_pruned_weights_a
         else:
             assert (s[key][~mask] == -inf).all()
     assert s["conv2.weight"][kept["conv2.weight"]].any()  # frozen is not worthless
-    if name not in ("random", "magnitude"):
+    if name != "magnitude":
         assert not s["unused.weight"][kept["unused.weight"]].any()  # an unused layer is
 
 
@@ -861,7 +849,7 @@ def test_masks_of_some_tensors_leave_the_others_dense(name):
     kept = {"head.weight": torch.ones(3, 64, dtype=torch.bool)}
     s = score(model, kept, **arguments(score))
     assert list(s) == ["head.weight"]
-    if name not in ("random", "grasp"):  # GraSP's flow is that of the masked tensors alone
+    if name != "grasp":  # GraSP's flow is that of the masked tensors alone
         torch.testing.assert_close(s["head.weight"], everything["head.weight"], rtol=1e-5, atol=1e-12)
 
 
