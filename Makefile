@@ -8,7 +8,7 @@ PROFILE ?= quick
 ARGS ?=
 TORCH_INDEX ?=
 
-.PHONY: reproduce demo test lint units notebooks faults cluster gpu book lab browser lock refresh clean
+.PHONY: reproduce demo test lint units notebooks faults planted cluster gpu book lab browser lock refresh clean
 
 reproduce: $(VENV)/installed          ## run every notebook from nothing, one a core, and print the report
 	$(BIN)/python -m fsp.compendium.reproduce --profile $(PROFILE) $(ARGS)
@@ -32,6 +32,9 @@ units: $(VENV)/installed              ## unit tests, doctests, and each notebook
 
 notebooks: $(VENV)/installed          ## the committed notebooks still give the outputs they were committed with
 	$(BIN)/python -m fsp.compendium.reproduce --check
+
+planted: $(VENV)/installed            ## put wrong lines into a copy, one at a time, see a test fail at each, and write the table
+	FSP_PROGRESS=0 FSP_PLANTED=data/results/planted.md $(BIN)/python -m pytest -q -m slow tests/test_planted.py $(ARGS)
 
 faults: $(VENV)/installed             ## kill a long sweep some fifty times (ten minutes) and write what happened
 	FSP_PROGRESS=0 FSP_FAULTS=data/results/faults.md $(BIN)/python -m pytest -q -m slow -k fifty_kills tests/runs/test_cluster.py

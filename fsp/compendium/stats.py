@@ -41,7 +41,7 @@ def mean(values: ArrayLike) -> Estimate:
     Returns
     -------
     Estimate
-        Interval ``nan`` for fewer than two values.
+        Interval ``nan`` for fewer than two values, and where one is infinite.
 
     Notes
     -----
@@ -58,8 +58,9 @@ def mean(values: ArrayLike) -> Estimate:
     n = len(values)
     if n < 2:
         return Estimate(float(values[0]) if n else math.nan, math.nan, math.nan, n)
-    value = float(values.mean())
-    half = float(t.ppf((1 + CONFIDENCE) / 2, n - 1) * values.std(ddof=1) / math.sqrt(n))
+    with np.errstate(over="ignore", invalid="ignore"):  # of values that are infinite, or whose squares are
+        value = float(values.mean())
+        half = float(t.ppf((1 + CONFIDENCE) / 2, n - 1) * values.std(ddof=1) / math.sqrt(n))
     return Estimate(value, value - half, value + half, n)
 
 
@@ -189,23 +190,33 @@ def p_value(estimate: Estimate, bound: float) -> float:
     ----------
     estimate : Estimate
     bound : float
+        Finite.
 
     Returns
     -------
     float, in [0, 1]
-        ``nan`` without an interval.
+        ``nan`` without an interval, or with an infinite one.
+
+    Raises
+    ------
+    ValueError
+        If the bound is not finite, or the interval does not hold its value.
 
     Examples
     --------
     >>> round(p_value(mean([1.0, 2.0, 3.0]), 2 - 2.4841), 2)  # where the interval ends
     0.05
     """
-    if estimate.n < 2 or math.isnan(estimate.low) or math.isnan(estimate.high):
+    if not math.isfinite(bound):
+        raise ValueError(f"bound={bound!r}: expected a finite number")
+    if estimate.n < 2 or not (math.isfinite(estimate.low) and math.isfinite(estimate.high)):
         return math.nan
+    if not estimate.low <= estimate.value <= estimate.high:
+        raise ValueError(f"estimate {estimate} does not lie in its own interval")
     reach = (estimate.value - estimate.low) if bound < estimate.value else (estimate.high - estimate.value)
     if reach == 0:
         return 0.0 if bound != estimate.value else 1.0
-    quantile = t.ppf((1 + CONFIDENCE) / 2, estimate.n - 1) * abs(estimate.value - bound) / reach
+    quantile = float(t.ppf((1 + CONFIDENCE) / 2, estimate.n - 1)) * (abs(estimate.value - bound) / reach)
     return float(2 * t.sf(quantile, estimate.n - 1))
 
 
@@ -222,6 +233,11 @@ def holm(p_values: ArrayLike) -> np.ndarray:
     array, shape (n,)
         In [0, 1].
 
+    Raises
+    ------
+    ValueError
+        For a number outside [0, 1].
+
     References
     ----------
     Holm, A simple sequentially rejective multiple test procedure. Scandinavian Journal of Statistics 6 (1979).
@@ -232,6 +248,8 @@ def holm(p_values: ArrayLike) -> np.ndarray:
     [0.03, 0.06, 0.06]
     """
     p = np.nan_to_num(np.asarray(p_values, float), nan=1.0)
+    if wrong := p[(p < 0) | (p > 1)].tolist():
+        raise ValueError(f"p_values hold {wrong[0]!r}: expected numbers in [0, 1], or nan")
     order = np.argsort(p)
     adjusted = np.maximum.accumulate((len(p) - np.arange(len(p))) * p[order])
     return np.minimum(1.0, adjusted)[np.argsort(order)]

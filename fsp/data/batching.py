@@ -136,6 +136,8 @@ def batches(
     """
     images, labels = split
     check_count("size", size, 1)
+    if images.ndim == 0 or labels.ndim == 0:
+        raise ValueError("images or labels of the split are a single number: expected one along the first dimension")
     if len(images) != len(labels):
         raise ValueError(f"{len(images)} images but {len(labels)} labels: they must be of one split")
     starts = range(0, len(labels) - len(labels) % size if drop_last else len(labels), size)

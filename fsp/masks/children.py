@@ -310,6 +310,8 @@ def farthest(distances: Tensor, count: int) -> list[int]:
     Gonzalez: Clustering to minimize the maximum intercluster distance.  Theoretical Computer Science 38, 1985.
     """
     check_tensors("argument", {"distances": distances})
+    if distances.dtype == torch.bool or distances.is_complex():
+        raise ValueError(f"distances is {distances.dtype}: expected real numbers")
     if distances.ndim != 2 or len(distances) != distances.shape[1]:
         raise ValueError(f"distances has shape {tuple(distances.shape)}: expected (candidates, candidates)")
     if not (distances.isfinite().all() and (distances >= 0).all() and torch.allclose(distances, distances.T)):

@@ -2,7 +2,8 @@ r"""Density per layer: how a total budget of weights is shared out before positi
 
 Each function takes the shapes of the prunable tensors (PyTorch order: ``outputs, inputs, *kernel``) and a network
 density, and returns real-valued layer densities that spend the budget; `counts` rounds them to whole weights.  All are
-called as ``allocation(shapes, density, **options)`` and raise a ValueError for a density outside (0, 1].
+called as ``allocation(shapes, density, **options)`` and raise a ValueError for a density outside (0, 1], for no shapes
+and for a shape that is none.
 Shapes come in forward order, as `fsp.masks.prunable` gives them for the networks of `fsp.models`: `uniform_plus`,
 `pyramidal` and `smart_ratio` depend on it.
 
@@ -12,10 +13,12 @@ Notation: layer :math:`\ell` of :math:`L` has :math:`N_\ell` weights and density
 
 import math
 from collections.abc import Callable, Mapping
+from numbers import Real
 
 import torch
 from scipy.optimize import brentq
 
+from fsp.checks import is_count
 from fsp.masks import Masks, check_density, kept_count
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -33,8 +36,7 @@ def uniform(shapes: Shapes, density: float) -> dict[str, float]:
     -------
     dict of name to float
     """
-    check_density(density)
-    return dict.fromkeys(shapes, float(density))
+    return dict.fromkeys(_sizes(shapes, density), float(density))
 
 
 def uniform_plus(shapes: Shapes, density: float) -> dict[str, float]:
@@ -109,7 +111,7 @@ def er(shapes: Shapes, density: float) -> dict[str, float]:
     Mocanu et al., Scalable training of artificial neural networks with adaptive sparse connectivity, 2018;
     Evci et al., Rigging the lottery, ICML 2020.
     """
-    return _proportional(shapes, density, {name: sum(s[:2]) / math.prod(s[:2]) for name, s in shapes.items()})
+    return _proportional(shapes, density, lambda shape: sum(shape[:2]) / math.prod(shape[:2]))
 
 
 def erk(shapes: Shapes, density: float) -> dict[str, float]:
@@ -140,7 +142,7 @@ def erk(shapes: Shapes, density: float) -> dict[str, float]:
     ----------
     Evci et al., Rigging the lottery, ICML 2020, section 3.
     """
-    return _proportional(shapes, density, {name: sum(s) / math.prod(s) for name, s in shapes.items()})
+    return _proportional(shapes, density, lambda shape: sum(shape) / math.prod(shape))
 
 
 def igq(shapes: Shapes, density: float) -> dict[str, float]:
@@ -217,7 +219,7 @@ def balanced(shapes: Shapes, density: float, *, redistribute: bool = True) -> di
     """
     sizes = _sizes(shapes, density)
     if redistribute:
-        return _proportional(shapes, density, {name: 1 / n for name, n in sizes.items()})
+        return _proportional(shapes, density, lambda shape: 1 / math.prod(shape))
     quota = density * sum(sizes.values()) / len(sizes)
     return {name: min(1.0, quota / n) for name, n in sizes.items()}
 
@@ -394,10 +396,15 @@ ALLOCATIONS: dict[str, Callable[..., dict[str, float]]] = {allocation.__name__: 
 
 
 def _sizes(shapes: Shapes, density: float) -> dict[str, int]:
-    """Weights per layer; raises a ValueError if there are none or the density is none."""
+    """Weights per layer; raises a ValueError if there are none, a shape is none or the density is none."""
     check_density(density)
     if not shapes:
         raise ValueError("shapes is empty: expected name to shape of at least one prunable tensor")
+    for name, shape in shapes.items():
+        if not isinstance(shape, tuple | list) or len(shape) < 2 or not all(is_count(side, 1) for side in shape):
+            raise ValueError(
+                f"shapes[{name!r}] is {shape!r}: expected (outputs, inputs, *kernel), integers of at least 1"
+            )
     return {name: math.prod(shape) for name, shape in shapes.items()}
 
 
@@ -406,10 +413,10 @@ def _root(function: Callable[[float], float], low: float, high: float) -> float:
     return brentq(function, low, high, xtol=1e-15, maxiter=500)
 
 
-def _proportional(shapes: Shapes, density: float, ratios: dict[str, float]) -> dict[str, float]:
-    """Densities proportional to ratios that spend the budget of a density, capped at 1."""
+def _proportional(shapes: Shapes, density: float, ratio: Callable[[tuple[int, ...]], float]) -> dict[str, float]:
+    """Densities proportional to a ratio of each shape that spend the budget of a density, capped at 1."""
     sizes = _sizes(shapes, density)
-    return _fill(sizes, density * sum(sizes.values()), ratios)
+    return _fill(sizes, density * sum(sizes.values()), {name: ratio(shape) for name, shape in shapes.items()})
 
 
 def _fill(sizes: dict[str, int], budget: float, ratios: dict[str, float]) -> dict[str, float]:
@@ -448,7 +455,8 @@ def counts(densities: Mapping[str, float], shapes: Shapes, density: float) -> di
     Raises
     ------
     ValueError
-        If a layer's density is outside [0, 1], or the densities do not spend the budget to within one weight a layer.
+        If densities and shapes are of other layers, a layer's density is outside [0, 1], or the densities do not spend
+        the budget to within one weight a layer.
 
     Examples
     --------
@@ -456,8 +464,10 @@ def counts(densities: Mapping[str, float], shapes: Shapes, density: float) -> di
     {'a': 2, 'b': 1}
     """
     sizes = _sizes(shapes, density)
+    if different := sorted(sizes.keys() ^ densities.keys()):
+        raise ValueError(f"densities and shapes are of other layers: {different} are in one only")
     for name in sizes:
-        if not 0 <= densities[name] <= 1:
+        if not isinstance(densities[name], Real) or not 0 <= densities[name] <= 1:
             raise ValueError(f"layer {name!r} has density {densities[name]!r}: expected one in [0, 1]")
     total = kept_count(sum(sizes.values()), density)
     quotas = {name: densities[name] * sizes[name] for name in sizes}

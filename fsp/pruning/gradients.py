@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy, hardsigmoid, relu6
 from torch.overrides import TorchFunctionMode
 
-from fsp.checks import given_or_seed_0, plain_precision
+from fsp.checks import given_or_seed_0, is_count, plain_precision
 from fsp.data.batching import batch_size, explained
 from fsp.masks import Masks, check_masks, layers_of, put_weight, used_weights
 
@@ -190,6 +190,8 @@ def flow_gradients(
 def input_shape(shape: Sequence[int] | None, batches: Batches | None) -> Sequence[int]:
     """Shape of one input, given or read from the first batch."""
     if shape is not None:
+        if not isinstance(shape, Sequence) or not all(is_count(side, 1) for side in shape):
+            raise ValueError(f"shape={shape!r}: expected that of one input, such as (channels, height, width)")
         return shape
     if not batches:
         raise ValueError("the shape of an input is missing: pass shape=(channels, height, width) or batches")
@@ -357,6 +359,8 @@ def _weights(
     model: nn.Module, masks: Masks, dtype: torch.dtype | None, of: Callable[[Tensor], Tensor] = lambda t: t
 ) -> dict[str, Tensor]:
     """Masked weights, or a function of them, as new leaves."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype={dtype!r}: expected a floating-point type such as torch.float64, or None")
     check_masks(model, masks)
     with torch.no_grad():
         return {

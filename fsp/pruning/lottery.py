@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fsp import masks as mask_algebra
-from fsp.checks import given_or_seed_0
+from fsp.checks import check_count, given_or_seed_0
 from fsp.data import Data, is_count
 from fsp.files import CannotResume, differences, digest, load_tensors, replacing, save_tensors
 from fsp.masks import Masks, apply_, check_density, check_scope, keep_counts, kept_count, prunable
@@ -66,7 +66,7 @@ def kept_by_level(n: int, rate: float = 0.2, *, levels: int | None = None, densi
 
     Parameters
     ----------
-    n : int
+    n : int, >= 1
         Prunable weights.
     rate : float, in (0, 1)
         p, the fraction of the remaining weights that a level prunes; read as the decimal it prints as.
@@ -84,7 +84,7 @@ def kept_by_level(n: int, rate: float = 0.2, *, levels: int | None = None, densi
     Raises
     ------
     ValueError
-        If both or neither of `levels` and `density` are given, one of them or `rate` is out of range, or a level
+        If both or neither of `levels` and `density` are given, one of them, `n` or `rate` is out of range, or a level
         would prune nothing, because fewer than 1 / rate weights are left.
 
     Examples
@@ -96,6 +96,7 @@ def kept_by_level(n: int, rate: float = 0.2, *, levels: int | None = None, densi
     >>> len(kept_by_level(270_896, density=0.02)) - 1
     18
     """
+    check_count("n", n, 1)
     if not (is_number(rate) and 0 < rate < 1):
         raise ValueError(
             f"rate {rate!r} is not in (0, 1): it is the fraction of remaining weights to prune, such as 0.2"

@@ -29,6 +29,7 @@ from torch.nn.functional import cross_entropy
 
 from fsp.masks import Masks, used_weights
 from fsp.pruning.gradients import Batches, FlowRun, LossRun, flow_gradients, input_shape, loss_gradients, seed_of
+from fsp.training.settings import is_number
 
 Scores = dict[str, Tensor]
 
@@ -178,7 +179,7 @@ def grasp(
     Raises
     ------
     ValueError
-        If the temperature is not positive.
+        If the temperature is not positive and finite.
 
     Notes
     -----
@@ -189,8 +190,9 @@ def grasp(
     ----------
     Wang, Zhang, Grosse: Picking winning tickets before training by preserving gradient flow. ICLR 2020, equation 8.
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature {temperature} is not positive")
+    if not (is_number(temperature) and temperature > 0):
+        raise ValueError(f"temperature {temperature!r} is not positive and finite")
+    temperature = float(temperature)
     batches, seed = list(batches or []), seed_of(generator)
     loss = run.get("loss", cross_entropy)
     run["loss"] = lambda outputs, labels: loss(outputs / temperature, labels)

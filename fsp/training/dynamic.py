@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fsp.checks import check_generator
+from fsp.checks import check_count, check_generator, check_tensors
 from fsp.data import is_count
 from fsp.files import differences
 from fsp.masks import Masks, check_masks, density, gradients_are_masked, keep_counts, layer_densities
@@ -132,17 +132,25 @@ def zeta(config: DynamicConfig, step: int, total_steps: int) -> float:
     Parameters
     ----------
     config : DynamicConfig
-    step, total_steps : int
+    step : int, >= 0
+    total_steps : int, >= 1
 
     Returns
     -------
     float
+
+    Raises
+    ------
+    ValueError
+        For a number of steps that is none.
 
     Examples
     --------
     >>> zeta(PRESETS["set_itop"], 0, 100), round(zeta(PRESETS["set_itop"], 100, 100), 6)
     (0.5, 0.005)
     """
+    check_count("step", step, 0)
+    check_count("total_steps", total_steps, 1)
     if config.anneal == "constant":
         return config.zeta0
     phase = min(1.0, step / (config.t_end_frac * total_steps))
@@ -186,6 +194,12 @@ def drop_and_grow(
         After one and the same drop, a mask for each growth, with exactly as many kept weights as `mask`, or that many
         in expectation.
 
+    Raises
+    ------
+    ValueError
+        If the mask is not bool, the weight not floating point, a growth of no such shape or complex; for a fraction
+        outside [0, 1], what has no order (nan, infinite), or a generator that is not on the CPU.
+
     References
     ----------
     Mocanu et al. 2018, algorithm 2 (SET); Evci et al., ICML 2020, algorithm 1 (RigL).
@@ -197,6 +211,21 @@ def drop_and_grow(
     [tensor([False,  True,  True, False,  True])]
     """
     check_generator(generator)
+    check_tensors("argument", {"weight": weight, "mask": mask})
+    growths = list(growths)
+    check_tensors("growth", dict(enumerate(growths)))
+    if mask.dtype != torch.bool or not weight.is_floating_point() or weight.shape != mask.shape:
+        raise ValueError(
+            f"mask is {mask.dtype} {tuple(mask.shape)} and weight {weight.dtype} {tuple(weight.shape)}: expected bool "
+            "and floating point of one shape"
+        )
+    for growth in growths:
+        if not growth.is_floating_point() or growth.shape != mask.shape:
+            raise ValueError(
+                f"one of growths is {growth.dtype} {tuple(growth.shape)}: expected floating point {tuple(mask.shape)}"
+            )
+    if not (is_number(fraction) and 0 <= fraction <= 1):
+        raise ValueError(f"fraction={fraction!r}: expected a number in [0, 1], the share of kept weights to drop")
     survivors = _after_drop(weight.detach(), mask, fraction, drop, generator)
     n = int(mask.sum() - survivors.sum())
     if exact_counts:

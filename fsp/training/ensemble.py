@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
-from fsp.checks import check_choice, check_generator, check_tensors, plain_settings
+from fsp.checks import check_choice, check_count, check_generator, check_tensors, plain_settings
 from fsp.data import Data, Split
 from fsp.masks import Masks, check_masks
 from fsp.training.many import check_members
@@ -178,9 +178,11 @@ def member_logits(
     Raises
     ------
     ValueError
-        If there is no member, or members differ in architecture: the message names what differs first.
+        If there is no member, or members differ in architecture: the message names what differs first; or for a
+        `batch_size` below 1.
     """
     check_choice("at_once", at_once, (True, False, None))
+    check_count("batch_size", batch_size, 1)
     check_members(members, "predict one by one and average where they are not")
     for member in members:
         member.eval()

@@ -18,6 +18,7 @@ from fsp.checks import check_count, check_tensors, plain_settings
 from fsp.training.settings import is_number
 
 TEMPERATURES = (0.01, 100.0)  # between which one is looked for
+MOST_BINS = 10_000  # of the calibration error
 
 
 @plain_settings()
@@ -31,7 +32,7 @@ def quality(
     probabilities : Tensor, shape (N, classes)
         Floating point; each row sums to 1.
     labels : Tensor, int64, shape (N,)
-    bins : int, at least 1
+    bins : int, from 1 to 10,000
         Of the calibration error.
     validation : (probabilities, labels), optional
         Of other examples: adds the temperature fitted to them, and the calibration error at that temperature.
@@ -83,7 +84,7 @@ def calibration_error(probabilities: Tensor, labels: Tensor, *, bins: int = 15) 
     ----------
     probabilities, labels
         As for `quality`, and so are the errors.
-    bins : int, at least 1
+    bins : int, from 1 to 10,000
         Of equal width over (0, 1], each without its lower and with its upper end.  The confidence of a prediction is
         its largest probability.
 
@@ -97,6 +98,8 @@ def calibration_error(probabilities: Tensor, labels: Tensor, *, bins: int = 15) 
     [1]_, equation 3.
     """
     check_count("bins", bins, 1)
+    if bins > MOST_BINS:
+        raise ValueError(f"bins={bins!r}: expected at most {MOST_BINS}")
     _check(probabilities, labels)
     confidence, predicted = probabilities.max(1)
     ends = torch.arange(1, bins, dtype=probabilities.dtype, device=probabilities.device) / bins
@@ -155,7 +158,7 @@ def tempered(probabilities: Tensor, temperature: float) -> Tensor:
     _check(probabilities)
     if not (is_number(temperature) and temperature > 0):
         raise ValueError(f"temperature={temperature!r}: expected a finite number above 0, such as 1.5")
-    return (_log(probabilities) / temperature).softmax(1)
+    return (_log(probabilities) / float(temperature)).softmax(1)
 
 
 @plain_settings()
@@ -223,8 +226,10 @@ def _check(probabilities: Tensor, labels: Tensor | None = None) -> None:
         return
     check_tensors("argument", {"labels": labels})
     n, classes = probabilities.shape
-    if labels.dtype != torch.int64 or labels.shape != (n,) or labels.min() < 0 or labels.max() >= classes:
+    if labels.dtype != torch.int64 or labels.shape != (n,):
         raise ValueError(
-            f"labels are {labels.dtype} of shape {tuple(labels.shape)}, up to {labels.max()}: expected int64 of shape "
-            f"({n},), from 0 to {classes - 1}"
+            f"labels are {labels.dtype} of shape {tuple(labels.shape)}: expected int64 of shape ({n},), from 0 to "
+            f"{classes - 1}"
         )
+    if labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(f"labels are from {labels.min()} to {labels.max()}: expected them from 0 to {classes - 1}")

@@ -80,7 +80,7 @@ class Recipe:
         rescaling = self.rescale is None or isinstance(self.rescale, Rescaling)
         rules = [
             ("e1", ends, "a fraction of the training, in [0, 1)"),
-            ("e0", is_number(self.e0) and 0 <= self.e0 <= self.e1, "in [0, e1]"),
+            ("e0", ends and is_number(self.e0) and 0 <= self.e0 <= self.e1, "in [0, e1]"),
             ("activation", choice, f"one of {', '.join(map(repr, ACTIVATIONS))}"),
             ("skips", isinstance(self.skips, bool), "True or False"),
             ("rescale", rescaling, "a Rescaling, such as Rescaling(iterations=90), or None"),

@@ -110,7 +110,7 @@ def test_diversity_is_the_mean_over_all_ordered_pairs_of_members():
         (torch.tensor([[2.0, 3.0]]), torch.tensor([0]), r"expected softmax\(1\) of the logits"),
         (torch.tensor([[1.5, -0.5]]), torch.tensor([0]), r"expected softmax\(1\) of the logits"),
         (torch.tensor([[math.nan, 1.0]]), torch.tensor([0]), r"expected softmax\(1\) of the logits"),
-        (torch.tensor([[0.5, 0.5]]), torch.tensor([2]), "labels are torch.int64 .* up to 2: .* from 0 to 1"),
+        (torch.tensor([[0.5, 0.5]]), torch.tensor([2]), "labels are from 2 to 2: expected them from 0 to 1"),
         (torch.tensor([[0.5, 0.5]]), torch.tensor([0, 1]), r"expected int64 of shape \(1,\)"),
         (torch.tensor([[0.5, 0.5]]), torch.tensor([0.0]), "labels are torch.float32"),
         (np.ones((1, 1)), torch.tensor([0]), "'probabilities' is a numpy.ndarray"),
