@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import hashlib
+import html
 import re
 import subprocess
 import symtable
@@ -386,3 +387,11 @@ def test_its_table_claims_and_figures_are_committed_and_no_run_failed(path):
     assert not report.read_claims(results, [path.stem]).empty
     assert list((ROOT / "figures").glob(f"{path.stem}*.png"))
     assert list((ROOT / "figures").glob(f"{path.stem}*.pdf"))
+
+
+@each
+def test_its_claims_are_shown_as_whole_sentences(path):
+    [cell] = [cell for cell in code_cells(path) if "study.save_claims(" in cell.source]
+    page = cell.outputs[-1].data["text/html"]
+    sentences = report.read_claims(ROOT / "data" / "results", [path.stem]).claim
+    assert [sentence for sentence in sentences if f"<th>{html.escape(sentence, quote=False)}</th>" not in page] == []
