@@ -74,7 +74,7 @@ class Window:
         return until(lambda: [element for element in self.all(selector) if element.text == text], 60)[0]
 
     def opens(self, stem: str) -> None:
-        """A notebook, as it was committed, with a kernel of its own."""
+        """A notebook as it was committed; one that is opened again has the kernel that it had."""
         self.notebook = stem
         shutil.copy(ROOT / "notebooks" / f"{stem}.ipynb", self.root / "notebooks")
         address = self.driver.current_url.split("/lab")[0]
@@ -135,6 +135,23 @@ class Window:
 
 
 @pytest.fixture(scope="module")
+def driver():
+    """A headless Chromium."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: see `make browser`")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    chromedriver = shutil.which("chromedriver")
+    if not (chromium and chromedriver):
+        pytest.skip("Chromium is not installed: on Debian, apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-gpu", "window-size=1400,1000"):
+        options.add_argument(f"--{flag}")
+    started = webdriver.Chrome(options=options, service=webdriver.ChromeService(chromedriver))
+    yield started
+    started.quit()
+
+
+@pytest.fixture(scope="module")
 def copy(tmp_path_factory):
     """The repository without downloads and records: JupyterLab saves what a reader changes."""
     root = tmp_path_factory.mktemp("copy") / "fsp"
@@ -182,25 +199,10 @@ def address(copy, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def window(copy, address):
-    """A headless Chromium at what `make lab` opens."""
-    webdriver = pytest.importorskip(
-        "selenium.webdriver", reason='selenium is not installed: pip install -e ".[browser]"'
-    )
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    chromedriver = shutil.which("chromedriver")
-    if not (chromium and chromedriver):
-        pytest.skip("Chromium is not installed: on Debian, apt-get install chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-gpu", "window-size=1400,1000"):
-        options.add_argument(f"--{flag}")
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(chromedriver))
-    try:
-        driver.get(address)
-        yield Window(driver, copy)
-    finally:
-        driver.quit()
+def window(driver, copy, address):
+    """What `make lab` opens."""
+    driver.get(address)
+    return Window(driver, copy)
 
 
 def errors_of(notebook: nbformat.NotebookNode) -> list[str]:
@@ -236,7 +238,7 @@ def test_a_notebook_runs_to_its_end_and_shows_its_figures_in_light_and_dark(wind
     until(lambda: window.all("body[data-jp-theme-light='true']"), 60)
 
 
-def test_a_changed_parameter_changes_what_is_shown_and_a_wrong_one_is_told_by_name(window):
+def test_a_changed_parameter_changes_what_is_shown(window):
     window.opens(CORRELATION)
     window.edits("densities: list", "densities: list = [0.1]  # one alone")
     done = window.runs_all()
@@ -244,8 +246,11 @@ def test_a_changed_parameter_changes_what_is_shown_and_a_wrong_one_is_told_by_na
     assert "130 masks, 0 of them without a finished training" in printed_by(done)
     window.looks_at(".jp-RenderedImage img", "changed")
 
+
+def test_a_wrong_value_stops_the_notebook_with_a_sentence_that_names_the_right_one(window):
+    window.opens(CORRELATION)
     window.edits("dataset: str", 'dataset: str = "mnist2d"  # there is none')
     [error] = errors_of(window.runs_all())
     assert re.fullmatch(r"ValueError: dataset = 'mnist2d': expected one of .*; did you mean mnist1d\?", error)
-    shown = window.looks_at("[data-mime-type='application/vnd.jupyter.error']", "wrong")
-    assert error in shown.text
+    shown = window.looks_at(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr']", "wrong")
+    assert error in " ".join(shown.text.split())
