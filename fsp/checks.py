@@ -10,7 +10,7 @@ import torch
 
 def is_count(value: object, least: int) -> bool:
     """True for an integer of at least `least`; a bool is none."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least  # type: ignore[operator]  # mypy knows no order of the numbers of `numbers`
 
 
 def check_count(name: str, value: object, least: int) -> None:
