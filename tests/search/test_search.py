@@ -74,28 +74,29 @@ def quick(function=search, method="snip", model=None, **options):
 # ---- acceptance, by hand -----------------------------------------------------------------------------------------
 
 NAN = math.nan
-# Ramanujan gap, weighted gap, IMDB, IMSG of two layers of mask 0 and three candidates
+# Ramanujan gap, weighted gap, IMDB, IMSG of two layers of mask 0 and four candidates
 VALUES = [
     [(1, 0, 1, 1), (NAN, NAN, NAN, NAN)],
     [(1, 0, 1, 1), (NAN, NAN, NAN, NAN)],  # ties
     [(3, 0, 0.5, 1), (-1, 0.5, NAN, 0.2)],  # norm up and IMDB down; a layer that becomes valid
     [(0.5, 2, 1, 2), (NAN, 9, -0.1, 0)],  # norm and IMSG up, gap down; a layer that becomes invalid
+    [(0, 0, 1.2, 0), (0.1, 0, 0.1, 0)],  # IMDB up, norm down in the first layer
 ]
 
 
 @pytest.mark.parametrize(
     ("accept", "owners", "accepted"),
     [
-        ("published", (3, 2), [0, 2, 3, 4]),
-        ("alt", (3, 0), [0, 0, 0, 1]),
-        ("strict", (1, 1), [0, 2, 2, 2]),
-        ("norm", (2, 3), [0, 2, 4, 5]),
-        ("gap", (2, 2), [0, 2, 4, 4]),
+        ("published", (3, 2), [0, 2, 3, 4, 4]),
+        ("alt", (3, 0), [0, 0, 0, 1, 1]),
+        ("strict", (1, 4), [0, 2, 2, 2, 3]),
+        ("norm", (2, 3), [0, 2, 4, 5, 5]),
+        ("gap", (2, 4), [0, 2, 4, 4, 5]),
     ],
 )
 def test_each_layer_is_taken_as_the_rule_says_by_itself(monkeypatch, accept, owners, accepted):
     shapes = {"0.weight": (4, 4), "1.weight": (2, 4)}
-    drawn = [{name: torch.arange(math.prod(s)).view(s) == i for name, s in shapes.items()} for i in range(4)]
+    drawn = [{name: torch.arange(math.prod(s)).view(s) == i for name, s in shapes.items()} for i in range(5)]
 
     def measured(masks_list, *_, **__):
         indices = [[m["0.weight"].flatten().tolist().index(True)] for m in masks_list]
@@ -105,7 +106,7 @@ def test_each_layer_is_taken_as_the_rule_says_by_itself(monkeypatch, accept, own
     monkeypatch.setattr(spectrum, "population", measured)
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 2, bias=False))
     for chunk in (1, 2, 3):
-        found = search(model, "erk", 0.1, population=3, accept=accept, density_control="none", chunk=chunk, every=1)
+        found = search(model, "erk", 0.1, population=4, accept=accept, density_control="none", chunk=chunk, every=1)
         assert [torch.equal(found.masks[n], drawn[i][n]) for n, i in zip(shapes, owners, strict=True)] == [True, True]
         assert found.trajectory["accepted"].tolist() == accepted
         expected = [math.hypot(*np.nan_to_num(VALUES[i][layer])) for layer, i in enumerate(owners)]
