@@ -8,7 +8,7 @@ PROFILE ?= quick
 ARGS ?=
 TORCH_INDEX ?=
 
-.PHONY: reproduce demo test lint units notebooks faults planted cluster gpu book lab browser lock refresh clean
+.PHONY: reproduce demo test lint types units notebooks faults planted cluster gpu book lab browser lock refresh clean
 
 reproduce: $(VENV)/installed          ## run every notebook from nothing, one a core, and print the report
 	$(BIN)/python -m fsp.compendium.reproduce --profile $(PROFILE) $(ARGS)
@@ -26,6 +26,12 @@ test: lint units notebooks            ## everything that must hold before a comm
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# As for the book, its packages come on top of the pinned ones.
+types: $(VENV)/installed              ## mypy, over what the package offers
+	@$(BIN)/python -c "import mypy" 2>/dev/null || \
+	  $(PIP) -c requirements.lock -e ".[types]"
+	$(BIN)/python -m mypy
 
 units: $(VENV)/installed              ## unit tests, doctests, and each notebook's smoke profile through papermill
 	FSP_PROGRESS=0 $(BIN)/python -m pytest -q -n auto --dist loadscope --no-loadscope-reorder --durations=10 -m "not slow and not services and not browser"

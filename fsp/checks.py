@@ -1,5 +1,6 @@
 """Checks of arguments that several wings share: an error names the value and what was expected."""
 
+import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from numbers import Integral
@@ -9,7 +10,7 @@ import torch
 
 def is_count(value: object, least: int) -> bool:
     """True for an integer of at least `least`; a bool is none."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least  # type: ignore[operator]  # mypy knows no order of the numbers of `numbers`
 
 
 def check_count(name: str, value: object, least: int) -> None:
@@ -27,14 +28,30 @@ def check_shape(shape: object) -> None:
 def check_choice(name: str, value: object, choices: Iterable) -> None:
     """Raise a ValueError unless the value is one of the choices; 1 is not True."""
     if not any(isinstance(value, type(choice)) and value == choice for choice in choices):
-        raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, choices))}")
+        raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, choices))}{nearest(value, choices)}")
 
 
 def check_options(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
     """Raise a TypeError for options that the owner does not have, naming those that it has."""
     unknown = [name for name in given if name not in known]
     if unknown:
-        raise TypeError(f"{owner} has no option {', '.join(unknown)}; it takes {', '.join(known) or 'none'}")
+        takes = f"it takes {', '.join(known) or 'none'}{nearest(unknown, known)}"
+        raise TypeError(f"{owner} has no option {', '.join(unknown)}; {takes}")
+
+
+def nearest(value: object, names: Iterable) -> str:
+    """Which names text that is none of them may mean, be it alone, in a list or a key; "" if none is near.
+
+    Examples
+    --------
+    >>> nearest("sinp", ["snip", "synflow"])
+    '; did you mean snip?'
+    """
+    names = [name for name in names if isinstance(name, str)]
+    texts = [value] if isinstance(value, str) or not isinstance(value, Iterable) else value
+    wrong = [text for text in texts if isinstance(text, str) and text not in names]
+    meant = dict.fromkeys(name for text in wrong for name in difflib.get_close_matches(text.lower(), names, n=1))
+    return f"; did you mean {' and '.join(meant)}?" if meant else ""
 
 
 def check_generator(generator: object) -> None:

@@ -171,7 +171,7 @@ def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         total.update(f"\0{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # in Python 3.11 no type says that arrays are buffers
     return total.hexdigest()
 
 

@@ -50,7 +50,7 @@ def command_line(main: Callable[[], int | None]) -> NoReturn:
     reading, as ``head`` does, the command ends without a word, with the exit status 141.
     """
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # what replaces a stream has it, too
     try:
         try:
             status = main()

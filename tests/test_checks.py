@@ -34,6 +34,12 @@ def test_what_is_right_passes():
             ValueError,
             "mode='edge': expected one of 'zeros'",
         ),
+        (
+            partial(check_choice, "mode", "Reflct", ["zeros", "reflect"]),
+            ValueError,
+            r"mode='Reflct': expected one of 'zeros', 'reflect'; did you mean reflect\?$",
+        ),
+        (partial(check_options, "mlp", ["nrom"], ["hidden", "norm"]), TypeError, r"hidden, norm; did you mean norm\?$"),
         (partial(check_choice, "skip", 1, (True, False)), ValueError, "skip=1: expected one of True, False"),
         (partial(check_options, "mlp", ["width"], ["norm"]), TypeError, "mlp has no option width; it takes norm"),
         (partial(check_options, "lenet300", ["norm"], []), TypeError, "it takes none"),

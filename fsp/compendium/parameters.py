@@ -6,11 +6,10 @@ turns a wrong name or value into an error that names the valid choices.
 
 import ast
 import dataclasses
-import difflib
 import math
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from numbers import Real
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -18,6 +17,7 @@ from typing import NamedTuple
 import torch
 import yaml
 
+from fsp.checks import nearest
 from fsp.data import DATASETS, check_files, is_count
 from fsp.models import INITS, MODELS, WITH_MASKS
 from fsp.paths import outputs
@@ -100,7 +100,7 @@ def check(**given: object) -> Given:
     unknown = _injected() - given.keys()
     if unknown:
         names = f"{', '.join(sorted(unknown))}: this notebook has {', '.join(given)}"
-        raise ValueError(f"no parameter is called {names}{_nearest(unknown, given)}")
+        raise ValueError(f"no parameter is called {names}{nearest(unknown, given)}")
     missing = given.keys() - RULES.keys()
     if missing:
         known = ", ".join(RULES)
@@ -110,7 +110,7 @@ def check(**given: object) -> Given:
             given[name] = value = _parsed(value)
         rule = RULES[name]
         if not rule.fits(value):
-            raise ValueError(f"{name} = {value!r}: expected {rule.expected}{_hint(value)}{_nearest(value, rule.names)}")
+            raise ValueError(f"{name} = {value!r}: expected {rule.expected}{_hint(value)}{nearest(value, rule.names)}")
     try:
         TrainConfig(1, **given.get("train_options", {}))
     except ValueError as error:
@@ -156,14 +156,6 @@ def _hint(value: object) -> str:
     mantissa += "" if "." in mantissa else ".0"
     right = str(int(number)) if number.is_integer() else f"{mantissa}e{int(exponent):+d}"
     return f"; YAML reads {value} as text: write {right}"
-
-
-def _nearest(value: object, names: Iterable[str]) -> str:
-    """Which names text that is none of them may mean, be it alone, in a list or a key; "" if none is near."""
-    texts = [value] if isinstance(value, str) or not isinstance(value, Iterable) else value
-    wrong = [text for text in texts if isinstance(text, str) and text not in names]
-    meant = dict.fromkeys(name for text in wrong for name in difflib.get_close_matches(text.lower(), names, n=1))
-    return f"; did you mean {' and '.join(meant)}?" if meant else ""
 
 
 def _injected() -> set[str]:

@@ -192,7 +192,7 @@ def sweep(
             warnings.filterwarnings("ignore", "[0-9]+ of [0-9]+ runs were reused that other code made")
             table = runs.sweep(function, configs, **options)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("stopped: finished runs are kept, and this cell goes on from there") from None
+        raise KeyboardInterrupt("stopped: finished runs are kept; run again to go on") from None
     _check_finished(table, place.runs)
     if known != path and known.exists() and not (path in _begun and path.exists()):
         tables.save(tables.read_cells(known), path)  # the table as a refresh would make it

@@ -5,6 +5,7 @@ Every random choice is drawn on the CPU from a `torch.Generator`, so that it doe
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +89,7 @@ def augment(
 
 def _drawn(n: int, padding: int, flip: bool, generator: torch.Generator) -> Tensor:
     """Row offsets, column offsets and, if asked for, coins of n images: a row each."""
-    of_draws = {"generator": generator, "dtype": torch.int64, "device": "cpu"}
+    of_draws: dict[str, Any] = {"generator": generator, "dtype": torch.int64, "device": "cpu"}
     offsets = torch.randint(2 * padding + 1, (2, n), **of_draws)
     return torch.cat([offsets, torch.randint(2, (1, n), **of_draws)]) if flip else offsets
 

@@ -8,6 +8,7 @@ pixels are hurt alike.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +54,7 @@ def _occlusion(images: Tensor, amount: float, generator: torch.Generator) -> Ten
         side = images.shape[axis]
         if side > 1:
             length = math.ceil(amount * side)
-            of_draws = {"generator": generator, "dtype": torch.int64, "device": "cpu"}
+            of_draws: dict[str, Any] = {"generator": generator, "dtype": torch.int64, "device": "cpu"}
             start = torch.randint(side - length + 1, (len(images), 1), **of_draws)
             place = torch.arange(side, device="cpu")
             covered = (start <= place) & (place < start + length)

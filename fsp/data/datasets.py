@@ -15,7 +15,7 @@ from importlib.metadata import version
 from inspect import signature
 from numbers import Real
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from fsp import paths
 from fsp.checks import check_choice, check_count, check_options, check_shape, is_count
@@ -48,7 +47,7 @@ _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 # (mean, standard deviation) per channel of pixels in 0..1, by dataset and by whose code used them. "default" of the
 # CIFAR sets is the standard deviation over all training pixels. The choice hardly moves accuracy but moves SNIP and
 # GraSP scores.
-STATISTICS = {
+STATISTICS: dict[str, dict[str, tuple[tuple[float, ...], tuple[float, ...]]]] = {
     "mnist": {"default": _MNIST, "synflow": _MNIST, "open_lth": _MNIST, "grasp": ((0.5,), (0.5,))},
     "mnist5k": {"default": _MNIST},
     "cifar10": {
@@ -113,7 +112,8 @@ class Data:
     @property
     def shape(self) -> tuple[int, int, int]:
         """Channels, height and width of one image."""
-        return tuple(self.train.images.shape[1:])
+        channels, height, width = self.train.images.shape[1:]
+        return channels, height, width
 
     def normalise(self, images: Tensor) -> Tensor:
         r"""Centred and scaled images, as a network takes them.
@@ -150,7 +150,10 @@ class Data:
 def _channel_constants(mean: tuple, std: tuple, device: torch.device) -> tuple[Tensor, Tensor]:
     """Both as (C, 1, 1) tensors; kept, because copying them anew for each batch would stall a GPU."""
     with torch.inference_mode(False):  # a first call inside inference mode must not spoil later gradients
-        return tuple(torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1) for values in (mean, std))
+        centre, scale = (
+            torch.tensor(values, dtype=torch.float32, device=device).view(-1, 1, 1) for values in (mean, std)
+        )
+        return centre, scale
 
 
 # What a loader returns: everything that may be trained on, the fixed test split, classes, augmented; all on the CPU
@@ -253,7 +256,7 @@ def _synthetic(
         raise ValueError(f"noise={noise!r}: expected a finite standard deviation of at least 0")
     _check_seed("task", task)
     generator = torch.Generator().manual_seed(int(task))
-    of_draws = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
+    of_draws: dict[str, Any] = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
     coarse = torch.randn(classes, shape[0], 4, 4, **of_draws)
     prototypes = F.interpolate(coarse, size=shape[1:], mode="bilinear")  # (classes, C, H, W)
     labels = torch.arange(size, device="cpu") % classes
@@ -276,14 +279,14 @@ class _Files(NamedTuple):
             raise FileNotFoundError(f"{name}: {', '.join(self.missing)} not found in {self.folder}. {self.remedy}")
 
 
-def _reader(kind: str) -> type:
+def _reader(kind: str) -> Any:
     """Torchvision's reader of a dataset; imported here, because it takes as long as importing torch."""
     from torchvision import datasets
 
     return getattr(datasets, kind)
 
 
-def _look_for(kind: type, root: Path) -> _Files:
+def _look_for(kind: Any, root: Path) -> _Files:
     """Look for the files of a torchvision dataset below a folder, without reading them."""
     name = kind.__name__.lower()
     if name.startswith("cifar"):
@@ -307,8 +310,8 @@ def _torchvision(kind: str, classes: int, augmented: bool, root: Path, download:
     """MNIST or CIFAR through torchvision's reader and checksums, with errors that say which folder and what to do."""
     from torchvision.datasets.utils import check_integrity
 
-    name, kind = kind.lower(), _reader(kind)
-    files = _look_for(kind, root)
+    name, reader = kind.lower(), _reader(kind)
+    files = _look_for(reader, root)
     if files.missing and not download:
         files.check(name)
         for archive, md5 in files.archives:
@@ -316,7 +319,7 @@ def _torchvision(kind: str, classes: int, augmented: bool, root: Path, download:
                 raise RuntimeError(f"{name}: {archive} does not have the checksum {md5}. Delete it. {files.remedy}")
         download = True  # unpacks the archives just verified; torchvision fetches only what is absent or differs
     try:
-        train, test = (kind(root, train=part, download=download) for part in (True, False))
+        train, test = (reader(root, train=part, download=download) for part in (True, False))
         pool, test = (_checked_split(part, classes) for part in (train, test))
     except Exception as error:  # torchvision raises RuntimeError, URLError, AssertionError and others for bad files
         raise RuntimeError(
@@ -326,7 +329,7 @@ def _torchvision(kind: str, classes: int, augmented: bool, root: Path, download:
     return pool, test, classes, augmented
 
 
-def _checked_split(dataset: Dataset, classes: int) -> Split:
+def _checked_split(dataset: Any, classes: int) -> Split:
     """Tensors (N, C, H, W) and (N,) of a torchvision dataset; MNIST's unpacked files have no checksum."""
     images = torch.as_tensor(dataset.data, device="cpu")
     labels = torch.as_tensor(dataset.targets, dtype=torch.int64, device="cpu")
@@ -343,7 +346,7 @@ _TINY_FILE = "tinyimagenet.safetensors"
 
 def _tinyimagenet(root: Path, download: bool) -> _Source:
     """Tiny ImageNet, 3x64x64; its 10,000 validation images are the test split, its own test images having no labels."""
-    made_by = {"archive": TINY_MD5, "per_class": TINY_PER_CLASS}
+    made_by: dict[str, object] = {"archive": TINY_MD5, "per_class": TINY_PER_CLASS}
     images, labels = _made_once(root / _TINY_FILE, made_by, lambda: Split(*read_tinyimagenet(root, download)))
     cut = TINY_CLASSES * TINY_PER_CLASS["train"]
     return Split(images[:cut], labels[:cut]), Split(images[cut:], labels[cut:]), TINY_CLASSES, True
@@ -357,7 +360,7 @@ def _folder(root: Path, download: bool, *, size: tuple[int, int] | None = None, 
     return Split(*train), Split(*test), classes, augmented
 
 
-DATASETS = {
+DATASETS: dict[str, Callable[..., _Source]] = {
     "mnist1d": _mnist1d,
     "mnist5k": _mnist5k,
     "digits": _digits,
@@ -393,8 +396,9 @@ def check_files(name: str, *, root: str | Path = paths.RAW) -> None:
     """
     check_choice("dataset", name, DATASETS)
     root = Path(root).expanduser()
-    if isinstance(DATASETS[name], partial):
-        _look_for(_reader(DATASETS[name].args[0]), root).check(name)
+    loader = DATASETS[name]
+    if isinstance(loader, partial):
+        _look_for(_reader(loader.args[0]), root).check(name)
     if name == "tinyimagenet" and not (root / _TINY_FILE).is_file():
         find_tinyimagenet(root)
     if name == "folder":

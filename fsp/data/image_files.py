@@ -165,14 +165,14 @@ def _stacked(
     """Images as one uint8 tensor (N, 3, H, W); all of the height and width `side`, by default those of the first."""
     from PIL import Image  # here, like torchvision, which brings it: few processes read image files
 
-    images = None
+    images: Tensor | None = None
     for position, name in enumerate(bar(names, desc="images", unit="", leave=False)):
         try:
             with Image.open(opened(name)) as file:
                 image = file.convert("RGB")
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: of some damaged PNG files
             raise RuntimeError(f"{name} is no image that can be read ({error}): delete or replace it") from error
-        if resize:
+        if resize and side is not None:
             image = image.resize(side[::-1], Image.Resampling.BILINEAR)
         side = side or (image.height, image.width)
         if (image.height, image.width) != side:
@@ -180,7 +180,7 @@ def _stacked(
         if images is None:
             images = torch.empty(len(names), 3, *side, dtype=torch.uint8, device="cpu")
         images[position] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    return images
+    return images  # type: ignore[return-value]  # there is an image at least
 
 
 def find_folder(root: Path) -> tuple[Path, Path]:
@@ -245,6 +245,6 @@ def read_folder(root: Path, size: tuple[int, int] | None) -> tuple[tuple[Tensor,
             images = _stacked([path for path, _ in part.samples], str, size, resize=resize)
         except ValueError as error:
             raise ValueError(f"folder: {error}; pass size=(height, width) to resize all images") from error
-        size = tuple(images.shape[2:])
+        size = images.shape[2], images.shape[3]
         read.append((images, torch.tensor(part.targets, dtype=torch.int64, device="cpu")))
-    return *read, len(train.classes)
+    return read[0], read[1], len(train.classes)

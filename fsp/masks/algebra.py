@@ -333,7 +333,8 @@ def _plain_name(name: str) -> str:
 
 def _weight_names(model: nn.Module) -> list[str]:
     """Names of the weights of all convolutions and linear layers, those that cannot be pruned too."""
-    shared, names = {id(p): name for name, p in reversed(list(model.named_parameters()))}, {}
+    shared = {id(p): name for name, p in reversed(list(model.named_parameters()))}
+    names: dict[str, None] = {}
     for prefix, module in model.named_modules():
         if isinstance(module, PRUNABLE):
             own = [p for key, p in module.named_parameters() if key in NAMES]

@@ -9,6 +9,7 @@ References
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +96,7 @@ def children(
     found = prunable(parent, exclude=[*exclude, *([] if prune_classifier else [_classifier(parent)])])
     units = {name: _units(parent, name, p.shape, structure) for name, p in found.items()}
     if kind == "random":
-        drawn = [_random(units, density, scope, generator) for _ in range(count)]
+        drawn = [_random(units, density, scope, generator) for _ in range(count)]  # type: ignore[arg-type]  # `_check_family`: it is a number here
     else:
         of_family = 2 if kind == "antirandom" else count
         drawn = [masks for _ in range(count // of_family) for masks in _dealt(units, of_family, scope, generator)]
@@ -145,7 +146,7 @@ def _units(model: nn.Module, name: str, shape: torch.Size, structure: str) -> Te
 
 def _random(units: Masks, density: float, scope: str, generator: torch.Generator) -> Masks:
     """One mask, uniform among those that keep so many units."""
-    of_draws = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
+    of_draws: dict[str, Any] = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
     scores = {name: torch.rand(unit.shape, **of_draws) for name, unit in units.items()}
     return keep_top(scores, density, scope=scope, generator=generator)
 
@@ -159,7 +160,8 @@ def _dealt(units: Masks, count: int, scope: str, generator: torch.Generator) -> 
     if scope == "global":
         flat = torch.cat([unit.flatten() for unit in units.values()])
         return [unflattened(masks["all"], units) for masks in _dealt({"all": flat}, count, "layer", generator)]
-    drawn, turn = [{} for _ in range(count)], 0
+    drawn: list[Masks] = [{} for _ in range(count)]
+    turn = 0
     for name, unit in units.items():
         owner = permuted((torch.arange(unit.numel(), device="cpu") + turn) % count, generator).view_as(unit)
         turn += unit.numel()

@@ -63,7 +63,8 @@ def from_torch(model: nn.Module) -> Masks:
         If nothing is pruned there, or modules that share a parameter prune it differently.
     """
     buffers = dict(model.named_buffers(remove_duplicate=False))
-    masks, first = {}, {}
+    masks: Masks = {}
+    first: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         mask = buffers.get(f"{name.removesuffix('_orig')}_mask")
         if not name.endswith("_orig") or mask is None:

@@ -2,7 +2,7 @@
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -153,14 +153,14 @@ def hold_(optimizer: optim.Optimizer, model: nn.Module, masks: Masks, *, dense_g
         (optimizer.register_step_post_hook, after_step),
         (optimizer.register_load_state_dict_post_hook, zero_pruned),
     ):
-        handle.callback(register(hook).remove)
+        handle.callback(register(hook).remove)  # type: ignore[arg-type]  # each hook takes what it is handed
     weakref.finalize(optimizer, handle.close).atexit = False
     return handle
 
 
 def gradients_are_masked(parameter: nn.Parameter) -> bool:
     """Whether `hold_` sets the gradients of pruned weights of a parameter to 0, so that growth cannot rank them."""
-    holds = _HOLDS.get(parameter)
+    holds = _HOLDS.get(parameter, [])
     return bool(holds) and not holds[-1].dense_gradients
 
 
@@ -256,7 +256,7 @@ class _Held:
     dense_gradients: bool
 
 
-_HOLDS: Mapping[Tensor, list[_Held]] = WeakTensorKeyDictionary()  # of each weight, the newest last
+_HOLDS: MutableMapping[Tensor, list[_Held]] = WeakTensorKeyDictionary()  # of each weight, the newest last
 
 
 def _at_gradients(parameter: nn.Parameter, held: _Held):

@@ -255,7 +255,7 @@ def _drawn(n: int, count: int, generator: torch.Generator) -> Tensor:
     if 2 * count > n:
         return ~_drawn(n, n - count, generator)
     found = np.zeros(n, dtype=bool)
-    while missing := count - np.count_nonzero(found):
+    while missing := count - int(np.count_nonzero(found)):
         found[torch.randint(n, (missing,), generator=generator, dtype=torch.int64, device="cpu").numpy()] = True
     return torch.from_numpy(found)
 
@@ -265,7 +265,7 @@ def _drawn(n: int, count: int, generator: torch.Generator) -> Tensor:
 
 def _check_share(share: object) -> None:
     """Raise a ValueError unless 0 <= share <= 1."""
-    if isinstance(share, bool) or not isinstance(share, Real) or not 0 <= share <= 1:
+    if isinstance(share, bool) or not isinstance(share, Real) or not 0 <= share <= 1:  # type: ignore[operator]  # mypy knows no order of the numbers of `numbers`
         raise ValueError(f"share={share!r}: expected a number in [0, 1], the share of the entries that are drawn anew")
 
 

@@ -23,9 +23,11 @@ def per_axis(shape: tuple[int, int, int], size: int) -> tuple[int, int]:
     >>> per_axis((3, 32, 32), 3), per_axis((1, 1, 40), 3)
     ((3, 3), (1, 3))
     """
-    return tuple(size if side > 1 else 1 for side in shape[1:])
+    height, width = (size if side > 1 else 1 for side in shape[1:])
+    return height, width
 
 
 def half(kernel: tuple[int, int]) -> tuple[int, int]:
     """Padding with which a kernel of odd sides and stride 1 keeps height and width."""
-    return tuple(side // 2 for side in kernel)
+    height, width = kernel
+    return height // 2, width // 2

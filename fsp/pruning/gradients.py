@@ -135,7 +135,7 @@ def _derivatives(
     with sdpa_kernel(SDPBackend.MATH), _Composed():  # fused attention has no second derivative
         gradients = torch.autograd.grad(loss(model), leaves, create_graph=True, materialize_grads=True)
         dot = sum((vector[name] * g).sum() for name, g in zip(weights, gradients, strict=True))
-        return torch.autograd.grad(dot, leaves, materialize_grads=True)
+        return torch.autograd.grad(dot, leaves, materialize_grads=True)  # type: ignore[arg-type]  # a tensor: there are weights
 
 
 def flow_gradients(
@@ -146,7 +146,7 @@ def flow_gradients(
     of: Callable[[Tensor], Tensor],
     seed: int,
     training: bool = False,
-    dtype: torch.dtype = torch.float64,
+    dtype: torch.dtype | None = torch.float64,
     forward: Forward = call,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     r"""Non-negative weights, and the gradient there of the sum of the outputs for one input of ones.
@@ -338,12 +338,12 @@ def _loss(
             "(outputs, labels) -> mean over the examples"
         ) from error
     if not isinstance(value, Tensor) or value.numel() != 1:
-        found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"loss gives {found}: expected one number, the mean over the examples of a batch")
+        given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"loss gives {given}: expected one number, the mean over the examples of a batch")
     return share * value.reshape(())
 
 
-def _as_plain(part: object, dtype: torch.dtype | None) -> object:
+def _as_plain(part: Any, dtype: torch.dtype | None) -> Any:
     """Inputs or labels: a tensor of another precision converted, one of inference mode copied."""
     if not isinstance(part, Tensor):
         return part

@@ -334,8 +334,8 @@ def _without_smallest(model: nn.Module, masks: Masks, counts: Mapping[str, int],
     """Masks of the largest remaining weights, as many as `counts` says: in all under "", or for each tensor."""
     remaining = {name: s[masks[name]] for name, s in magnitude(model, masks).items()}
     if "" in counts:
-        kept = keep_counts({"": torch.cat([*remaining.values()])}, counts, generator)[""]
-        kept = dict(zip(remaining, kept.split([len(s) for s in remaining.values()]), strict=True))
+        flat = keep_counts({"": torch.cat([*remaining.values()])}, counts, generator)[""]
+        kept = dict(zip(remaining, flat.split([len(s) for s in remaining.values()]), strict=True))
     else:
         kept = keep_counts(remaining, counts, generator)
     return {name: mask.masked_scatter(mask, kept[name]) for name, mask in masks.items()}
@@ -378,7 +378,11 @@ def _write(folder: Path, level: Level, model: nn.Module) -> None:
     mask_algebra.save(masks_path, level.masks, level=level.level)
     if level.level == 0:
         save_tensors(rewound_path, "rewind point", level.rewound, {})
-    about = {"history": asdict(level.history), "masks": digest(level.masks), "rewound": digest(level.rewound)}
+    about: dict[str, object] = {
+        "history": asdict(level.history),
+        "masks": digest(level.masks),
+        "rewound": digest(level.rewound),
+    }
     save_tensors(path, "level", model.state_dict(), about)
 
 

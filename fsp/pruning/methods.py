@@ -248,7 +248,7 @@ def options_of(method: str) -> tuple[str, ...]:
     >>> options_of("balanced")
     ('exclude', 'redistribute')
     """
-    names = []
+    names: list[str] = []
     for function in [
         METHODS[method],
         *getattr(METHODS[method], "args", ()),

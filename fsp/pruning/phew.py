@@ -151,7 +151,7 @@ def _walks(graph: Graph, starts: Tensor, forward: bool, generator: torch.Generat
         for edge, chosen in zip(edges, _ways(graph, edges, unit, forward, generator), strict=True):
             there = unit[chosen]
             if forward:
-                position = 0
+                position: Tensor | int = 0
                 if edge.repeat > 1:
                     position = torch.randint(edge.repeat, there.shape, generator=generator, device="cpu")
                 there = there * edge.repeat + edge.offset + position

@@ -112,7 +112,7 @@ def _compute(function: Callable, task: Task, die: Callable[[], None] | None) -> 
 
     def give_up() -> None:
         write([], "timeout", f"{too_late}, and stuck for {GRACE:g} s more: its process was ended")
-        die()
+        die()  # type: ignore[misc]  # called only where there is one
 
     kind = None
     try:

@@ -197,7 +197,7 @@ def distribute(
     # cloudpickle takes the word `classes` in a function that uses torch for the module torch.classes, which it does not
     # know as a module.
     for module in (torch.classes, torch.ops):
-        copyreg.pickle(type(module), lambda module: (importlib.import_module, (module.__name__,)))
+        copyreg.pickle(type(module), lambda module: (importlib.import_module, (module.__name__,)))  # type: ignore[arg-type, return-value]  # any object may be what it gives
     try:
         pickled = cloudpickle.dumps(function)
     except Exception as error:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import CodeType, FunctionType, MethodType, ModuleType, NoneType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -232,7 +233,7 @@ def _source(code: CodeType, docstring: str | None) -> object:
 
 
 def _bytecode(code: CodeType, docstring: str | None = None) -> list:
-    constants = []
+    constants: list[object] = []
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             constants.append(_bytecode(constant))
@@ -268,7 +269,7 @@ def _outline(node: object) -> str:
         return repr(node)
     said = [type(node).__name__]
     for name in node._fields:
-        value = getattr(node, name, None)
+        value: Any = getattr(node, name, None)
         if name == "body" and isinstance(node, (ast.Module, *DEFINITIONS)) and ast.get_docstring(node, clean=False):
             value = value[1:]
         if value is not None and value != [] and name != "ctx":  # the syntax says whether a name is read or written

@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 def orphans(store: Path) -> dict[str, list[Path]]:
     """Files and folders of a store that nobody may need, by what they are; none that a process is working with."""
     records = _whole(store)
-    found = {TEMPORARY: [], DAMAGED: [], USELESS: [], UNFINISHED: [], OTHER_CODE: []}
+    found: dict[str, list[Path]] = {TEMPORARY: [], DAMAGED: [], USELESS: [], UNFINISHED: [], OTHER_CODE: []}
     for path in sorted(store.iterdir()):
         what = _what(path, records)
         if what is not None:

@@ -13,7 +13,7 @@ from typing import IO
 try:
     import fcntl
 except ImportError:  # Windows: no locks there
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # a module elsewhere
 
 HELD = {errno.EAGAIN, errno.EACCES}  # another process has the lock
 NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}  # the file system has none

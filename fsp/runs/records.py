@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -304,7 +305,7 @@ def _refuse(constant: str) -> None:
 
 def check_rows(result: object, config: dict, entries: set[str]) -> list[dict]:
     """Rows that `function` returned, nan as None; raises on what a record or a table cannot hold."""
-    rows = result if isinstance(result, list) else [result]
+    rows: list[Any] = result if isinstance(result, list) else [result]
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise TypeError(f"run {config!r} returned {result!r}: expected a dict or a list of at least one dict")
     return [{name: _check_metric(name, row[name], config, entries) for name in row} for row in rows]

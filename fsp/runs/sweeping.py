@@ -156,9 +156,9 @@ def sweep(
                 engine = functools.partial(cluster.distribute, client, sign, function, retries)
             _finish(engine, tasks, outcomes, getattr(function, "__name__", type(function).__name__))
 
-    ended = [outcomes[name] for name in by_key]
-    counts = Counter(outcome.word for outcome in ended)
-    errors = [outcome.record for outcome in ended if outcome.word == "failed"]
+    counts = Counter(outcomes[name].word for name in by_key)
+    records = {name: outcomes[name].record or {} for name in by_key}  # all have one: none is busy any more
+    errors = [record for name, record in records.items() if outcomes[name].word == "failed"]
     if errors:
         first = errors[0]["error"].strip().splitlines()[-1]
         kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(error["kind"] for error in errors).items())
@@ -168,14 +168,14 @@ def sweep(
             stacklevel=2,
         )
     reused = [name for name in by_key if outcomes[name].word == "reused"]
-    stale = [name for name in reused if code_of(outcomes[name].record) != code[:CODE_DIGITS]]
+    stale = [name for name in reused if code_of(records[name]) != code[:CODE_DIGITS]]
     if stale:
         warnings.warn(
             f"{len(stale)} of {len(configs)} runs were reused that other code made: the function, or something that it "
             "reaches, has been edited since; recompute=True does them again",
             stacklevel=2,
         )
-    made = frame(configs, list(by_key), [outcome.record for outcome in ended])
+    made = frame(configs, list(by_key), list(records.values()))
     made.attrs = {word: counts[word] for word in ("computed", "reused", "failed")} | {"stale": stale}
     return made
 
@@ -249,7 +249,7 @@ def _check_options(scheduler: object, workers: object, per_gpu: object, timeout:
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name} is {value!r}: expected a whole number of at least {least}")
     number = isinstance(timeout, Real) and not isinstance(timeout, bool)
-    if timeout is not None and not (number and 0 < timeout < math.inf):
+    if timeout is not None and not (number and 0 < timeout < math.inf):  # type: ignore[operator]  # a number by now
         raise ValueError(f"timeout is {timeout!r}: expected seconds above 0, or None for no limit")
 
 

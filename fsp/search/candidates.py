@@ -9,6 +9,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +82,7 @@ class CandidateSource:
     batches: CandidateBatches | Batches | None
     noise: float
     generator: torch.Generator | None
-    options: dict[str, object]
+    options: dict[str, Any]
 
     def __post_init__(self):
         check_density(self.density)
@@ -232,8 +233,8 @@ def matched(
     if model is None:
         raise ValueError(f"method {method!r} scores a model: pass model=")
     check_masks(model, masks)
-    (score,) = METHODS[method].args
-    rounds = options.pop("rounds", METHODS[method].keywords.get("rounds", 1))
+    (score,) = METHODS[method].args  # type: ignore[attr-defined]  # a partial of `by_score`
+    rounds: Any = options.pop("rounds", METHODS[method].keywords.get("rounds", 1))  # type: ignore[attr-defined]  # as above
     taken = inspect.signature(score).parameters
     options |= {name: value for name, value in {"batches": batches, "generator": generator}.items() if name in taken}
     found = {name: torch.ones_like(m) for name, m in masks.items()}
@@ -251,4 +252,4 @@ def first_examples(batches: Sequence | Callable | None) -> list[Tensor]:
     for _ in range(2):  # batches(1) are those of candidate 1, or a callable of the round
         if callable(batches):
             batches = batches(1)
-    return [t for batch in list(batches or [])[:1] for t in batch if isinstance(t, Tensor)]
+    return [t for batch in list(batches or [])[:1] for t in batch if isinstance(t, Tensor)]  # type: ignore[arg-type]  # no callable by now

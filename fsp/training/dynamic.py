@@ -24,6 +24,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -372,8 +373,9 @@ class DynamicTraining:
                     "pass dense_gradients=True to fsp.masks.hold_"
                 )
         for name, average in self._momentum.items():  # the optimiser's own is 0 at pruned weights
-            if self._parameters[name].grad is not None:
-                average.mul_(MOMENTUM).add_(self._parameters[name].grad)
+            gradient = self._parameters[name].grad
+            if gradient is not None:
+                average.mul_(MOMENTUM).add_(gradient)
         due = step % config.update_every == 0 and step < config.t_end_frac * self.total_steps and not self.stopped
         if not (due and config.replace_step):
             optimizer.step()
@@ -412,7 +414,7 @@ class DynamicTraining:
         copies["generator"] = self.generator.get_state()
         return {**copies, "exploration": self.exploration(), "stopped": self.stopped}
 
-    def load_state_dict(self, state: Mapping[str, object]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where another training was when it gave its state.
 
         Replaces the entries of the masks in place and sets the generator; `fsp.training.fit` calls it for a
@@ -450,17 +452,17 @@ class DynamicTraining:
         """Move the mask of one layer."""
         config, parameter = self.config, self._parameters[name]
         growths = [self._growth(name) for _ in range(config.candidates)]
-        options = {"drop": config.drop, "exact_counts": config.exact_counts}
+        options: dict[str, Any] = {"drop": config.drop, "exact_counts": config.exact_counts}
         found = drop_and_grow(parameter, self.masks[name], fraction, growths, generator=self.generator, **options)
         best, highest = None, -math.inf
         for mask in found:
             self.explored[name] |= mask
             weight = self._weight_under(name, mask)
-            value = float(self.criterion(mask, weight, name)) if config.candidates > 1 else 0.0
+            value = float(self.criterion(mask, weight, name)) if config.candidates > 1 else 0.0  # type: ignore[misc]  # `__init__`: more candidates need it
             value = -math.inf if math.isnan(value) else value
             if value >= highest:
                 best, highest = (mask, weight), value
-        self.masks[name], weight = best
+        self.masks[name], weight = best  # type: ignore[misc]  # one value at least is no less than -inf
         self.fired[name] |= self.masks[name]
         parameter.copy_(weight)
 

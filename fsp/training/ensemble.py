@@ -20,7 +20,7 @@ References
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from numbers import Real
 from typing import NamedTuple
 
@@ -192,7 +192,7 @@ def member_logits(
     if not (images.is_cuda if at_once is None else at_once):
         return torch.cat([torch.stack([member(part).float() for member in members]) for part in parts], dim=1)
 
-    def logits(weights: tuple[Mapping[str, Tensor], ...], inputs: Tensor) -> Tensor:
+    def logits(weights: tuple[dict[str, Tensor], ...], inputs: Tensor) -> Tensor:
         return functional_call(members[0], weights, (inputs,))
 
     every, weights = vmap(logits, in_dims=(0, None)), stack_module_state(list(members))

@@ -103,7 +103,7 @@ def fit_many(
     for seed in seeds:
         if not is_count(seed, 0):
             raise ValueError(f"seeds: {seed!r} is not a whole number >= 0")
-    masks_list = [_by_parameter(model, masks or {}) for model, masks in zip(models, masks_list, strict=True)]
+    by_parameter = [_by_parameter(model, masks or {}) for model, masks in zip(models, masks_list, strict=True)]
     check_last_batch(models[0], data, config)
     parameters = {name: nn.Parameter(t, t.requires_grad) for name, t in _stack(models, "named_parameters").items()}
     buffers = _stack(models, "named_buffers")
@@ -115,7 +115,7 @@ def fit_many(
     _check_stackable(network, parameters, buffers, low, data)
 
     device = data.train.images.device
-    kept = _stacked_masks(parameters, masks_list)
+    kept = _stacked_masks(parameters, by_parameter)
     stacked = nn.ParameterList(parameters.values())
     places = {str(place): kept[name] for place, name in enumerate(parameters) if name in kept}
     optimizer = optimizer_of(stacked, config)
@@ -171,12 +171,12 @@ def fit_many(
                 break
     held.remove()
 
-    accuracies, _ = _evaluated(network, best, data, "test")
-    for history, accuracy in zip(histories, accuracies, strict=True):
+    at_best, _ = _evaluated(network, best, data, "test")
+    for history, accuracy in zip(histories, at_best, strict=True):
         history.test_accuracy_best = accuracy if history.best_epoch else math.nan
-    accuracies, losses = _evaluated(network, last, data, "test")
+    accuracies, test_losses = _evaluated(network, last, data, "test")
     _put_(models, last)
-    for history, accuracy, loss in zip(histories, accuracies, losses, strict=True):
+    for history, accuracy, loss in zip(histories, accuracies, test_losses, strict=True):
         if history.status == "finished":
             history.test_accuracy, history.test_loss = accuracy, loss
         history.seconds = time.perf_counter() - start
@@ -202,7 +202,7 @@ def _by_parameter(model: nn.Module, masks: Masks) -> Masks:
     return {names[id(p)]: masks[name] for name, p in check_masks(model, masks).items()}
 
 
-def _stacked_masks(parameters: State, masks_list: Sequence[Masks]) -> Masks:
+def _stacked_masks(parameters: Mapping[str, Tensor], masks_list: Sequence[Masks]) -> Masks:
     """Masks of all, for every parameter that one of them has a mask of."""
     kept = {}
     for number, masks in enumerate(masks_list):
@@ -344,7 +344,11 @@ def _check_apart(models: Sequence[nn.Module]) -> None:
 
 
 def _check_stackable(
-    network: nn.Module, parameters: State, buffers: Mapping[str, Tensor], low: Collection[str], data: Data
+    network: nn.Module,
+    parameters: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    low: Collection[str],
+    data: Data,
 ) -> None:
     """Raise a ValueError if a step of all together fails, tried out on two examples; nothing changes."""
     members = len(next(iter(parameters.values())))

@@ -81,7 +81,7 @@ class Rescaling:
 
 def _is_positive(value: object) -> bool:
     """Whether a value is a finite number above 0."""
-    return is_number(value) and value > 0
+    return is_number(value) and value > 0  # type: ignore[operator]  # a number by now
 
 
 def rescale_(
@@ -143,7 +143,8 @@ def rescale_(
     """
     check_generator(generator)
     settings = settings or Rescaling()
-    masked = {id(p): masks[name] for name, p in check_masks(model, masks or {}).items()}
+    masks = masks or {}
+    masked = {id(p): masks[name] for name, p in check_masks(model, masks).items()}
     parameters = dict(model.named_parameters())
     pruned = {name: ~masked[id(p)].to(p.device) for name, p in parameters.items() if id(p) in masked}
     names = scaled_names(model)

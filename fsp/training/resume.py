@@ -102,7 +102,7 @@ def identity(model: nn.Module, data: Data, config: object) -> dict[str, object]:
         "std": data.std,
         "augmented": data.augmented,
         "device": next(model.parameters()).device.type,
-        **{f"config.{name}": value for name, value in asdict(config).items()},
+        **{f"config.{name}": value for name, value in asdict(config).items()},  # type: ignore[call-overload]  # a TrainConfig, whose module imports this one
     }
 
 
@@ -159,7 +159,7 @@ class Checkpoint:
         content = {
             "training": self.training,
             "at": {name: getattr(at, name) for name in NUMBERS},
-            "history": asdict(at.history),
+            "history": asdict(at.history),  # type: ignore[call-overload]  # a History, likewise
             "optimizer": optimizer["param_groups"],
             "schedule": schedule,
             "hooks": values_of_hooks,
@@ -205,8 +205,9 @@ class Checkpoint:
             state[i] = {key: _like(parameter, value) for key, value in saved.items()}
         at.optimizer.load_state_dict({"state": state, "param_groups": content["optimizer"]})
         at.schedule.load_state_dict(content["schedule"])
+        masks = {} if at.masks is None else at.masks  # a checkpoint has masks where the training has them
         for name, mask in _under("masks/", tensors).items():
-            at.masks[name] = mask.to(at.masks[name].device)
+            masks[name] = mask.to(masks[name].device)
         for i, hook in enumerate(at.hooks):
             if hasattr(hook, "load_state_dict"):
                 hook.load_state_dict(_under(f"hooks/{i}/", tensors) | content["hooks"][i])
@@ -227,7 +228,8 @@ class Checkpoint:
 
 def _states(hooks: Sequence[object]) -> tuple[dict[str, Tensor], list[dict[str, object]]]:
     """What hooks remember: tensors of all, named by the hook's place, and the JSON values of each."""
-    tensors, values = {}, []
+    tensors: dict[str, Tensor] = {}
+    values: list[dict[str, object]] = []
     for i, hook in enumerate(hooks):
         state = hook.state_dict() if hasattr(hook, "state_dict") else {}
         tensors |= {f"{i}/{name}": value for name, value in state.items() if isinstance(value, Tensor)}

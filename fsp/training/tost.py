@@ -24,6 +24,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -188,7 +189,7 @@ def fit(
     check_generator(generator)
     places = places_of(model, data.shape, activation=recipe.activation, skips=recipe.skips)
     if recipe.rescale is not None:
-        options = {"settings": recipe.rescale, "augmented": config.augmented, "generator": generator}
+        options: dict[str, Any] = {"settings": recipe.rescale, "augmented": config.augmented, "generator": generator}
         rescale_(model, data, masks=masks, **options)
     ghosted = Ghosted(model, places, recipe.activation)
     annealing = Annealing(ghosted, recipe, train.steps(data, config), config.epochs)
@@ -232,7 +233,8 @@ def overhead(model: nn.Module, shape: tuple[int, int, int], *, masks: Masks | No
     >>> overhead(models.build("resnet8", (3, 32, 32), 10), (3, 32, 32))["parameters"]
     8640
     """
-    pruned = sum(int((~masks[name]).sum()) for name in check_masks(model, masks or {}))
+    masks = masks or {}
+    pruned = sum(int((~masks[name]).sum()) for name in check_masks(model, masks))
     kept = sum(parameter.numel() for parameter in model.parameters()) - pruned
     places = places_of(model, shape, activation=None, skips=True)
     branches = [Branch(model.get_submodule(around.conv)) for around in places.branches]

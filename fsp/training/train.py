@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -329,12 +330,12 @@ def fit(
     once = not augmented and data.train.images.is_floating_point()
     train = (data.normalise(data.train.images), data.train.labels) if once else data.train
     size, steps_an_epoch = len(data.train.labels), last_step // config.epochs
-    look = {"unit": "img", "unit_scale": True, "delay": 3, "leave": False}
+    look: dict[str, Any] = {"unit": "img", "unit_scale": True, "delay": 3, "leave": False}
     with bar(total=config.epochs * size, initial=(at.epoch - 1) * size, **look) as progress:
         for epoch in range(at.epoch, config.epochs + 1):
             model.train()
             if at.seen == 0:  # otherwise a checkpoint was written in the middle of this epoch
-                at.epoch, at.lr, at.order = epoch, schedule.get_last_lr()[0], generator.get_state()
+                at.epoch, at.lr, at.order = epoch, schedule.get_last_lr()[0], generator.get_state()  # type: ignore[assignment]  # a float, since the rate is one
             epoch_batches = batches(train, config.batch_size, generator=generator)
             for step, (images, labels) in enumerate(epoch_batches, start=(epoch - 1) * steps_an_epoch + 1):
                 if augmented:
@@ -480,7 +481,7 @@ def compiled_for(batch_size: int, model: nn.Module, backend: str | Callable = "i
 def optimizer_of(model: nn.Module, config: TrainConfig) -> Optimizer:
     """Optimiser of all parameters, all layers together; on CUDA a step is one kernel."""
     on_cuda = all(p.is_cuda and p.is_floating_point() for p in model.parameters())
-    options = {"weight_decay": config.weight_decay, "fused" if on_cuda else "foreach": True}
+    options: dict[str, Any] = {"weight_decay": config.weight_decay, "fused" if on_cuda else "foreach": True}
     if config.optimizer == "adam":
         return Adam(model.parameters(), config.lr, (config.momentum, 0.999), **options)
     nesterov = config.nesterov and config.momentum > 0

@@ -119,7 +119,7 @@ def test_other_seeds_go_to_scratch_and_a_line_says_so(reader):
 def test_an_interrupt_and_a_killed_kernel_lose_no_finished_run(reader):
     number = reader.starts_a_long_sweep()
     reader.manager.interrupt_kernel()
-    stopped = "KeyboardInterrupt: stopped: finished runs are kept, and this cell goes on from there"
+    stopped = "KeyboardInterrupt: stopped: finished runs are kept; run again to go on"
     assert reader.error_of(number) == stopped
 
     reader.starts_a_long_sweep()
