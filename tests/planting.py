@@ -16,7 +16,7 @@ def environment(root: Path) -> dict[str, str]:
     return ours | SETTINGS | {"PYTHONPATH": str(root)}
 
 
-def pytest_in(root: Path, tests: list[str]) -> tuple[int, str]:
+def pytest_in(root: Path, tests: tuple[str, ...]) -> tuple[int, str]:
     """Exit status of pytest, and what it has said."""
     said = root / "pytest.log"
     process = PROCESSES.Process(target=_run, args=(root, tests, said))
@@ -25,7 +25,7 @@ def pytest_in(root: Path, tests: list[str]) -> tuple[int, str]:
     return process.exitcode, said.read_text("utf-8")
 
 
-def _run(root: Path, tests: list[str], said: Path) -> None:
+def _run(root: Path, tests: tuple[str, ...], said: Path) -> None:
     """Become pytest in the copy."""
     import pytest
 
