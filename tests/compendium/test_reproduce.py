@@ -749,12 +749,11 @@ def commit(root, monkeypatch, capfd):
 
 
 def test_check_notices_an_edited_claim_cell_run_function_and_definition(commit):
-    committed = commit("01_rounding", "02_claim", "03_cell", "04_run", "05_definition", "06_times")
-    edit(committed.notebooks / "quantity01.py", "2 * x", "2 * x + 1e-12")  # other code may round otherwise
+    committed = commit("01_same", "02_claim", "03_cell", "04_run", "05_definition", "06_times")
     edit(committed.notebooks / "02_claim.ipynb", "> 0.25", "> 0.125")
     edit(committed.results / "03_cell.csv", "k2,finished,4.5,4.5", "k2,finished,4.5,4.75")
     edit(committed.notebooks / "04_run.ipynb", "double(seed) + 0.5", "double(seed) + 0.625")
-    edit(committed.notebooks / "quantity05.py", "2 * x", "2 * x + 1e-3")
+    edit(committed.notebooks / "quantity05.py", "2 * x", "2 * x + 1e-12")
     edit(committed.results / "06_times.claims.csv", "yes", "no")
     found = committed.check()
     assert found.pop("02_claim") == ["bound '> 0.125', committed '> 0.25': It is high"]
@@ -770,6 +769,15 @@ def test_check_notices_an_edited_claim_cell_run_function_and_definition(commit):
         "verdict 'yes', committed 'no': It is high",
     ]
     assert found == {}
+
+
+def test_rows_of_edited_code_may_round_otherwise_and_those_of_the_same_code_may_not(root, tmp_path):
+    row = {"key": "a", "status": "finished", "value": 1.0, "code": "old"}
+    edited, same = tmp_path / "edited", tmp_path / "same"
+    for folder, value, code in ((root, 1.0, "old"), (edited, 1 + 1e-9, "new"), (same, 1 + 1e-9, "old")):
+        tables.save(pd.DataFrame([row | {"value": value, "code": code}]), folder / "data" / "results" / "01_good.csv")
+    assert renew._compare_runs(edited, "01_good", ["a"], 0.0) == []
+    assert "`value`: 1 differ" in renew._compare_runs(same, "01_good", ["a"], 0.0)[0]
 
 
 def test_check_allows_another_processor_a_tenth_of_the_range_of_a_column_and_a_notebook_of_times_any_time(commit):
