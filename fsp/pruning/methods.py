@@ -212,7 +212,7 @@ FORCE = {"rounds": 60, "schedule": "exponential", "training": True}
 # GraSP's 10 of each class, augmented.
 REFERENCES: dict[str, dict[str, dict[str, object]]] = {
     "synflow_repo": {  # Tanaka et al. for all methods: SynFlow in float32, eval mode throughout
-        "random": {"rounds": 1},
+        "random": {},
         "magnitude": {"rounds": 1},
         "snip": {"rounds": 1, "training": False},
         "grasp": {"rounds": 1, "training": False, "temperature": 200.0},

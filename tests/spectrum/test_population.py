@@ -79,8 +79,8 @@ def test_large_layers_are_iterated_on_by_either_product_and_agree(density, forme
         return calls[-1][1]
 
     monkeypatch.setattr(two, "_together", told)
-    mask = torch.rand(256, 96, 3, 3, generator=seeded()) < density
-    weight = torch.randn(256, 96, 3, 3, generator=seeded(1))
+    mask = torch.rand(384, 96, 3, 3, generator=seeded()) < density
+    weight = torch.randn(384, 96, 3, 3, generator=seeded(1))
     found = coordinates({"w": mask}, {"w": weight}, precision=precision)["w"]
     same(found, coordinate_by_definition(mask, weight), rel=1e-10 if precision == "float64" else 1e-6)
     assert calls
