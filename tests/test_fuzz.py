@@ -143,6 +143,12 @@ def is_anything(found: object, **_) -> bool:
 
 # name: function, strategies of its arguments, what the result has to be, other words that name an argument
 SUBJECTS: dict[str, tuple[Callable, dict, Callable, tuple[str, ...]]] = {
+    "singular_values": (
+        spectrum.singular_values,
+        {"B": tensors(3, 4), "k": mostly(1, 2, 5).filter(lambda k: abs(k) < 1e6)},  # so many zeros fit into memory
+        lambda found, k, **_: len(found) == k and bool((found[:-1] >= found[1:]).all() and found[-1] >= 0),
+        ("matrix", "k=", "B holds"),
+    ),
     "biadjacency": (spectrum.biadjacency, {"tensor": tensors(3, 4)}, lambda found, **_: found.ndim == 2, ()),
     "coordinate": (
         spectrum.coordinate,
@@ -153,7 +159,7 @@ SUBJECTS: dict[str, tuple[Callable, dict, Callable, tuple[str, ...]]] = {
     "keep_top": (
         lambda **given: masks.keep_top(**given),
         {
-            "scores": dicts(3, 4),
+            "scores": dicts(3, 4) | st.just({}),
             "density": mostly(0.5, 0.1, 1.0),
             "scope": st.sampled_from(["layer", "global", "layer", "global", ""]),
         },
@@ -169,14 +175,20 @@ SUBJECTS: dict[str, tuple[Callable, dict, Callable, tuple[str, ...]]] = {
     "shuffle": (
         lambda **given: masks.shuffle(generator=fresh(), **given),
         {
-            "masks": st.fixed_dictionaries({"a": binary(3, 4), "b": binary(0)}),
+            "masks": st.fixed_dictionaries({"a": binary(3, 4), "b": binary(0)}) | dicts(3, 4),
             "scope": st.sampled_from(["layer", "global", "layer", "global", ""]),
             "share": mostly(0.0, 0.3, 1),
         },
         lambda found, masks, **_: (
             sum(int(m.sum()) for m in found.values()) == sum(int(m.sum()) for m in masks.values())
         ),
-        (),
+        ("mask",),
+    ),
+    "draw": (
+        lambda **given: masks.draw(generator=fresh(), **given),
+        {"among": dicts(3, 4), "counts": mostly(0, 3, 12)},
+        lambda found, counts, **_: sum(int(m.sum()) for m in found.values()) == counts,
+        ("mask", "weights are to be kept"),
     ),
     "rewire": (
         lambda **given: masks.rewire(generator=fresh(), **given),

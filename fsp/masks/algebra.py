@@ -124,7 +124,7 @@ def keep_top(
     Raises
     ------
     ValueError
-        For an unknown scope, a density outside (0, 1], a ``nan`` or ``+inf`` score (naming the tensor), fewer
+        For an unknown scope, a density outside (0, 1], no scores, a ``nan``, ``+inf`` or complex one (naming it), fewer
         scores above ``-inf`` than have to be kept, or a generator that is not on the CPU.
 
     Examples
@@ -167,7 +167,11 @@ def keep_counts(
 def _check_scores(scores: Mapping[str, Tensor]) -> None:
     """Raise if a score cannot be ranked."""
     check_tensors("score", scores)
+    if not scores:
+        raise ValueError("scores is empty: expected those of one tensor at least")
     for name, s in scores.items():
+        if s.is_complex():
+            raise ValueError(f"the scores of {name!r} are complex, which have no order: take their abs()")
         if s.numel() and not s.amax() < math.inf:  # nan is the largest of all, and not less than inf
             raise ValueError(
                 f"the scores of {name!r} hold nan or inf, so nothing can be ranked: score in float64 "
@@ -195,7 +199,7 @@ def _top(flat: Tensor, k: int, generator: torch.Generator, where: str) -> Tensor
 
 def _at_rank(flat: Tensor, rank: int) -> float:
     """The value that would stand at a place of the sorted entries, 0 for the smallest."""
-    if flat.is_cuda:
+    if flat.device.type != "cpu":
         return flat.sort().values[rank].item()
     small = flat.dtype in (torch.float16, torch.bfloat16)
     values = (flat.float() if small else flat).detach().numpy()

@@ -220,7 +220,7 @@ class _Kept:
     def zero_pruned_(self, weight: Tensor, name: str, mask: Tensor) -> None:
         """Set the pruned entries of a weight, or of an optimiser's state of its shape, to 0, whatever they are."""
         integers = _INTEGERS.get(weight.element_size())
-        if integers is None or weight.is_cuda:
+        if integers is None or weight.device.type != "cpu":
             weight.masked_fill_(~mask.to(weight.device), 0)
             return
         # all bits or none; a product would turn inf and nan into nan, and masked_fill_ takes ten times as long

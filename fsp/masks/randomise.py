@@ -35,7 +35,7 @@ def draw(among: Mapping[str, Tensor], counts: int | Mapping[str, int], *, genera
     Raises
     ------
     ValueError
-        If more are to be kept than may be, or the generator is not on the CPU.
+        If more are to be kept than may be, a mask is not bool, or the generator is not on the CPU.
 
     Notes
     -----
@@ -49,7 +49,7 @@ def draw(among: Mapping[str, Tensor], counts: int | Mapping[str, int], *, genera
     7
     """
     check_generator(generator)
-    check_tensors("mask", among)
+    _check_bool(among)
     if sum(mask.numel() for mask in among.values()) <= SMALL:
         scores = {}
         for name, mask in among.items():
@@ -89,7 +89,7 @@ def shuffle(
     Raises
     ------
     ValueError
-        For an unknown scope, a share outside [0, 1] or a generator that is not on the CPU.
+        For an unknown scope, a share outside [0, 1], a mask that is not bool, or a generator that is not on the CPU.
 
     Notes
     -----
@@ -102,6 +102,7 @@ def shuffle(
     """
     check_generator(generator)
     _check_share(share)
+    _check_bool(masks)
     if scope == "layer":
         return {name: _permuted_part(m.flatten(), share, generator).view_as(m) for name, m in masks.items()}
     check_scope(scope)
@@ -178,10 +179,7 @@ def rewire(
     """
     check_generator(generator)
     _check_share(share)
-    check_tensors("mask", masks)
-    for name, mask in masks.items():
-        if mask.dtype != torch.bool:
-            raise ValueError(f"mask {name!r} is {mask.dtype}: expected bool, as {name!r} != 0 would be")
+    _check_bool(masks)
     if model is not None:
         check_masks(model, masks)
     wirings = {} if model is None else wiring_of(model)
@@ -230,6 +228,14 @@ def scattered(
 def permuted(flat: Tensor, generator: torch.Generator) -> Tensor:
     """Entries in random order, the order drawn on the CPU."""
     return flat[torch.randperm(len(flat), generator=generator, device="cpu").to(flat.device)]
+
+
+def _check_bool(masks: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError naming a mask that is no tensor of bool."""
+    check_tensors("mask", masks)
+    for name, mask in masks.items():
+        if mask.dtype != torch.bool:
+            raise ValueError(f"mask {name!r} is {mask.dtype}: expected bool, as {name!r} != 0 would be")
 
 
 # ---- positions ---------------------------------------------------------------------------------------------------

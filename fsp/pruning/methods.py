@@ -241,6 +241,11 @@ def options_of(method: str) -> tuple[str, ...]:
     -------
     tuple of str
 
+    Raises
+    ------
+    ValueError
+        For an unknown method.
+
     Examples
     --------
     >>> options_of("synflow")
@@ -248,6 +253,7 @@ def options_of(method: str) -> tuple[str, ...]:
     >>> options_of("balanced")
     ('exclude', 'redistribute')
     """
+    check_choice("method", method, METHODS)
     names: list[str] = []
     for function in [
         METHODS[method],

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fsp.checks import check_count
 from fsp.masks import PLAIN, Wiring, blocks
 
 
@@ -136,6 +137,11 @@ def singular_values(B: Tensor, k: int = 2) -> Tensor:
     Tensor, shape (k,), float64
         Descending; zeros where the smaller side has fewer than `k` vertices.
 
+    Raises
+    ------
+    ValueError
+        If `B` is no matrix or holds complex numbers, nan or inf, or for a `k` below 1.
+
     Examples
     --------
     K(4, 4) has the singular values 4, 0, 0, 0:
@@ -144,13 +150,16 @@ def singular_values(B: Tensor, k: int = 2) -> Tensor:
     tensor([4., 0.], dtype=torch.float64)
     """
     _check_matrix(B)
+    check_count("k", k, 1)
+    if B.is_complex() or not B.isfinite().all():
+        raise ValueError("B holds complex numbers, nan or inf: expected real ones; check the weights")
     B = B.to(torch.float64)
     values = B.new_zeros(k)
     if B.numel() == 0:
         return values
     gram = B @ B.T if B.shape[0] <= B.shape[1] else B.T @ B
-    squares = torch.linalg.eigvalsh(gram).flip(0)[:k].clamp(min=0)
-    if squares[-1] < 1e-6 * squares[0]:
+    squares = torch.linalg.eigvalsh(gram).flip(0)[:k].clamp(min=0) if gram.isfinite().all() else None
+    if squares is None or squares[-1] < 1e-6 * squares[0]:
         found = torch.linalg.svdvals(B)[:k]
     else:
         found = squares.sqrt()

@@ -15,7 +15,7 @@ from scipy import sparse
 
 from fsp.spectrum.lanczos import PRECISIONS, Precision, two_largest
 
-# Seconds on one core of a current server, for choosing the cheaper way; results do not depend on them.
+# Seconds on one core of a current server, for choosing the cheaper way; both are right to what is asked.
 PER_EDGE, PER_ROW, PER_GRAPH, PER_ITERATION = 2.6e-9, 8e-9, 5e-7, 3e-3
 PER_PRODUCT, PER_EIGENVALUES = 1.5e-6, 8.6e-9
 PER_GRAM_FLOP = {np.float32: 1.2e-11, np.float64: 2.4e-11}

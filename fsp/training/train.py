@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, Adam, Optimizer, lr_scheduler
 
+from fsp.checks import check_count
 from fsp.data import Data, Split, augment, batches, is_count
 from fsp.files import digest
 from fsp.masks import Masks, hold_
@@ -445,12 +446,17 @@ def predict(model: nn.Module, data: Data, split: str | Split | Tensor, *, batch_
         Normalises the images.
     split : {"train", "validation", "test"}, fsp.data.Split or Tensor
         A split of `data`, or other images as `data` holds them: (N, C, H, W), not normalised.
-    batch_size : int
+    batch_size : int, at least 1
 
     Returns
     -------
     Tensor, float32, shape (N, classes)
         Softmax of the logits, on the model's device; each row sums to 1.
+
+    Raises
+    ------
+    ValueError
+        For a `batch_size` below 1.
 
     Examples
     --------
@@ -459,6 +465,7 @@ def predict(model: nn.Module, data: Data, split: str | Split | Tensor, *, batch_
     >>> predict(model, data, data.test.images[:3]).shape
     torch.Size([3, 10])
     """
+    check_count("batch_size", batch_size, 1)
     model.eval()
     examples = getattr(data, split) if isinstance(split, str) else split
     images = examples if isinstance(examples, Tensor) else examples.images

@@ -228,6 +228,15 @@ def test_only_what_may_be_kept_is_drawn_and_no_more_than_there_is(among):
         masks.draw(half, {"a": there + 1, "b": 3}, generator=generator())
 
 
+def test_masks_that_are_not_bool_are_refused_by_name_before_anything_is_drawn():
+    counted = {"w": torch.ones(400, 400, dtype=torch.int64)}
+    for function in (masks.shuffle, masks.rewire, lambda kept, **given: masks.draw(kept, 3, **given)):
+        state = generator()
+        with pytest.raises(ValueError, match=r"mask 'w' is torch\.int64: expected bool"):
+            function(counted, generator=state)
+        assert torch.equal(state.get_state(), generator().get_state())
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_every_set_of_positions_is_drawn_equally_often(count):
     order = generator()
