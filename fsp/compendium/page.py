@@ -72,6 +72,10 @@ def _write_notebook(executed: Path, stems: Collection[str], exporter: HTMLExport
     body = BeautifulSoup(exporter.from_notebook_node(notebook)[0], "html.parser")
     for image in body.find_all("img", alt=re.compile("^No description")):
         image["alt"] = "Figure"
+    for image in body.find_all("img", src=re.compile(r"^\.\./figures/")):
+        image["src"] = _embedded(executed.parent / image["src"])
+        if not image["src"]:  # this run has not drawn it
+            image.decompose()
     for tag in body.find_all(href=True):
         target = _target(tag["href"], executed, stems)
         if target is None:
@@ -103,7 +107,12 @@ def _target(link: str, executed: Path, stems: Collection[str]) -> str | None:
 def _figure(folder: Path, stem: str) -> str:
     """A notebook's first figure as the text of a data URI; "" if it has none."""
     drawn = sorted(folder.glob(f"{stem}*.png"), key=lambda path: path.stem)
-    return "data:image/png;base64," + base64.b64encode(drawn[0].read_bytes()).decode() if drawn else ""
+    return _embedded(drawn[0]) if drawn else ""
+
+
+def _embedded(image: Path) -> str:
+    """An image as the text of a data URI; "" if it is not there."""
+    return "data:image/png;base64," + base64.b64encode(image.read_bytes()).decode() if image.exists() else ""
 
 
 def _claims_table(claims: pd.DataFrame) -> Markup:

@@ -314,6 +314,20 @@ def test_a_sentence_before_each_code_cell_says_what_it_does(path):
             assert re.search(r"\w\W*[.:]\W*$", before.source, re.MULTILINE), before.source
 
 
+@each
+def test_it_opens_with_the_figure_of_what_it_finds(path):
+    """Relative, so that a notebook that is computed anew shows its own."""
+    [figure] = re.findall(r"^!\[.{30,}\]\(\.\./figures/(\S+)\.png\)$", cells_of(path)[0].source, re.MULTILINE)
+    assert figure.startswith(path.stem)
+    assert (ROOT / "figures" / f"{figure}.png").exists()
+
+
+@each
+def test_no_printed_line_is_wider_than_a_laptop_shows(path):
+    printed = [output for cell in code_cells(path) for output in cell.outputs if output.output_type == "stream"]
+    assert [line for output in printed for line in output.text.splitlines() if len(line) > 120] == []
+
+
 # --- runs
 
 

@@ -480,7 +480,8 @@ def page(root, tmp_path):
     tables.save(pd.DataFrame([claim("03_old same"), claim(HOSTILE, 0.1, 0, 0.2)]), out.results / "03_old.claims.csv")
     links = "[next](02_few.ipynb#a) [D4](../docs/decisions.md#d4) [no](../nowhere.md) [far](05_far.ipynb) $x<y$"
     for stem in list(stems)[:4]:
-        write_executed(tmp_path / "out" / "notebooks" / f"{stem}.ipynb", text=links)
+        opening = f"![what it finds](../figures/{stem}_second.png)"  # the fourth has drawn none
+        write_executed(tmp_path / "out" / "notebooks" / f"{stem}.ipynb", text=f"{links}\n\n{opening}")
 
     def page(profile: str = "quick", **given: str) -> BeautifulSoup:
         outcomes = [report.Outcome(source, 3.0, word) for source, word in zip(sources, stems.values(), strict=True)]
@@ -534,10 +535,11 @@ def test_the_pages_escape_what_they_are_given_and_no_link_of_theirs_leads_nowher
     assert found.text.count(HOSTILE) == changes + claims_ + differences + errors
     assert not found.find_all("script")
     ids = {tag["id"] for tag in found.find_all(id=True)}
-    names = [path.name for path in (tmp_path / "out" / "notebooks").glob("*.html")]
-    assert sorted(names) == ["01_good.html", "02_few.html", "03_old.html", "04_bad.html"]
+    names = sorted(path.name for path in (tmp_path / "out" / "notebooks").glob("*.html"))
+    assert names == ["01_good.html", "02_few.html", "03_old.html", "04_bad.html"]
     for path in [tmp_path / "out" / "report.html", *(tmp_path / "out" / "notebooks" / name for name in names)]:
         read = BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
+        assert bool(read.find("img")) == (path.name != "04_bad.html")
         for tag in [*read.find_all(href=True), *read.find_all(src=True)]:
             link = tag.get("href") or tag["src"]
             target, _, anchor = link.partition("#")
