@@ -33,8 +33,9 @@ types: $(VENV)/installed              ## mypy, over what the package offers
 	  $(PIP) -c requirements.lock -e ".[types]"
 	$(BIN)/python -m mypy
 
+# One thread a process: two processes of two threads each, on two cores, take four times as long for small networks.
 units: $(VENV)/installed              ## unit tests, doctests, and each notebook's smoke profile through papermill
-	FSP_PROGRESS=0 $(BIN)/python -m pytest -q -n auto --dist loadscope --no-loadscope-reorder --durations=10 -m "not slow and not services and not browser"
+	OMP_NUM_THREADS=1 FSP_PROGRESS=0 $(BIN)/python -m pytest -q -n auto --dist worksteal --durations=10 -m "not slow and not services and not browser"
 
 notebooks: $(VENV)/installed          ## the committed notebooks still give the outputs they were committed with
 	$(BIN)/python -m fsp.compendium.reproduce --check
