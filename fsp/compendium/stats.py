@@ -27,7 +27,10 @@ class Estimate(NamedTuple):
     n: int
 
     def __str__(self):
-        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}] (n = {self.n})"
+        """With two decimals, or as many as tell the ends of a narrow interval apart."""
+        width = self.high - self.low
+        digits = max(2, -math.floor(math.log10(width))) if 0 < width < math.inf else 2
+        return f"{self.value:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}] (n = {self.n})"
 
 
 def mean(values: ArrayLike) -> Estimate:

@@ -410,11 +410,18 @@ def imsg(B: Tensor, W: Tensor, *, rules: str | Rules = "fsp2023") -> float:
     float
         ``nan`` if no subgraph is valid.
 
+    Raises
+    ------
+    ValueError
+        If the shapes differ.
+
     References
     ----------
     [1]_, fourth coordinate.
     """
     rules = rules_of(rules)
+    if W.shape != B.shape:
+        raise ValueError(f"B has shape {tuple(B.shape)}, W {tuple(W.shape)}: every entry of the mask has a weight")
     W = W.abs().to(torch.float64).where(B != 0, 0)
     gaps = []
     for rows, _, c in nested_subgraphs(B, rules):

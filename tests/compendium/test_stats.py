@@ -8,6 +8,7 @@ import pytest
 import scipy.stats
 
 from fsp.compendium.stats import (
+    Estimate,
     clustered,
     explained,
     holm,
@@ -48,6 +49,20 @@ def test_fewer_than_two_values_have_no_interval():
     assert (one.value, one.n) == (7.0, 1)
     assert math.isnan(one.low)
     assert math.isnan(one.high)
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ((0.5, 0.4, 0.61), "0.50 [0.40, 0.61] (n = 9)"),
+        ((0.00151, 0.00142, 0.00161), "0.0015 [0.0014, 0.0016] (n = 9)"),
+        ((-0.3, -0.3, -0.3), "-0.30 [-0.30, -0.30] (n = 9)"),
+        ((7.0, NAN, NAN), "7.00 [nan, nan] (n = 9)"),
+        ((1.0, -math.inf, math.inf), "1.00 [-inf, inf] (n = 9)"),
+    ],
+)
+def test_printed_ends_of_a_narrow_interval_are_apart(values, text):
+    assert str(Estimate(*values, 9)) == text
 
 
 def test_paired_difference_is_the_mean_of_the_differences():

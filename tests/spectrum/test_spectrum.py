@@ -384,6 +384,11 @@ def test_d7_groups_and_factor_come_from_the_mask_where_weights_are_zero():
     assert isnan(imsg(B, torch.zeros_like(B)))
 
 
+def test_weights_of_another_shape_than_the_mask_are_refused():
+    with pytest.raises(ValueError, match=r"B has shape \(6, 4\), W \(1, 4\)"):
+        imsg(torch.ones(6, 4), torch.ones(1, 4))
+
+
 def test_d7_the_whole_weighted_gap_is_judged_by_the_weights_that_are_not_zero():
     B = graphs.complete(4, 3).B
     W = B.clone()
