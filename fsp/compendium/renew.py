@@ -281,17 +281,32 @@ def _provenance() -> dict:
 
 
 def _provenance_of(stem: str, root: Path, known: dict, recompute: bool) -> dict:
-    """Commit, digests, and what the table was made with: this machine, unless all its rows were there before."""
+    """Commit, digests, and what the table was made with: this machine, unless all its rows were there before.
+
+    Of a table that got more rows both are named, so that it is compared everywhere as one of another machine.
+    """
     from fsp.runs.provenance import provenance
 
     digests = {name: _sha256(name, root) for name in _names(stem)}
     before = known.get(stem, {})
-    same_rows = not recompute and before.get("sha256", {}).get(f"{stem}.csv") == digests[f"{stem}.csv"]
+    made_with = _made_with()
+    if before and not recompute:
+        same_rows = before.get("sha256", {}).get(f"{stem}.csv") == digests[f"{stem}.csv"]
+        made_with = before["made_with"] if same_rows else _both(before["made_with"], made_with)
     return {
         "git": provenance()["git"],
-        "made_with": before["made_with"] if same_rows else _made_with(),
+        "made_with": made_with,
         "sha256": digests,
     }
+
+
+def _both(before: dict, now: dict) -> dict:
+    """What rows of two refreshes were made with, each named once."""
+    joined = {}
+    for name, value in now.items():
+        earlier = before.get(name, value).split(" and ")
+        joined[name] = " and ".join(earlier if value in earlier else [*earlier, value])
+    return joined
 
 
 def _made_with() -> dict:
