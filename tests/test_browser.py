@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 
@@ -52,12 +53,16 @@ pytestmark = [pytest.mark.browser, pytest.mark.filterwarnings("ignore")]
 
 
 def until(happened, seconds=PATIENCE_S):
-    """Wait for an event, and fail rather than wait for ever."""
+    """Wait for an event, and fail rather than wait for ever; a page that redraws itself is looked at again."""
+    from selenium.common.exceptions import StaleElementReferenceException
+
     end = time.monotonic() + seconds
-    while not (found := happened()):
+    while True:
+        with suppress(StaleElementReferenceException):
+            if found := happened():
+                return found
         assert time.monotonic() < end, f"not within {seconds} s"
         time.sleep(0.5)
-    return found
 
 
 class Window:
