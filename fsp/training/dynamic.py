@@ -214,7 +214,7 @@ def drop_and_grow(
     check_generator(generator)
     check_tensors("argument", {"weight": weight, "mask": mask})
     growths = list(growths)
-    check_tensors("growth", dict(enumerate(growths)))
+    check_tensors("growth", {str(number): growth for number, growth in enumerate(growths)})
     if mask.dtype != torch.bool or not weight.is_floating_point() or weight.shape != mask.shape:
         raise ValueError(
             f"mask is {mask.dtype} {tuple(mask.shape)} and weight {weight.dtype} {tuple(weight.shape)}: expected bool "
