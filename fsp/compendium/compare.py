@@ -15,9 +15,6 @@ from fsp.runs import tables
 # Of accuracies, where numbers may move by a share of their column's range: in a column of good methods alone that is
 # less than an image. Between two processors an accuracy was seen to move by 7 of 360 test images.
 ACCURACY = 0.03
-# What else is measured on the predictions of one trained network and moves with them from processor to processor, as it
-# does from seed to seed.
-OF_PREDICTIONS = ("corrupted_", "temperature", "validation", "dense_accuracy", "r2")
 RTOL = 1e-6  # numbers closer than this, relative to the committed one, count as the same
 # How a claim can differ from the committed one, the worst first.
 CHANGES = ("decided otherwise", "committed in error", "stated otherwise", "missing here", "not committed")
@@ -59,8 +56,7 @@ def compare_rows(
         Tolerance for numbers, relative to the committed one.
     of_range : float
         More tolerance, as a share of the range that the column has in the committed table; for a column whose name
-        begins with ``accuracy`` it is `ACCURACY` at least, and for one of `OF_PREDICTIONS` half of the range. With it
-        columns whose name begins with ``bin_`` are left out: a few predictions each.
+        begins with ``accuracy`` it is `ACCURACY` at least.
 
     Returns
     -------
@@ -80,7 +76,7 @@ def compare_rows(
     names = dict.fromkeys([*committed, *ours])
     times = [name for name in names if name.endswith("_s")]
     for name in names:
-        if name in times or name == "code" or (of_range and name.startswith("bin_")):
+        if name in times or name == "code":
             continue
         if name not in ours or name not in committed:
             differing[name] = "only in the " + ("committed table" if name not in ours else "new table")
@@ -92,8 +88,6 @@ def compare_rows(
             atol = of_range * span if span > 0 else 0
             if of_range and name.startswith("accuracy"):
                 atol = max(atol, ACCURACY)
-            if of_range and name.startswith(OF_PREDICTIONS):
-                atol = max(atol, span / 2)
             unequal = ~np.isclose(a, b, rtol=rtol, atol=atol, equal_nan=True)
             gap = (a - b).abs()[unequal].max()
             largest = ", one is missing" if math.isnan(gap) else f", by at most {gap:.3g}"
