@@ -1,14 +1,16 @@
 """Care of what is committed: test that notebooks still give their outputs, rows and claims, and renew them."""
 
 import hashlib
+import itertools
 import json
+import math
 import os
 import random
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -44,7 +46,6 @@ corrected by Holm's procedure for their number.
 """
 PROVENANCE = "provenance.json"  # in data/results: what the files of each notebook were made with, and their SHA-256
 SAME_BITS = ("cpu", "torch", "numpy", "scipy")  # what must be the same for rows to be so to the last bit
-ELSEWHERE = 0.1  # of the range of a column: how far a number of a row may move on another processor
 
 
 def check(selected: list[Path], *, workers: int) -> int:
@@ -52,11 +53,12 @@ def check(selected: list[Path], *, workers: int) -> int:
 
     * The tables are as ``make refresh`` wrote them, and each verdict follows from its row.
     * The notebooks run with nbval in a copy of the tables: their tagged outputs are the same, and so are their claims.
+    * Rows of one run are the same in all tables that have it.
     * Some runs of each are done anew, unless it measures time, in notebooks that end there: one of each kind, and two
-      at least (see `_some_runs`). With the processor, the libraries and the code of the committed table their rows must
-      be the same bits, with code that was edited since the same to `fsp.compendium.compare.RTOL`. Elsewhere a number
-      may move by `ELSEWHERE` of the range that its column has, an accuracy by `fsp.compendium.compare.ACCURACY` in any
-      case.
+      at least, but for kinds that another notebook does (see `_some_runs`). With the processor, the libraries and the
+      code of the committed table their rows must be the same bits, with code that was edited since the same to
+      `fsp.compendium.compare.RTOL`. Elsewhere a number may move about as far as from seed to seed (see
+      `fsp.compendium.compare.compare_rows`).
 
     ``tests/nbval_sanitize.cfg`` is used where it exists.
 
@@ -69,7 +71,11 @@ def check(selected: list[Path], *, workers: int) -> int:
     found = {source.stem: _damage(source.stem, known) for source in selected}
     whole = [source for source in selected if all((_results() / name).exists() for name in _names(source.stem))]
     repeated = [source for source in whole if not execute.measures_time(source)]
-    chosen = {source.stem: _some_runs(source) for source in repeated}
+    for stem, sentences in _contradicting([source.stem for source in repeated]).items():
+        found[stem] += sentences
+    chosen: dict[str, list[str]] = {}
+    for source in repeated:
+        chosen[source.stem] = _some_runs(source.stem, done={key for keys in chosen.values() for key in keys})
     with _copied_root() as root:
         for path in [_results(root) / f"{source.stem}.claims.csv" for source in selected]:
             if path.exists():
@@ -79,12 +85,13 @@ def check(selected: list[Path], *, workers: int) -> int:
             found[source.stem] += _compare_claims(root, source.stem)
     with _copied_root() as root:
         _leave_out(root, chosen)
-        begun = [_up_to_the_runs(source, root) for source in repeated]
+        by_cost = sorted(repeated, key=lambda source: _seconds(source.stem)[chosen[source.stem]].sum(), reverse=True)
+        begun = [_up_to_the_runs(source, root) for source in by_cost if chosen[source.stem]]
         for job, _, error in execute.run(_jobs(begun, root, figures=False), workers=workers):
             stem = job.source.stem
             here = known.get(stem, {}).get("made_with") == _made_with()
-            of_range = 0.0 if here else ELSEWHERE
-            found[stem] += [error] if error else _compare_runs(root, stem, chosen[stem], of_range)
+            alike = None if here else _but_for_the_seed(job.source)
+            found[stem] += [error] if error else _compare_runs(root, stem, chosen[stem], alike)
     for stem, sentences in found.items():
         print("".join(f"{stem}: {sentence}\n" for sentence in dict.fromkeys(sentences)), end="", file=sys.stderr)
     return status or int(any(found.values()))
@@ -185,26 +192,64 @@ def _nbval(selected: list[Path], root: Path, workers: int) -> int:
     return subprocess.run(command, cwd=ROOT, env=environment).returncode
 
 
-def _some_runs(source: Path) -> list[str]:
-    """Keys of a few runs in a notebook's committed table: one of each kind, and two at least.
+def _some_runs(stem: str, *, done: set[str]) -> list[str]:
+    """Keys of a few runs in a committed table: one of each kind, and two at least, without kinds of a run in `done`.
 
-    Runs are of one kind if their rows fill the same columns. The choice is random; its seed is the notebook's code.
-    Of searches it is one of those with the fewest candidates: the largest ones take minutes.
+    Runs are of one kind if their rows fill the same columns. Of each kind it is one of the fastest quarter, as far as
+    the table says how long they took: a choice that is random, but always the same.
     """
+    table, seconds = _cells(stem), _seconds(stem)
+    filled = table.ne("").groupby(table["key"]).any()
+    choice = random.Random(stem)
+    keys = choice.sample(sorted(seconds.index), len(seconds))
+    keys.sort(key=seconds.get)  # those that took equally long stay in their random order
+    kinds: dict[tuple, list[str]] = {}
+    for key in keys:
+        kinds.setdefault(tuple(filled.loc[key]), []).append(key)
+    if len(kinds) == 1 and done.isdisjoint(keys):
+        return keys[:2]
+    return [choice.choice(of[: math.ceil(len(of) / 4)]) for of in kinds.values() if done.isdisjoint(of)]
+
+
+def _seconds(stem: str) -> pd.Series:
+    """How long each run of a committed table took, by the columns that are times; 0 where it has none."""
+    table = _cells(stem)
+    times = table[[name for name in table if name.endswith("_s")]].apply(pd.to_numeric)
+    return times.sum(axis=1).groupby(table["key"]).sum()
+
+
+def _contradicting(stems: list[str]) -> dict[str, list[str]]:
+    """For each notebook, sentences on runs whose rows are not the same in the committed table of an earlier one."""
+    from fsp.compendium import compare
     from fsp.runs import tables
 
-    table = tables.read_cells(_results() / f"{source.stem}.csv")
-    filled = table.ne("").groupby(table["key"]).any()
-    keys = list(filled.index)
-    code = [cell.source for cell in execute.read(source).cells if cell.cell_type == "code"]
-    random.Random("\n".join(code)).shuffle(keys)
-    if "population" in table:
-        candidates = pd.to_numeric(table.groupby("key")["population"].first()).fillna(0)
-        keys.sort(key=candidates.get, reverse=True)  # below, the last one of a kind is taken
-    one_of_each = list({tuple(filled.loc[key]): key for key in keys}.values())
-    if len(one_of_each) > 1:
-        return one_of_each
-    return keys[:2]
+    known = {stem: tables.read(_results() / f"{stem}.csv") for stem in stems}
+    found: dict[str, list[str]] = {stem: [] for stem in stems}
+    for other, stem in itertools.combinations(stems, 2):
+        keys = {*known[other]["key"]} & {*known[stem]["key"]}
+        names = [name for name in known[stem] if name in known[other]]
+        pair = (known[name].loc[known[name]["key"].isin(keys), names] for name in (stem, other))
+        if keys and (differing := compare.compare_rows(*pair, rtol=0.0).differences()):
+            found[stem].append(f"its rows of runs that {other} has as well differ: {differing}")
+    return found
+
+
+def _but_for_the_seed(source: Path) -> dict[str, str]:
+    """For the key of each run of a notebook, the key that its config would have without the seed."""
+    from fsp import data, runs
+    from fsp.compendium import planning
+
+    if not any("study.sweep(" in cell.source for cell in execute.read(source).cells):
+        return {}
+    configs = [config for _, config in planning.planned(source.stem, data.load)]
+    return {runs.key(c): runs.key({name: c[name] for name in c if name != "seed"}) for c in configs}
+
+
+def _cells(stem: str) -> pd.DataFrame:
+    """A committed table as text."""
+    from fsp.runs import tables
+
+    return tables.read_cells(_results() / f"{stem}.csv")
 
 
 def _leave_out(root: Path, chosen: dict[str, list[str]]) -> None:
@@ -233,7 +278,7 @@ def _compare_claims(root: Path, stem: str) -> list[str]:
     return compare.compare_claims(ours, committed, exact=True)
 
 
-def _compare_runs(root: Path, stem: str, keys: list[str], of_range: float) -> list[str]:
+def _compare_runs(root: Path, stem: str, keys: list[str], alike: Mapping[str, str] | None) -> list[str]:
     """Sentences on how runs that a notebook did anew in another root differ from the committed table."""
     from fsp.compendium import compare
     from fsp.runs import tables
@@ -245,8 +290,8 @@ def _compare_runs(root: Path, stem: str, keys: list[str], of_range: float) -> li
     if sorted(made["key"]) != sorted(before["key"]):
         found.append(f"{runs} have {len(made)} rows, {len(before)} in the committed table")
     edited = "code" in made and "code" in before and set(made["code"]) != set(before["code"])
-    rtol = compare.RTOL if of_range or edited else 0.0
-    if differing := compare.compare_rows(made, committed, rtol=rtol, of_range=of_range).differences():
+    rtol = 0.0 if alike is None and not edited else compare.RTOL
+    if differing := compare.compare_rows(made, committed, rtol=rtol, alike=alike).differences():
         found.append(f"{runs} differ from the committed table: {differing}")
     if not found and edited:
         print(f"{stem}: {runs} are the same as in the committed table, which other code has made", flush=True)

@@ -85,7 +85,9 @@ def paired_difference(a: ArrayLike, b: ArrayLike) -> Estimate:
     return mean(a - b)
 
 
-def rank_correlation(x: ArrayLike, y: ArrayLike, *, within: ArrayLike | None = None) -> float:
+def rank_correlation(
+    x: ArrayLike, y: ArrayLike, *, within: ArrayLike | None = None, constant: float = math.nan
+) -> float:
     """Spearman rank correlation: a value for `clustered`.
 
     Parameters
@@ -95,11 +97,13 @@ def rank_correlation(x: ArrayLike, y: ArrayLike, *, within: ArrayLike | None = N
     within : array, shape (n,), optional
         Group of each pair, such as its density: ranks and correlation are each group's own, and the result is their
         mean.
+    constant : float
+        What a group counts as where a side is constant; ``nan``: it does not count.
 
     Returns
     -------
     float
-        ``nan`` where a side is constant in every group; a group where one is does not count.
+        ``nan`` if no group counts.
 
     Examples
     --------
@@ -108,7 +112,9 @@ def rank_correlation(x: ArrayLike, y: ArrayLike, *, within: ArrayLike | None = N
     >>> rank_correlation([1, 2, 3, 11, 12, 13], [3, 2, 1, 13, 12, 11], within=[0, 0, 0, 1, 1, 1])
     -1.0
     """
-    return float(_defined_mean([_correlation(*rankdata(pair, axis=-1)) for pair in _groups([x, y], within)]))
+    found = [_correlation(*rankdata(pairs, axis=-1)) for pairs in _groups([x, y], within)]
+    each = np.concatenate(found or [[]])
+    return float(_defined_mean(np.where(np.isnan(each), constant, each)))
 
 
 def clustered(statistic: Callable[[pd.DataFrame], float], table: pd.DataFrame, *, by: Sequence[str]) -> Estimate:
@@ -165,6 +171,7 @@ def clustered(statistic: Callable[[pd.DataFrame], float], table: pd.DataFrame, *
     if len(by) not in (1, 2) or any(name not in table or table[name].isna().any() for name in by):
         columns = ", ".join(map(str, table))
         raise ValueError(f"by={by!r}: expected one or two columns without missing values, of {columns}")
+    table = table.copy()  # in a few blocks of memory: rows are then taken out of it five times as fast
     value = float(statistic(table))
     levels = min(table[name].nunique() for name in by)
     if levels < LEAST_LEVELS:
@@ -284,13 +291,15 @@ def explained(data: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
     >>> explained(pd.DataFrame(rows, columns=["seed", "x", "y"]), "x", "y").round(2).iloc[0].to_dict()
     {'line': 0.84, 'curve': 1.0}
     """
+    data = data.sort_values(x, kind="stable")
+    seeds, xs, ys = (data[name].to_numpy() for name in ("seed", x, y))
     found = {}
-    for seed, test in data.groupby("seed"):
-        others = data[data.seed != seed].sort_values(x)
-        line = np.polyval(np.polyfit(others[x], others[y], 1), test[x])
-        curve = np.interp(test[x], others[x], isotonic_regression(others[y]).x)
-        variance = test[y].var(ddof=0) or np.nan
-        found[seed] = [1 - ((test[y] - fitted) ** 2).mean() / variance for fitted in (line, curve)]
+    for seed in np.unique(seeds):
+        test, others = seeds == seed, seeds != seed
+        line = np.polyval(np.polyfit(xs[others], ys[others], 1), xs[test])
+        curve = np.interp(xs[test], xs[others], isotonic_regression(ys[others]).x)
+        variance = ys[test].var() or np.nan
+        found[seed] = [1 - ((ys[test] - fitted) ** 2).mean() / variance for fitted in (line, curve)]
     return pd.DataFrame(found, index=["line", "curve"]).T
 
 
@@ -304,17 +313,19 @@ def _correlation(x, y):
 
 
 def _groups(samples: list[ArrayLike], within: ArrayLike | None) -> list[np.ndarray]:
-    """Complete cases of each group, of shape (samples, cases)."""
+    """Complete cases of each group: an array (samples, groups, cases) for all groups of one size, small ones first."""
     groups = np.zeros(np.shape(samples[0]), int) if within is None else np.asarray(within)
     shapes = {np.shape(side) for side in (*samples, groups)}
     if len(shapes) != 1 or groups.ndim != 1:
         raise ValueError(f"one-dimensional samples of one length are needed, not of shapes {sorted(shapes)}")
     table = np.array(samples, dtype=float)
     complete = ~np.isnan(table).any(0) & (groups == groups)  # nan is the one group that differs from itself
-    return [table[:, complete & (groups == group)] for group in np.unique(groups[complete])]
+    _, place, counts = np.unique(groups[complete], return_inverse=True, return_counts=True)
+    table, size = table[:, complete][:, np.argsort(place, kind="stable")], counts[np.sort(place)]
+    return [table[:, size == n].reshape(len(table), -1, n) for n in np.unique(counts)]
 
 
-def _defined_mean(values: list) -> np.ndarray:
+def _defined_mean(values: ArrayLike) -> np.ndarray:
     """Mean over the first axis of what is not nan; nan where nothing is."""
     values = np.array(values, dtype=float)
     if not len(values):

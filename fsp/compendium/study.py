@@ -198,7 +198,7 @@ def sweep(
         tables.save(tables.read_cells(known), path)  # the table as a refresh would make it
     _begun.add(path)
     tables.update(table, path)
-    if stale := len(table.attrs["stale"]):
+    if stale := table.attrs["stale"]:
         print(f"{stale} of {len(configs)} runs were made by code that has been edited since; recompute=True redoes all")
     if not renewing():
         print(_where(place.results.parent, table, committed, whole))

@@ -80,7 +80,7 @@ def sweep(
         failed run has missing metrics), ``key`` and ``code``, the first twelve digits of the digest of the code that
         made the row (see `fsp.runs.code.run_code`; missing where nobody knows it). A column is bool or int where
         every value is, float64 where all are numbers or missing. ``attrs`` counts ``reused``, ``computed`` and
-        ``failed`` runs, and lists as ``stale`` the keys of the reused ones that other code made.
+        ``failed`` runs, and as ``stale`` the reused ones that other code made.
 
     Raises
     ------
@@ -168,14 +168,15 @@ def sweep(
             stacklevel=2,
         )
     reused = [name for name in by_key if outcomes[name].word == "reused"]
-    stale = [name for name in reused if code_of(records[name]) != code[:CODE_DIGITS]]
+    stale = sum(code_of(records[name]) != code[:CODE_DIGITS] for name in reused)
     if stale:
         warnings.warn(
-            f"{len(stale)} of {len(configs)} runs were reused that other code made: the function, or something that it "
+            f"{stale} of {len(configs)} runs were reused that other code made: the function, or something that it "
             "reaches, has been edited since; recompute=True does them again",
             stacklevel=2,
         )
     made = frame(configs, list(by_key), list(records.values()))
+    # Numbers alone: pandas copies what is here, deeply, with every selection of rows or columns.
     made.attrs = {word: counts[word] for word in ("computed", "reused", "failed")} | {"stale": stale}
     return made
 

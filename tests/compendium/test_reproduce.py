@@ -693,7 +693,8 @@ table = results / "{stem}.csv"
 known = {{row["key"]: row for row in csv.DictReader(table.open())}} if table.exists() else {{}}
 rows = []
 for seed in range(4):
-    new = {{"key": f"k{{seed}}", "status": "finished", "value": run(seed), "unread": run(seed), "wall_s": time.time()}}
+    new = {{"key": f"k{{seed}}-{stem}", "status": "finished", "value": run(seed), "unread": run(seed)}}
+    new["wall_s"] = time.time()
     rows.append(known.get(new["key"], new))
 with table.open("w") as file:
     csv.writer(file).writerows([list(rows[0]), *(row.values() for row in rows)])
@@ -753,7 +754,7 @@ def commit(root, monkeypatch, capfd):
 def test_check_notices_an_edited_claim_cell_run_function_and_definition(commit):
     committed = commit("01_same", "02_claim", "03_cell", "04_run", "05_definition", "06_times")
     edit(committed.notebooks / "02_claim.ipynb", "> 0.25", "> 0.125")
-    edit(committed.results / "03_cell.csv", "k2,finished,4.5,4.5", "k2,finished,4.5,4.75")
+    edit(committed.results / "03_cell.csv", "k2-03_cell,finished,4.5,4.5", "k2-03_cell,finished,4.5,4.75")
     edit(committed.notebooks / "04_run.ipynb", "double(seed) + 0.5", "double(seed) + 0.625")
     edit(committed.notebooks / "quantity05.py", "2 * x", "2 * x + 1e-12")
     edit(committed.results / "06_times.claims.csv", "yes", "no")
@@ -761,7 +762,9 @@ def test_check_notices_an_edited_claim_cell_run_function_and_definition(commit):
     assert found.pop("02_claim") == ["bound '> 0.125', committed '> 0.25': It is high"]
     assert found.pop("03_cell")[0] == "03_cell.csv is not as make refresh wrote it"
     run = [text for text in found.pop("04_run") if "runs done anew" in text]
-    assert re.fullmatch(r"2 runs done anew \(k\d, k\d\) differ .*: `value`: 2 differ, by at most 0.125; .*", run[0])
+    assert re.fullmatch(
+        r"2 runs done anew \(k\d-04_ru, k\d-04_ru\) differ .*: `value`: 2 differ, by at most 0.125; .*", run[0]
+    )
     definition = found.pop("05_definition")
     assert len(definition) == 1
     assert "runs done anew" in definition[0]
@@ -778,11 +781,11 @@ def test_rows_of_edited_code_may_round_otherwise_and_those_of_the_same_code_may_
     edited, same = tmp_path / "edited", tmp_path / "same"
     for folder, value, code in ((root, 1.0, "old"), (edited, 1 + 1e-9, "new"), (same, 1 + 1e-9, "old")):
         tables.save(pd.DataFrame([row | {"value": value, "code": code}]), folder / "data" / "results" / "01_good.csv")
-    assert renew._compare_runs(edited, "01_good", ["a"], 0.0) == []
-    assert "`value`: 1 differ" in renew._compare_runs(same, "01_good", ["a"], 0.0)[0]
+    assert renew._compare_runs(edited, "01_good", ["a"], None) == []
+    assert "`value`: 1 differ" in renew._compare_runs(same, "01_good", ["a"], None)[0]
 
 
-def test_check_allows_another_processor_a_tenth_of_the_range_of_a_column_and_a_notebook_of_times_any_time(commit):
+def test_check_allows_another_processor_to_move_a_number_and_a_notebook_of_times_any_time(commit):
     committed = commit("04_near", "05_far", "06_times")
     edit(committed.notebooks / "04_near.ipynb", "double(seed) + 0.5", "double(seed) + 0.625")
     edit(committed.notebooks / "05_far.ipynb", "double(seed) + 0.5", "double(seed) + 1.25")
@@ -809,17 +812,34 @@ def test_runs_of_another_processor_are_done_in_notebooks_that_end_there_and_draw
     assert "FSP_FIGURES" not in renew._jobs([begun], tmp_path)[0].environment, "a refresh writes them"
 
 
-def test_the_search_that_check_does_anew_is_one_of_the_smallest(root, monkeypatch):
-    """Rows of one kind fill the same columns: here there are searches, and trainings without one."""
-    source = write_notebook(root / "notebooks", "07_searches", "pass")
-    runs = {"a": 3000, "b": 20, "c": 500, "d": 3000, "e": "", "f": ""}
-    rows = "".join(f"{key},finished,{population},0.5\n" for key, population in runs.items())
-    path = root / "data" / "results" / "07_searches.csv"
+def write_table(root, stem, text):
+    path = root / "data" / "results" / f"{stem}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"key,status,population,accuracy\n{rows}")
-    search, training = sorted(renew._some_runs(source))
-    assert search == "b"
-    assert training in "ef"
+    path.write_text(text)
+
+
+def test_what_is_done_anew_is_a_fast_run_of_each_kind_that_no_other_notebook_does(root):
+    """Rows of one kind fill the same columns: here there are searches, and trainings without one."""
+    runs = {"a": (3000, 90), "b": (20, 2), "c": (500, 10), "d": (3000, 80), "e": ("", 2), "f": ("", 1)}
+    rows = "".join(f"{key},finished,{of},0.5,{seconds}\n" for key, (of, seconds) in runs.items())
+    write_table(root, "07_searches", f"key,status,population,accuracy,train_s\n{rows}")
+    assert sorted(renew._some_runs("07_searches", done=set())) == ["b", "f"]
+    assert renew._some_runs("07_searches", done={"c"}) == ["f"], "a search is done elsewhere"
+    write_table(root, "08_alike", "key,status,accuracy\n" + "".join(f"{key},finished,0.5\n" for key in "uvwxyz"))
+    chosen = renew._some_runs("08_alike", done=set())
+    assert len({*chosen}) == 2
+    assert chosen == renew._some_runs("08_alike", done={"a"}), "always the same"
+    assert renew._some_runs("08_alike", done={"u"}) == []
+
+
+def test_rows_of_one_run_that_differ_between_two_tables_are_noticed(root):
+    for stem, of_b in {"01_first": 0.5, "02_second": 0.5, "03_third": 0.5000000000000001}.items():
+        write_table(
+            root, stem, f"key,status,{stem},accuracy,train_s\nb,finished,1,{of_b},{of_b}\n{stem},finished,1,7,1\n"
+        )
+    found = renew._contradicting(["01_first", "02_second", "03_third"])
+    assert [len(found[stem]) for stem in found] == [0, 0, 2]
+    assert found["03_third"][0].startswith("its rows of runs that 01_first has as well differ: `accuracy`: 1 differ")
 
 
 def test_check_says_what_is_not_committed(root, monkeypatch, capsys):
@@ -879,15 +899,35 @@ def test_numbers_differ_beyond_a_tolerance_and_all_else_where_it_is_not_the_same
     assert compare.compare_rows(old.assign(**new), old).differing == said
 
 
-def test_more_tolerance_is_a_share_of_the_range_of_the_committed_column():
+def test_on_another_processor_a_number_may_move_by_twice_its_range_over_seeds():
+    alike = {key: key[0] for key in ("a1", "a2", "a3", "a4", "a5", "b1", "b2", "b3", "b4", "b5")}
+    wide, narrow = [1.0, 2.0, 3.0, 4.0, 5.0], [100.0, 100.25, 100.5, 100.5, 100.5]
+    old = pd.DataFrame({"key": list(alike), "code": "1", "x": wide + narrow, "same": 3, "bin_01_n": 7})
+
+    def differing(**new):
+        made = old.assign(code="2", bin_01_n=99, **{name: old[name] for name in ("x", "same")})
+        for name, (row, value) in new.items():
+            made[name] = made[name].where(made.index != row, value)
+        return compare.compare_rows(made[made.key.isin(["a1", "b1"])], old, alike=alike).differing
+
+    assert differing(x=(0, 8.9)) == {}
+    assert differing(x=(0, 9.1)) == {"x": "1 differ, by at most 8.1"}
+    assert differing(x=(5, 100.9)) == {}
+    assert differing(x=(5, 101.1)) == {"x": "1 differ, by at most 1.1"}
+    assert differing(same=(0, 4)) == {"same": "1 differ, by at most 1"}
+    assert differing(x=(0, float("nan"))) == {"x": "1 differ, one is missing"}
+    assert "bin_01_n" in compare.compare_rows(old.assign(bin_01_n=99), old).differing, "on this processor it counts"
+
+
+def test_with_few_seeds_it_may_move_by_a_tenth_of_the_range_of_its_column():
     old = pd.DataFrame({"key": ["a", "b", "c"], "x": [0.0, 10.0, 0.0], "code": "1"})
-    assert compare.compare_rows(old.assign(x=[0.9, 10.0, 0.0], code="2"), old, of_range=0.1).differing == {}
-    assert compare.compare_rows(old.assign(x=[1.1, 10.0, 0.0]), old[:2], of_range=0.1).differing != {}
+    assert compare.compare_rows(old.assign(x=[0.9, 10.0, 0.0], code="2"), old, alike={}).differing == {}
+    assert compare.compare_rows(old.assign(x=[1.1, 10.0, 0.0]), old[:2], alike={}).differing != {}
     assert compare.compare_rows(old.assign(x=[0.9, 10.0, 0.0]), old).differing != {}
     good = old.assign(accuracy=[0.95, 0.96, 0.95])  # 10 % of their range is less than an image
     near, far = (good.assign(accuracy=[0.95, 0.96, 0.95 - moved]) for moved in (0.028, 0.032))
-    assert compare.compare_rows(near, good, of_range=0.1).differing == {}
-    assert compare.compare_rows(far, good, of_range=0.1).differing == {"accuracy": "1 differ, by at most 0.032"}
+    assert compare.compare_rows(near, good, alike={}).differing == {}
+    assert compare.compare_rows(far, good, alike={}).differing == {"accuracy": "1 differ, by at most 0.032"}
     assert compare.compare_rows(near, good).differing == {"accuracy": "1 differ, by at most 0.028"}
     last_bit = old.assign(x=[0.0, 10.000000000000002, 0.0])
     assert compare.compare_rows(last_bit, old).differing == {}

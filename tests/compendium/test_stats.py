@@ -101,6 +101,13 @@ def test_a_correlation_is_that_of_scipy(n, ties):
     assert rank_correlation(x, y) == pytest.approx(scipy.stats.spearmanr(x, y).statistic, abs=1e-12)
 
 
+def test_a_group_with_a_constant_side_counts_as_it_is_told():
+    x, y, groups = [1.0, 2, 3, 5, 5, 5], [1.0, 2, 3, 1, 2, 3], ["a"] * 3 + ["b"] * 3
+    assert rank_correlation(x, y, within=groups) == 1
+    assert rank_correlation(x, y, within=groups, constant=0.0) == 0.5
+    assert rank_correlation(x[3:], y[3:], constant=0.0) == 0
+
+
 def test_a_constant_side_has_no_correlation():
     changing = [3.0, 1.0, 2.0, 5.0]
     assert math.isnan(rank_correlation([2.0] * 4, changing))
