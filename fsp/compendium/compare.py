@@ -8,17 +8,18 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from pandas.api.types import is_bool_dtype, is_numeric_dtype
+from scipy.stats import t
 
 from fsp import paths
 from fsp.compendium.claims import MEASURED, contradictions, measured, read_claims
 from fsp.runs import tables
 
-# On another processor a training goes the way of another seed. Of 13,000 numbers that were computed on two processors
-# one in 700 moved by more than the range over the seeds, and none, but in histograms, by twice that.
-SPREAD = 2.0  # of the range over seeds: how far a number may move there
-LEAST_SEEDS = 5  # fewer say too little of a range; then the next two are the bound
+# On another processor a training goes another way, as with another seed, but not so far.
+CONFIDENCE = 0.999  # with which two runs that differ in their seed are as close as two processors may be
+LEAST_SEEDS = 5  # fewer say too little of how far that is; then the next two are the bound
 OF_RANGE = 0.1  # of the range of a column over the rows that are compared
 ACCURACY = 0.03  # of accuracies, at least: in a column of good methods alone the range is less than an image
+ACCURACIES = ("accuracy", "validation")  # how the names of their columns begin
 RTOL = 1e-6  # numbers closer than this, relative to the committed one, count as the same
 # How a claim can differ from the committed one, the worst first.
 CHANGES = ("decided otherwise", "committed in error", "stated otherwise", "missing here", "not committed")
@@ -60,10 +61,10 @@ def compare_rows(
         Tolerance for numbers, relative to the committed one.
     alike : mapping, optional
         Says that the tables were made on two processors: for each key what its run has in common with those that
-        differ from it in the seed alone. A number may then move by `SPREAD` times the range that it has over these runs
-        in the committed table; where they are fewer than `LEAST_SEEDS`, by `OF_RANGE` of the range of its column, an
-        accuracy by `ACCURACY` at least. Columns that begin with ``bin_`` are left out: they are histograms, whose bins
-        may hold one prediction or none; what is computed from them is compared.
+        differ from it in the seed alone. A number may then move as far as two such runs lie apart, with a confidence of
+        `CONFIDENCE` by Student's t and the committed table; where they are fewer than `LEAST_SEEDS`, by `OF_RANGE` of
+        the range of its column, an accuracy by `ACCURACY` at least. Columns that begin with ``bin_`` are left out: they
+        are histograms, whose bins may hold one prediction or none; what is computed from them is compared.
 
     Returns
     -------
@@ -107,11 +108,13 @@ def _spread(column: pd.Series, compared: pd.MultiIndex, alike: Mapping[str, str]
     """How far each number of a committed column may move on another processor; see `compare_rows`."""
     keys, places = (column.index.get_level_values(level) for level in (0, 1))
     over_seeds = column.groupby([[alike.get(key, key) for key in keys], places])
-    found = SPREAD * (over_seeds.transform("max") - over_seeds.transform("min"))
-    otherwise = OF_RANGE * np.ptp(column[compared].dropna()) if column[compared].notna().any() else 0.0
-    if str(column.name).startswith("accuracy"):
+    seeds = over_seeds.transform("count")
+    apart = t.ppf((1 + CONFIDENCE) / 2, seeds - 1) * math.sqrt(2) * over_seeds.transform("std")
+    values = column[compared].dropna()
+    otherwise = OF_RANGE * np.ptp(values) if len(values) else 0.0
+    if str(column.name).startswith(ACCURACIES):
         otherwise = max(otherwise, ACCURACY)
-    return found.where(over_seeds.transform("count") >= LEAST_SEEDS, otherwise)[compared].fillna(0.0)
+    return apart.where(seeds >= LEAST_SEEDS, otherwise)[compared]
 
 
 def compare_claims(ours: pd.DataFrame, committed: pd.DataFrame, *, exact: bool = False) -> list[str]:

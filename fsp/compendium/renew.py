@@ -45,19 +45,21 @@ corrected by Holm's procedure for their number.
 {claims}
 """
 PROVENANCE = "provenance.json"  # in data/results: what the files of each notebook were made with, and their SHA-256
+SLOW_S = 60  # runs of kinds that took longer are done anew by a check only if it is asked to
 SAME_BITS = ("cpu", "torch", "numpy", "scipy")  # what must be the same for rows to be so to the last bit
 
 
-def check(selected: list[Path], *, workers: int) -> int:
+def check(selected: list[Path], *, workers: int, slow: bool = False) -> int:
     """Test that the committed notebooks, tables and claims belong together; nothing in the repository changes.
 
     * The tables are as ``make refresh`` wrote them, and each verdict follows from its row.
     * The notebooks run with nbval in a copy of the tables: their tagged outputs are the same, and so are their claims.
     * Rows of one run are the same in all tables that have it.
     * Some runs of each are done anew, unless it measures time, in notebooks that end there: one of each kind, and two
-      at least, but for kinds that another notebook does (see `_some_runs`). With the processor, the libraries and the
-      code of the committed table their rows must be the same bits, with code that was edited since the same to
-      `fsp.compendium.compare.RTOL`. Elsewhere a number may move about as far as from seed to seed (see
+      at least, but for kinds that another notebook does (see `_some_runs`), and for those of which a run takes more
+      than `SLOW_S` seconds, unless `slow`; the notebooks that have such kinds are named. With the processor, the
+      libraries and the code of the committed table their rows must be the same bits, with code that was edited since
+      the same to `fsp.compendium.compare.RTOL`. Elsewhere a number may move about as far as from seed to seed (see
       `fsp.compendium.compare.compare_rows`).
 
     ``tests/nbval_sanitize.cfg`` is used where it exists.
@@ -75,7 +77,13 @@ def check(selected: list[Path], *, workers: int) -> int:
         found[stem] += sentences
     chosen: dict[str, list[str]] = {}
     for source in repeated:
-        chosen[source.stem] = _some_runs(source.stem, done={key for keys in chosen.values() for key in keys})
+        keys = _some_runs(source.stem, done={key for keys in chosen.values() for key in keys})
+        seconds = _seconds(source.stem)[keys]
+        fast = [key for key in keys if slow or seconds[key] <= SLOW_S]
+        chosen[source.stem] = fast or keys[:1]
+        if left_out := len(keys) - len(chosen[source.stem]):
+            said = f"{left_out} kinds of runs that take over {SLOW_S} seconds are not done anew without --recompute"
+            print(f"{source.stem}: {said}", flush=True)
     with _copied_root() as root:
         for path in [_results(root) / f"{source.stem}.claims.csv" for source in selected]:
             if path.exists():

@@ -48,8 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     asked = {name for name, value in vars(args).items() if value != parser.get_default(name)}
     if (args.check or args.refresh) and asked - {"check", "refresh", "only", "recompute", "workers"}:
         parser.error("--check and --refresh take the notebooks as they are: only --only and --workers go with them")
-    if args.recompute and not args.refresh:
-        parser.error("--recompute belongs to --refresh: into an output folder everything is computed anyway")
+    if args.recompute and not args.refresh and not args.check:
+        parser.error("--recompute belongs to --refresh or --check: into an output folder everything is computed anyway")
     if args.workers < 1 or not args.timeout > 0:
         parser.error("--workers is a whole number of at least 1, --timeout a number of seconds above 0")
     try:
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
     try:
         if args.check:
-            return renew.check(selected, workers=args.workers)
+            return renew.check(selected, workers=args.workers, slow=args.recompute)
         if args.refresh:
             return renew.refresh(selected, workers=args.workers, recompute=args.recompute)
         options = {"timeout": args.timeout, "workers": args.workers, "resume": args.resume, "gated": gated}
@@ -290,7 +290,8 @@ def _parser() -> argparse.ArgumentParser:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--check", action="store_true", help="test the committed notebooks, tables and claims instead")
     mode.add_argument("--refresh", action="store_true", help="renew the committed notebooks, tables, figures, README")
-    add("--recompute", action="store_true", help="with --refresh: compute all rows, the committed ones too")
+    recompute = "with --refresh: compute all rows, the committed ones too; with --check: slow runs too are done anew"
+    add("--recompute", action="store_true", help=recompute)
     return parser
 
 
