@@ -1,6 +1,7 @@
 """Checks of arguments that several wings share: an error names the value and what was expected."""
 
 import difflib
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from numbers import Integral
@@ -95,6 +96,24 @@ def plain_settings() -> Iterator[None]:
     """Neither inference mode nor autocast nor gradients, whatever is set around: what comes out is ordinary tensors."""
     with torch.inference_mode(False), torch.no_grad(), plain_precision():
         yield
+
+
+def check_device(device: str | torch.device | None) -> torch.device:
+    """The CPU for None, else the device that is named; a ValueError unless this machine has it."""
+    try:
+        found = torch.device("cpu") if device is None else torch.device(device)
+        there = found.type != "cuda" or (found.index or 0) < torch.cuda.device_count()
+    except (RuntimeError, TypeError):
+        there = False
+    if not there:
+        here = ", ".join(["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
+        raise ValueError(f"device={device!r}: expected a device of torch that this machine has, of {here}")
+    return found
+
+
+def device_of(model: torch.nn.Module) -> torch.device:
+    """Where a model computes: the device of its first parameter or buffer, the CPU if it has neither."""
+    return next((t.device for t in itertools.chain(model.parameters(), model.buffers())), torch.device("cpu"))
 
 
 def check_has_values(model: torch.nn.Module) -> None:

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from fsp.checks import check_choice, check_count, check_generator, check_options, check_shape, is_count
+from fsp.checks import (
+    check_choice,
+    check_count,
+    check_device,
+    check_generator,
+    check_options,
+    check_shape,
+    device_of,
+    is_count,
+)
 
 
 def test_a_count_is_a_whole_number_of_at_least_the_bound_and_no_bool():
@@ -44,8 +53,21 @@ def test_what_is_right_passes():
         (partial(check_options, "mlp", ["width"], ["norm"]), TypeError, "mlp has no option width; it takes norm"),
         (partial(check_options, "lenet300", ["norm"], []), TypeError, "it takes none"),
         (partial(check_generator, 0), ValueError, "generator=0: expected a torch.Generator on the CPU"),
+        (
+            partial(check_device, "gpu"),
+            ValueError,
+            "device='gpu': expected a device of torch that this machine has, of cpu",
+        ),
+        (partial(check_device, 0.5), ValueError, "device=0.5: expected a device of torch"),
+        (partial(check_device, f"cuda:{torch.cuda.device_count()}"), ValueError, "that this machine has, of cpu"),
     ],
 )
 def test_what_is_wrong_is_named_with_what_was_expected(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_a_device_may_be_left_out_and_a_model_without_parameters_computes_on_the_cpu():
+    assert check_device(None) == check_device("cpu") == torch.device("cpu")
+    assert device_of(torch.nn.Flatten()) == torch.device("cpu")
+    assert device_of(torch.nn.Linear(2, 2, device="meta")) == torch.device("meta")

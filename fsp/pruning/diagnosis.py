@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
-from fsp.checks import check_has_values, is_count
+from fsp.checks import check_has_values, device_of, is_count
 from fsp.masks import Masks, check_masks, layers_of, unpruned
 from fsp.pruning.gradients import put_weights, undisturbed, with_tensors
 
@@ -176,7 +176,7 @@ def follow_paths(model: nn.Module, masks: Mapping[str, Tensor], shape: Sequence[
     for name, parameter in parameters.items():
         if parameter.numel() == 0:
             raise ValueError(f"{name!r} has the shape {tuple(parameter.shape)}: it holds no weight")
-    device = next(model.parameters()).device
+    device = device_of(model)
     with undisturbed(model, training=False):
         weights = {name: m.to(parameters[name].device, torch.float64) for name, m in masks.items()}
         for layer in layers_of(model, only={id(parameter) for parameter in parameters.values()}):

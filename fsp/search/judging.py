@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fsp import masks as mask_algebra
 from fsp import spectrum
-from fsp.checks import check_choice, check_count, plain_settings
+from fsp.checks import check_choice, check_count, check_device, plain_settings
 from fsp.files import CannotResume, digest
 from fsp.masks import Masks
 from fsp.progress import bar
@@ -71,6 +71,7 @@ class Plan:
         check_choice("accept", self.accept, ACCEPTANCE)
         check_choice("density_control", self.density_control, ("exact", "none"))
         check_choice("precision", self.precision, ("float64", "float32"))
+        check_device(self.device)
         for name in ("population", "chunk", "every"):
             value = getattr(self, name)
             check_count(name, value, 1)

@@ -16,7 +16,7 @@ import torch
 from threadpoolctl import ThreadpoolController
 from torch import Tensor, nn
 
-from fsp.checks import check_choice, check_has_values, check_tensors, plain_settings
+from fsp.checks import check_choice, check_device, check_has_values, check_tensors, plain_settings
 from fsp.masks import PLAIN, Wiring, used_weights, wiring_of
 from fsp.spectrum.definitions import (
     Rules,
@@ -165,7 +165,10 @@ def population(
     Raises
     ------
     ValueError
-        As for `coordinates`, naming the mask's index and the layer; also if two masks have other layers.
+        As for `coordinates`, naming the mask's index and the layer; also if two masks have other layers, or this
+        machine has no such device.
+    TypeError
+        For one dict of masks instead of a list of them.
 
     Notes
     -----
@@ -173,7 +176,9 @@ def population(
     other masks change a bit of a result.
     """
     check_choice("precision", precision, PRECISIONS)
-    rules, wirings = rules_of(rules), wiring_of(weights)
+    rules, wirings, place = rules_of(rules), wiring_of(weights), check_device(device)
+    if isinstance(masks_list, Mapping):
+        raise TypeError("masks_list is a dict, the masks of one network: pass a list, [masks]")
     if not masks_list:
         raise ValueError("there is no mask to measure: the list is empty")
     names = list(masks_list[0])
@@ -189,12 +194,12 @@ def population(
         prefix = f"mask {i}: " if len(masks_list) > 1 else ""
         for name in names:
             check_layer(f"{prefix}layer {name!r}", masks[name], weights.get(name))
-    if device is not None and torch.device(device).type != "cpu":
+    if place.type != "cpu":
         found = []
         for name in names:
-            several = torch.stack([masks[name].bool() for masks in masks_list]).to(device)
+            several = torch.stack([masks[name].bool() for masks in masks_list]).to(place)
             wiring = wirings.get(name, PLAIN)
-            found.append(dense_coordinates(several, weights[name].to(device), rules, wiring, max_bytes))
+            found.append(dense_coordinates(several, weights[name].to(place), rules, wiring, max_bytes))
         return torch.stack(found, 1).cpu()
 
     on_cpu = {name: weights[name].detach().cpu() for name in names}

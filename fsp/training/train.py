@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, Adam, Optimizer, lr_scheduler
 
-from fsp.checks import check_count
+from fsp.checks import check_count, device_of
 from fsp.data import Data, Split, augment, batches, is_count
 from fsp.files import digest
 from fsp.masks import Masks, hold_
@@ -201,7 +201,7 @@ def _in_own_modes(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def run(model, *args, **options):
-        kind = next(model.parameters()).device.type
+        kind = device_of(model).type
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(kind, enabled=False):
             return function(model, *args, **options)
 
@@ -300,7 +300,7 @@ def fit(
     take_step = methods(hooks, "take_step") or [lambda step, optimizer: optimizer.step()]
     at_each_step = methods(hooks, "before_step") + take_step + methods(hooks, "after_step")
 
-    device = next(model.parameters()).device
+    device = device_of(model)
     on_cuda = is_cuda(device)
     layout = torch.channels_last if config.channels_last and on_cuda else torch.preserve_format
     model.to(memory_format=layout)

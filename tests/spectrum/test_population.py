@@ -319,3 +319,12 @@ def test_a_parameter_that_torch_has_moved_is_measured_under_its_new_name_as_the_
         assert list(mask_algebra.prunable(model)) == [name]
         weight = layer.weight.detach()  # which the forward pass uses
         same(coordinates({name: mask}, model)[name], coordinate_by_definition(mask, weight, wiring=Wiring(groups=2)))
+
+
+def test_one_dict_of_masks_and_a_device_that_is_not_here_are_refused_before_anything_is_measured():
+    model = nn.Linear(6, 5)
+    masks = {"weight": torch.eye(5, 6, dtype=torch.bool)}
+    with pytest.raises(TypeError, match=r"pass a list, \[masks\]"):
+        population(masks, model)
+    with pytest.raises(ValueError, match="device='nowhere': expected a device of torch that this machine has"):
+        population([masks], model, device="nowhere")

@@ -1025,3 +1025,14 @@ def test_training_without_momentum_needs_one_setting_only():
     for net, nesterov in zip(nets, (True, False), strict=True):
         fit(net, task(), TrainConfig(epochs=2, momentum=0, nesterov=nesterov))
     assert same(state(nets[0]), state(nets[1]))
+
+
+def test_what_has_no_parameters_is_evaluated_too():
+    class First(nn.Module):
+        def forward(self, images):
+            return nn.functional.one_hot(torch.zeros(len(images), dtype=torch.long), 10).float()
+
+    data = load("digits")
+    share = float((data.test.labels == 0).double().mean())
+    assert evaluate(First(), data, "test")["accuracy"] == pytest.approx(share)
+    assert predict(First(), data, "test").argmax(1).eq(0).all()
