@@ -14,12 +14,14 @@ from fsp import paths
 from fsp.compendium.claims import MEASURED, contradictions, measured, read_claims
 from fsp.runs import tables
 
-# On another processor a training goes another way, as with another seed, but not so far.
-CONFIDENCE = 0.999  # with which two runs that differ in their seed are as close as two processors may be
-LEAST_SEEDS = 5  # fewer say too little of how far that is; then the next two are the bound
-OF_RANGE = 0.1  # of the range of a column over the rows that are compared
+# On another processor a training rounds otherwise. Masks, spectra and accuracies move little by that:
+OF_RANGE = 0.1  # of the range of a column
 ACCURACY = 0.03  # of accuracies, at least: in a column of good methods alone the range is less than an image
-ACCURACIES = ("accuracy", "validation")  # how the names of their columns begin
+# But what else is read off the outputs and layers of a trained network moves as from seed to seed:
+READ_OFF = ("nll", "brier", "ece", "temperature", "corrupted_", "logits_", "kl", "disagreement", "r2")
+READ_OFF += ("spectrum_distance",)
+CONFIDENCE = 0.999  # with which two runs that differ in their seed alone are as close as two processors may be in these
+LEAST_SEEDS = 5  # fewer say too little of how far that is
 RTOL = 1e-6  # numbers closer than this, relative to the committed one, count as the same
 # How a claim can differ from the committed one, the worst first.
 CHANGES = ("decided otherwise", "committed in error", "stated otherwise", "missing here", "not committed")
@@ -61,10 +63,11 @@ def compare_rows(
         Tolerance for numbers, relative to the committed one.
     alike : mapping, optional
         Says that the tables were made on two processors: for each key what its run has in common with those that
-        differ from it in the seed alone. A number may then move as far as two such runs lie apart, with a confidence of
-        `CONFIDENCE` by Student's t and the committed table; where they are fewer than `LEAST_SEEDS`, by `OF_RANGE` of
-        the range of its column, an accuracy by `ACCURACY` at least. Columns that begin with ``bin_`` are left out: they
-        are histograms, whose bins may hold one prediction or none; what is computed from them is compared.
+        differ from it in the seed alone. A number may then move by `OF_RANGE` of the range that its column has in the
+        committed table, an accuracy by `ACCURACY` at least. Columns of `READ_OFF` may move as far as two runs lie
+        apart that differ in their seed alone, with a confidence of `CONFIDENCE` by Student's t and the committed table,
+        where it has `LEAST_SEEDS` of them. Columns that begin with ``bin_`` are left out: they are histograms, whose
+        bins may hold one prediction or none; what is computed from them is compared.
 
     Returns
     -------
@@ -93,7 +96,7 @@ def compare_rows(
         a, b = ours.loc[common, name], committed.loc[common, name]
         largest = ""
         if all(is_numeric_dtype(column) and not is_bool_dtype(column) for column in (a, b)):
-            atol = 0.0 if alike is None else _spread(committed[name], common, alike)
+            atol = 0.0 if alike is None else _movable(committed[name], common, alike)
             unequal = ~np.isclose(a, b, rtol=rtol, atol=atol, equal_nan=True)
             gap = (a - b).abs()[unequal].max()
             largest = ", one is missing" if math.isnan(gap) else f", by at most {gap:.3g}"
@@ -104,17 +107,19 @@ def compare_rows(
     return RowComparison(len(common), len(committed) - len(common), len(ours) - len(common), differing, times)
 
 
-def _spread(column: pd.Series, compared: pd.MultiIndex, alike: Mapping[str, str]) -> pd.Series:
-    """How far each number of a committed column may move on another processor; see `compare_rows`."""
+def _movable(column: pd.Series, compared: pd.MultiIndex, alike: Mapping[str, str]) -> float | pd.Series:
+    """How far the numbers of a committed column may move on another processor; see `compare_rows`."""
+    name, values = str(column.name), column.dropna()
+    bound = OF_RANGE * float(np.ptp(values)) if len(values) else 0.0
+    if name.startswith("accuracy"):
+        bound = max(bound, ACCURACY)
+    if not name.startswith(READ_OFF):
+        return bound
     keys, places = (column.index.get_level_values(level) for level in (0, 1))
     over_seeds = column.groupby([[alike.get(key, key) for key in keys], places])
     seeds = over_seeds.transform("count")
     apart = t.ppf((1 + CONFIDENCE) / 2, seeds - 1) * math.sqrt(2) * over_seeds.transform("std")
-    values = column[compared].dropna()
-    otherwise = OF_RANGE * np.ptp(values) if len(values) else 0.0
-    if str(column.name).startswith(ACCURACIES):
-        otherwise = max(otherwise, ACCURACY)
-    return apart.where(seeds >= LEAST_SEEDS, otherwise)[compared]
+    return apart.where(seeds >= LEAST_SEEDS, bound)[compared]
 
 
 def compare_claims(ours: pd.DataFrame, committed: pd.DataFrame, *, exact: bool = False) -> list[str]:
