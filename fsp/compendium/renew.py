@@ -59,8 +59,7 @@ def check(selected: list[Path], *, workers: int, slow: bool = False) -> int:
       at least, but for kinds that another notebook does (see `_some_runs`), and for those of which a run takes more
       than `SLOW_S` seconds, unless `slow`; the notebooks that have such kinds are named. With the processor, the
       libraries and the code of the committed table their rows must be the same bits, with code that was edited since
-      the same to `fsp.compendium.compare.RTOL`. Elsewhere a number may move about as far as from seed to seed (see
-      `fsp.compendium.compare.compare_rows`).
+      the same to `fsp.compendium.compare.RTOL`; elsewhere they may move as `fsp.compendium.compare.compare_rows` says.
 
     ``tests/nbval_sanitize.cfg`` is used where it exists.
 
