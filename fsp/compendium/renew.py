@@ -301,7 +301,7 @@ def _compare_runs(root: Path, stem: str, keys: list[str], alike: Mapping[str, st
     if differing := compare.compare_rows(made, committed, rtol=rtol, alike=alike).differences():
         found.append(f"{runs} differ from the committed table: {differing}")
     if not found and edited:
-        print(f"{stem}: {runs} are the same as in the committed table, which other code has made", flush=True)
+        print(f"{stem}: {runs} agree with the committed table, which other code has made", flush=True)
     return found
 
 
