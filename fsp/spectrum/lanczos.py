@@ -141,7 +141,8 @@ def two_largest(matrix: Matrix, precision: Precision) -> np.ndarray:
     second, error, x = _largest(steps, blocks, precision.second, precision.converged, keep=single)
     if single:
         x = x.astype(np.float64)
-        x = blocks.unit(x - blocks.spread(blocks.dot(y, x)) * y)
+        with np.errstate(invalid="ignore"):  # of a block of rank one nothing may be left: its values are not certified
+            x = blocks.unit(x - blocks.spread(blocks.dot(y, x)) * y)
         image = matrix.exact(x)
         second = blocks.dot(x, image)
         rest = image - blocks.spread(blocks.dot(y, image)) * y - blocks.spread(second) * x

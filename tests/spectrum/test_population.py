@@ -1,5 +1,7 @@
 """Many masks at once: the fast ways against the definitions, on hard graphs, for every kind of layer."""
 
+import math
+
 import graphs
 import numpy as np
 import pytest
@@ -159,6 +161,15 @@ def test_what_the_iteration_certifies_is_right_to_what_it_promises(precision, la
         if found is not None:
             expected = np.linalg.svd(two._dense(K, np.float64), compute_uv=False)[:2]
             assert np.abs(np.subtract(found, expected)).max() <= chosen.certified / 2 * expected[1]
+
+
+@pytest.mark.parametrize("precision", two.PRECISIONS)
+@pytest.mark.parametrize("formed", [True, False])
+def test_a_graph_of_rank_one_is_left_to_all_eigenvalues_without_a_warning(precision, formed):
+    """Nothing is left of the second vector beside the first, sometimes to the last bit."""
+    graph = as_graph(np.full((3, 8), np.float32(0.3), dtype=np.float64))
+    assert two._together([graph], [formed], lanczos.PRECISIONS[precision]) == [None]
+    assert two.top_two([graph], precision)[0] == pytest.approx((0.3 * math.sqrt(24), 0), rel=1e-6, abs=1e-6)
 
 
 @pytest.mark.parametrize("precision", two.PRECISIONS)
