@@ -440,7 +440,7 @@ def survive(folder, number, victims, seed):
 
 
 def test_a_sweep_survives_kills_of_its_workers_and_of_itself(tmp_path):
-    happened = survive(tmp_path, number=10, victims=["worker", "driver"], seed=1)
+    happened = survive(tmp_path, number=16, victims=["worker", "driver", "worker"], seed=1)
     assert happened["kills of a worker"] >= 1
     assert happened["kills of a driver"] >= 1
 
