@@ -99,10 +99,10 @@ def plain_settings() -> Iterator[None]:
 
 
 def check_device(device: str | torch.device | None) -> torch.device:
-    """The CPU for None, else the device that is named; a ValueError unless this machine has it."""
+    """The CPU for None, else the CPU or the CUDA device that is named; a ValueError unless this machine has it."""
     try:
         found = torch.device("cpu") if device is None else torch.device(device)
-        there = found.type != "cuda" or (found.index or 0) < torch.cuda.device_count()
+        there = found.type == "cpu" or (found.type == "cuda" and (found.index or 0) < torch.cuda.device_count())
     except (RuntimeError, TypeError):
         there = False
     if not there:

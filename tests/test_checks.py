@@ -58,6 +58,7 @@ def test_what_is_right_passes():
             ValueError,
             "device='gpu': expected a device of torch that this machine has, of cpu",
         ),
+        (partial(check_device, "meta"), ValueError, "device='meta': expected a device of torch"),
         (partial(check_device, 0.5), ValueError, "device=0.5: expected a device of torch"),
         (partial(check_device, f"cuda:{torch.cuda.device_count()}"), ValueError, "that this machine has, of cpu"),
     ],
