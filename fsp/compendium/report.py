@@ -24,6 +24,8 @@ STATUSES = {
     "finished": "",
     "finished earlier": "before this call, with these parameters and this code",
 }
+# Why a claim is not the same as committed: it speaks against it, or it does not.
+CHANGED, FEWER, TIME = "changed", "fewer runs", "a time"
 NOT_COMPARED = "the committed results belong to the profiles full and quick as they are"
 
 
@@ -206,11 +208,12 @@ def write(out: Path, outcomes: list[Outcome], *, profile: str, given: dict, reco
     timed = {outcome.stem for outcome in outcomes if execute.measures_time(outcome.source)}
     changes = [change for comparison in compared.values() if comparison for change in comparison.changes]
     changes.sort(key=lambda change: (_is_time(change, timed), CHANGES.index(change.kind)))
+    change_rows = [_change_row(change, profile, _is_time(change, timed)) for change in changes]
     facts = {
         "title": f"Reproduction, profile {profile}",
-        "headline": _headline(list(compared.values()), len(claims)),
-        "lines": _first_lines(outcomes, changes, timed, committed, given, records_before),
-        "changes": [_change_row(change, profile, _is_time(change, timed)) for change in changes],
+        "headline": _headline(list(compared.values()), change_rows, profile, len(claims)),
+        "lines": _first_lines(outcomes, change_rows, committed, given, records_before),
+        "changes": change_rows,
         "outcomes": sorted(outcomes, key=lambda outcome: list(STATUSES).index(outcome.status)),
         "statuses": STATUSES,
         "answers": _answer_rows(claims, committed),
@@ -226,13 +229,18 @@ def write(out: Path, outcomes: list[Outcome], *, profile: str, given: dict, reco
     return text
 
 
-def _headline(compared: list[Comparison | None], judged: int) -> str:
-    """The first sentence of the report."""
+def _headline(compared: list[Comparison | None], changes: list[dict], profile: str, judged: int) -> str:
+    """The first sentence of the report, on claims and on rows; `changes` are those of `_change_row`."""
     if not compared:
         return f"No claim compared, {judged} judged: {NOT_COMPARED}"
     total = sum(comparison.claims for comparison in compared if comparison)
-    changed = sum(len(comparison.changes) for comparison in compared if comparison)
-    return f"{total} claims compared: {total - changed} same, {changed} changed"
+    reasons = Counter(row["reason"] for row in changes)
+    counts = {"same": total - len(changes), "changed": reasons[CHANGED]}
+    counts[f"not decided by the fewer runs of profile {profile}"] = reasons[FEWER]
+    counts["times of this machine"] = reasons[TIME]
+    always = ("same", "changed")
+    told = ", ".join(f"{count} {words}" for words, count in counts.items() if count or words in always)
+    return f"{total} claims compared: {told}"
 
 
 def _is_time(change: Change, timed: set[str]) -> bool:
@@ -242,8 +250,7 @@ def _is_time(change: Change, timed: set[str]) -> bool:
 
 def _first_lines(
     outcomes: list[Outcome],
-    changes: list[Change],
-    timed: set[str],
+    changes: list[dict],
     committed: pd.DataFrame,
     given: dict,
     records_before: int,
@@ -252,12 +259,9 @@ def _first_lines(
     lines = []
     if committed.size:
         lines.append("Same: the committed verdict, and a value within the committed interval.")
-    if changes:
-        kinds = Counter(change.kind for change in changes if not _is_time(change, timed))
-        counts = [f"{kinds[kind]} {kind}" for kind in CHANGES if kinds[kind]]
-        if times := sum(_is_time(change, timed) for change in changes):
-            counts.append(f"{times} of a notebook that measures times of this machine")
-        lines.append(f"Changed: {', '.join(counts)}.")
+    kinds = Counter(row["kind"] for row in changes if row["reason"] == CHANGED)
+    if kinds:
+        lines.append(f"Changed: {', '.join(f'{kinds[kind]} {kind}' for kind in CHANGES if kinds[kind])}.")
     statuses = Counter(outcome.status for outcome in outcomes)
     lines.append(f"Notebooks: {', '.join(f'{statuses[word]} {word}' for word in STATUSES if statuses[word])}.")
     absent = [outcome.stem for outcome in outcomes if outcome.status in ("failed", "gated")]
@@ -271,20 +275,26 @@ def _first_lines(
 def _change_row(change: Change, profile: str, timed: bool) -> dict:
     """What a changed claim says here and committed, and what may explain it.
 
-    A change is ``expected`` where fewer observations decide nothing any more, or a time is another machine's.
+    Its ``reason`` is `FEWER` where this profile has fewer observations than are committed, or none, and decides
+    nothing; `TIME` where a time is another machine's; else `CHANGED`.
     """
-    sides = {"here": change.here, "committed": change.committed}
+    here, committed = change.here, change.committed
     row = {"claim": change.claim, "kind": change.kind, "stem": change.stem, "what": "; ".join(change.what)}
-    for side, found in sides.items():
+    for side, found in {"here": here, "committed": committed}.items():
         row[side] = f"{found['holds']}: {measured(found)}, n = {found['n']:g}" if found else "–"
-    fewer = change.here and change.committed and change.here["n"] < change.committed["n"]
+    fewer = bool(here and committed and here["n"] < committed["n"])
+    left_out = profile == "quick" and not here
     row["why"] = ""
     if timed:
         row["why"] = "a time of this machine: another one, or a busy one, gives another"
+    elif left_out:
+        row["why"] = f"profile {profile} leaves its runs out"
     elif fewer:
         row["why"] = f"profile {profile} has fewer observations"
-        row["why"] += f", and fewer than {LEAST} decide nothing" if change.here["n"] < LEAST else ""
-    row["expected"] = timed or (fewer and change.kind == "no longer decided")
+        row["why"] += f", and fewer than {LEAST} decide nothing" if here["n"] < LEAST else ""
+    says_otherwise = change.kind in ("committed in error", "stated otherwise")
+    undecided = left_out or (fewer and here["holds"] == "not decided" and not says_otherwise)
+    row["reason"] = TIME if timed else FEWER if undecided else CHANGED
     return row
 
 
@@ -340,8 +350,9 @@ def _text(out: Path, facts: dict, claims: pd.DataFrame) -> str:
         if outcome.status == "failed":
             executed = out / "notebooks" / outcome.source.name
             parts.append(f"As far as it came: `{executed}`" if executed.exists() else "It ended before its first cell.")
-    head = {"claim": "Changed claim", "kind": "How", "here": "Here", "committed": "Committed", "why": "Why"}
-    parts += _section("Changed", head, facts["changes"])
+    head = {"claim": "Claim", "kind": "How", "here": "Here", "committed": "Committed", "why": "Why"}
+    for heading, reasons in {"Changed": (CHANGED,), "Not decided here, or a time of this machine": (FEWER, TIME)}.items():
+        parts += _section(heading, head, [row for row in facts["changes"] if row["reason"] in reasons])
     head = {"claim": "Primary claim", "answer": "Answer", "measured": "Measured [interval]", "n": "n"}
     parts += _section("Answers", head | {"committed": "Committed"}, facts["answers"])
     outcomes = sorted(facts["outcomes"], key=lambda outcome: outcome.stem)

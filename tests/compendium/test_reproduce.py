@@ -472,7 +472,9 @@ def page(root, tmp_path):
     for stem in list(stems)[:3]:
         tables.save(pd.DataFrame({"key": ["a"], "status": "finished", "x": 1.0}), committed.results / f"{stem}.csv")
         tables.save(pd.DataFrame({"key": ["a"], "status": "finished", "x": 1.0}), out.results / f"{stem}.csv")
-        tables.save(pd.DataFrame([claim(f"{stem} same"), claim(HOSTILE)]), committed.results / f"{stem}.claims.csv")
+        both = [claim(f"{stem} same"), claim(HOSTILE)]
+        more = [claim("02_few left out")] if stem == "02_few" else []
+        tables.save(pd.DataFrame(both + more), committed.results / f"{stem}.claims.csv")
         out.figures.mkdir(exist_ok=True)
         (out.figures / f"{stem}_second.png").write_bytes(b"drawn")
     timed = [claim("01_good same"), claim(HOSTILE, 0.1, 0, 0.2), claim("01_good new")]
@@ -497,11 +499,12 @@ def page(root, tmp_path):
 
 def test_the_page_opens_with_what_changed_and_keeps_failed_stale_gated_and_expected_apart(page):
     found = page()
-    assert found.find(class_="headline").text == "7 claims compared: 3 same, 4 changed"
+    few = "2 not decided by the fewer runs of profile quick"
+    headline = f"8 claims compared: 3 same, 2 changed, {few}, 1 times of this machine"
+    assert found.find(class_="headline").text == headline
     lines = [line.text for line in found.find("ul").find_all("li")]
-    times = "1 of a notebook that measures times of this machine"
     assert lines[1:3] == [
-        f"Changed: 1 decided otherwise, 1 not committed, 1 no longer decided, {times}.",
+        "Changed: 1 decided otherwise, 1 not committed.",
         "Notebooks: 1 failed, 1 stale, 1 gated, 2 finished.",
     ]
     order = ["ValueError: ", "3 are stale", "What changed", "Not run on this machine", "Answers", "All its claims"]
@@ -518,12 +521,15 @@ def test_the_page_opens_with_what_changed_and_keeps_failed_stale_gated_and_expec
         "03",
     ]
     assert [row.find_all("td")[4].text for row in expected] == [
+        "profile quick leaves its runs out",
         "profile quick has fewer observations, and fewer than 3 decide nothing",
         "a time of this machine: another one, or a busy one, gives another",
     ]
     status = {card["id"]: card.find(class_="status").text for card in found.find_all(class_="card", id=True)}
     assert list(status.values()) == ["finished", "finished", "stale", "failed", "gated"]
     assert [bool(found.find(id=stem).find("img")) for stem in status] == [True, True, True, False, False]
+    whole = page("full").find(class_="headline").text
+    assert "3 same, 3 changed, 1 not decided" in whole, "a claim that the full profile does not make is missing"
     paper = page("paper").find(class_="headline").text
     assert (
         paper == "No claim compared, 7 judged: the committed results belong to the profiles full and quick as they are"
