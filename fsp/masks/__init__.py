@@ -17,6 +17,7 @@ from fsp.masks.algebra import (
     keep_top,
     kept_count,
     layer_densities,
+    number_kept,
     prunable,
     used_weights,
 )

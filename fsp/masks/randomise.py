@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fsp.checks import check_generator, check_tensors, plain_settings
-from fsp.masks.algebra import EVERYWHERE, Masks, check_masks, check_scope, keep_counts, unflattened
+from fsp.masks.algebra import EVERYWHERE, Masks, check_masks, check_scope, keep_counts, number_kept, unflattened
 from fsp.masks.wiring import PLAIN, blocks, joined, wiring_of
 
 ROUNDS = 32  # of trades; see the notes of `rewire`
@@ -243,7 +243,7 @@ def _check_bool(masks: Mapping[str, Tensor]) -> None:
 
 def _scattered(among: Tensor, count: int, generator: torch.Generator, where: str) -> Tensor:
     """So many of the True entries, drawn at random."""
-    room = int(among.count_nonzero())
+    room = number_kept(among)
     if not 0 <= count <= room:
         raise ValueError(f"{where}: {count} weights are to be kept, only {room} may be; lower the density")
     chosen = _drawn(room, count, generator).to(among.device)
@@ -289,13 +289,13 @@ def _free(flat: Tensor, share: float, generator: torch.Generator) -> Tensor:
 
 def _is_thick(mask: Tensor) -> bool:
     """Whether more entries are True than not: then those that are not are the ones to draw, being fewer."""
-    return 2 * int(mask.count_nonzero()) > mask.numel()
+    return 2 * number_kept(mask) > mask.numel()
 
 
 def _permuted_part(flat: Tensor, share: float, generator: torch.Generator) -> Tensor:
     """Entries in random order, but for those that stay."""
     if share == 1 and len(flat) > SMALL:
-        return _drawn(len(flat), int(flat.count_nonzero()), generator).to(flat.device)
+        return _drawn(len(flat), number_kept(flat), generator).to(flat.device)
     if share == 1:
         return permuted(flat, generator)
     free = _free(~flat if _is_thick(flat) else flat, share, generator)

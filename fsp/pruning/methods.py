@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fsp.checks import check_choice, check_count, check_has_values, check_options, given_or_seed_0, plain_settings
-from fsp.masks import Masks, all_kept, check_density, check_scope, draw, keep_counts, keep_top, kept_count
+from fsp.masks import Masks, all_kept, check_density, check_scope, draw, keep_counts, keep_top, kept_count, number_kept
 from fsp.pruning import allocate, scores
 from fsp.pruning.expanders import ramanujan, regular
 from fsp.pruning.phew import phew
@@ -362,7 +362,7 @@ def prune(
         masks = METHODS[method](model, density, batches=batches, generator=generator, **options)
     sizes = [m.numel() for m in masks.values()]
     asked = sum(kept_count(n, density) for n in (sizes if options.get("scope") == "layer" else [sum(sizes)]))
-    kept = sum(int(m.count_nonzero()) for m in masks.values())
+    kept = sum(number_kept(m) for m in masks.values())
     if kept != asked:
         raise RuntimeError(f"{kept} of {sum(sizes)} weights are kept where density {density} asks for {asked}")
     return masks

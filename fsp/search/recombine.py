@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fsp.checks import check_generator
-from fsp.masks import PLAIN, Masks, Wiring, blocks, keep_counts
+from fsp.masks import PLAIN, Masks, Wiring, blocks, keep_counts, number_kept
 
 SHARES = 0.02, 0.3  # least and greatest part of a layer's kept weights that one proposal swaps
 
@@ -42,7 +42,7 @@ def resized(masks: Masks, counts: dict[str, int], votes: dict[str, Tensor], gene
     """
     found = {}
     for name, mask in masks.items():
-        if int(mask.count_nonzero()) != counts[name]:
+        if number_kept(mask) != counts[name]:
             rank = votes[name] + mask * (votes[name].max() + 1)  # what the mask keeps before all that it does not
             mask = keep_counts({name: rank}, counts, generator)[name]
         found[name] = mask

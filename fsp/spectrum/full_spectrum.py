@@ -11,13 +11,12 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from threadpoolctl import ThreadpoolController
 from torch import Tensor, nn
 
 from fsp.checks import check_choice, check_device, check_has_values, check_tensors, plain_settings
-from fsp.masks import PLAIN, Wiring, used_weights, wiring_of
+from fsp.masks import PLAIN, Wiring, number_kept, used_weights, wiring_of
 from fsp.spectrum.definitions import (
     Rules,
     mean,
@@ -243,7 +242,7 @@ def _parts(masks: Mapping[str, Tensor]) -> list[list[str]]:
             parts.append([])
             kept = 0
         parts[-1].append(name)
-        kept += int(np.count_nonzero(masks[name].cpu()))
+        kept += number_kept(masks[name])
     return parts
 
 
