@@ -45,7 +45,7 @@ corrected by Holm's procedure for their number.
 {claims}
 """
 PROVENANCE = "provenance.json"  # in data/results: what the files of each notebook were made with, and their SHA-256
-SLOW_S = 60  # runs of kinds that took longer are done anew by a check only if it is asked to
+SLOW_S = 30  # runs of kinds that took longer are done anew by a check only if it is asked to
 SAME_BITS = ("cpu", "torch", "numpy", "scipy")  # what must be the same for rows to be so to the last bit
 
 
@@ -92,7 +92,9 @@ def check(selected: list[Path], *, workers: int, slow: bool = False) -> int:
             found[source.stem] += _compare_claims(root, source.stem)
     with _copied_root() as root:
         _leave_out(root, chosen)
-        by_cost = sorted(repeated, key=lambda source: _seconds(source.stem)[chosen[source.stem]].sum(), reverse=True)
+        # the longest first, as far as their tables say; of the others the later ones, which train more
+        cost = {source: _seconds(source.stem)[chosen[source.stem]].sum() for source in reversed(repeated)}
+        by_cost = sorted(cost, key=cost.get, reverse=True)
         begun = [_up_to_the_runs(source, root) for source in by_cost if chosen[source.stem]]
         for job, _, error in execute.run(_jobs(begun, root, figures=False), workers=workers):
             stem = job.source.stem
@@ -203,13 +205,14 @@ def _some_runs(stem: str, *, done: set[str]) -> list[str]:
     """Keys of a few runs in a committed table: one of each kind, and two at least, without kinds of a run in `done`.
 
     Runs are of one kind if their rows fill the same columns. Of each kind it is one of the fastest quarter, as far as
-    the table says how long they took: a choice that is random, but always the same.
+    the table says how long they took or how many epochs they trained: a choice that is random, but always the same.
     """
     table, seconds = _cells(stem), _seconds(stem)
     filled = table.ne("").groupby(table["key"]).any()
     choice = random.Random(stem)
     keys = choice.sample(sorted(seconds.index), len(seconds))
-    keys.sort(key=seconds.get)  # those that took equally long stay in their random order
+    epochs = table.get("epochs", pd.Series("", table.index)).replace("", "0").groupby(table["key"]).first().astype(int)
+    keys.sort(key=lambda key: (seconds[key], epochs[key]))  # those alike in both stay in their random order
     kinds: dict[tuple, list[str]] = {}
     for key in keys:
         kinds.setdefault(tuple(filled.loc[key]), []).append(key)

@@ -351,10 +351,8 @@ def _text(out: Path, facts: dict, claims: pd.DataFrame) -> str:
             executed = out / "notebooks" / outcome.source.name
             parts.append(f"As far as it came: `{executed}`" if executed.exists() else "It ended before its first cell.")
     head = {"claim": "Claim", "kind": "How", "here": "Here", "committed": "Committed", "why": "Why"}
-    for heading, reasons in {
-        "Changed": (CHANGED,),
-        "Not decided here, or a time of this machine": (FEWER, TIME),
-    }.items():
+    sections = {"Changed": (CHANGED,), "Not decided here, or a time of this machine": (FEWER, TIME)}
+    for heading, reasons in sections.items():
         parts += _section(heading, head, [row for row in facts["changes"] if row["reason"] in reasons])
     head = {"claim": "Primary claim", "answer": "Answer", "measured": "Measured [interval]", "n": "n"}
     parts += _section("Answers", head | {"committed": "Committed"}, facts["answers"])

@@ -237,9 +237,7 @@ def reproduce(
     (out / "finished").mkdir(parents=True, exist_ok=True)
     outcomes = {source: report.Outcome(source, 0, "gated", lacks) for source, lacks in gated.items()}
     waiting, marks = [], {}
-    for source, parameters in reversed(
-        jobs.items()
-    ):  # the first are the shortest: begun last, they keep all cores busy
+    for source, parameters in reversed(jobs.items()):  # the first ones are short: last, they fill all cores
         stem = source.stem
         mark, executed = out / "finished" / f"{stem}.json", out / "notebooks" / source.name
         marks[stem] = json.dumps({"parameters": parameters, "code": _code([source])}, default=str, indent=1)

@@ -217,7 +217,7 @@ def number_kept(mask: Tensor) -> int:
     >>> number_kept(torch.tensor([True, False, True]))
     2
     """
-    return int(np.count_nonzero(mask.detach().cpu().numpy()))
+    return int(np.count_nonzero(mask.detach().numpy()) if mask.device.type == "cpu" else mask.count_nonzero())
 
 
 def density(masks: Mapping[str, Tensor]) -> float:
