@@ -90,6 +90,8 @@ def compare_rows(
     for name in names:
         if name in left_out:
             continue
+        if name not in ours and committed.loc[common, name].isna().all():
+            continue  # it belongs to runs that are not compared
         if name not in ours or name not in committed:
             differing[name] = "only in the " + ("committed table" if name not in ours else "new table")
             continue
@@ -185,23 +187,38 @@ class Change(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """A notebook's tables beside the committed ones: rows, number of claims on either side, and those that changed."""
+    """A notebook's tables beside the committed ones.
+
+    Attributes
+    ----------
+    rows : RowComparison
+    beyond : str
+        What differs by more than another processor explains, by column; "" if nothing does.
+    claims : int
+        Number of claims on either side.
+    changes : list of Change
+    """
 
     rows: RowComparison
+    beyond: str
     claims: int
     changes: list[Change]
 
 
-def compare_committed(results: Path, stem: str) -> Comparison | None:
-    """How a notebook's tables in a folder differ from the committed ones; None if none are committed."""
+def compare_committed(results: Path, stem: str, alike: Mapping[str, str] | None = None) -> Comparison | None:
+    """How a notebook's tables in a folder differ from the committed ones; None if none are committed.
+
+    `alike` as for `compare_rows`, where the committed ones are of another processor.
+    """
     committed = paths.COMMITTED.results
     if not (committed / f"{stem}.csv").exists() or not (committed / f"{stem}.claims.csv").exists():
         return None
-    rows = compare_rows(*(tables.read(folder / f"{stem}.csv") for folder in (results, committed)))
+    both = [tables.read(folder / f"{stem}.csv") for folder in (results, committed)]
+    rows, beyond = compare_rows(*both), compare_rows(*both, alike=alike).differences()
     ours, theirs = (read_claims(folder, [stem]) for folder in (results, committed))
     sentences = dict.fromkeys([*theirs.claim, *ours.claim])
     changes = [_change(stem, text, ours[ours.claim == text], theirs[theirs.claim == text]) for text in sentences]
-    return Comparison(rows, len(sentences), [change for change in changes if change])
+    return Comparison(rows, beyond, len(sentences), [change for change in changes if change])
 
 
 def _change(stem: str, claim: str, ours: pd.DataFrame, theirs: pd.DataFrame) -> Change | None:

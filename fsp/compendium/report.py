@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from fsp import paths
-from fsp.compendium import execute, page, stats
+from fsp.compendium import execute, page, renew, stats
 from fsp.compendium.claims import LEAST, VERDICTS, contradictions, measured, p_value_of, primaries, read_claims
 from fsp.compendium.compare import CHANGES, MOVED, RTOL, Change, Comparison, compare_committed
 from fsp.files import replacing
@@ -198,21 +198,24 @@ def write(out: Path, outcomes: list[Outcome], *, profile: str, given: dict, reco
     ValueError
         If a claims table lacks a column.
     """
-    ended = [outcome.stem for outcome in outcomes if outcome.status not in ("failed", "gated")]
+    sources = {outcome.stem: outcome.source for outcome in outcomes if outcome.status not in ("failed", "gated")}
+    ended = list(sources)
     claims = read_claims(out / "results", ended)
     compared, committed = {}, claims[:0]
+    timed = {outcome.stem for outcome in outcomes if execute.measures_time(outcome.source)}
     if profile in ("quick", "full") and not given:
-        compared = {stem: compare_committed(out / "results", stem) for stem in ended}
+        for stem, source in sources.items():
+            alike = None if stem in timed else renew.alike(source)
+            compared[stem] = compare_committed(out / "results", stem, alike)
         stems = sorted(path.name.split(".")[0] for path in paths.COMMITTED.results.glob("*.claims.csv"))
         committed = read_claims(paths.COMMITTED.results, stems)
-    timed = {outcome.stem for outcome in outcomes if execute.measures_time(outcome.source)}
     changes = [change for comparison in compared.values() if comparison for change in comparison.changes]
     changes.sort(key=lambda change: (_is_time(change, timed), CHANGES.index(change.kind)))
     change_rows = [_change_row(change, profile, _is_time(change, timed)) for change in changes]
     facts = {
         "title": f"Reproduction, profile {profile}",
         "headline": _headline(list(compared.values()), change_rows, profile, len(claims)),
-        "lines": _first_lines(outcomes, change_rows, committed, given, records_before),
+        "lines": _first_lines(outcomes, change_rows, compared, timed, committed, given, records_before),
         "changes": change_rows,
         "outcomes": sorted(outcomes, key=lambda outcome: list(STATUSES).index(outcome.status)),
         "statuses": STATUSES,
@@ -251,12 +254,16 @@ def _is_time(change: Change, timed: set[str]) -> bool:
 def _first_lines(
     outcomes: list[Outcome],
     changes: list[dict],
+    compared: dict[str, Comparison | None],
+    timed: set[str],
     committed: pd.DataFrame,
     given: dict,
     records_before: int,
 ) -> list[str]:
-    """Sentences that say more of the headline: how claims changed, and what became of the notebooks."""
+    """Sentences that say more of the headline: on the rows, how claims changed, and what became of the notebooks."""
     lines = []
+    if rows := _rows_line({stem: found for stem, found in compared.items() if found and stem not in timed}):
+        lines.append(rows)
     if committed.size:
         lines.append("Same: the committed verdict, and a value within the committed interval.")
     kinds = Counter(row["kind"] for row in changes if row["reason"] == CHANGED)
@@ -270,6 +277,23 @@ def _first_lines(
     if given:
         lines.append(f"Parameters from the command line: `{json.dumps(given, default=str)}`.")
     return [*lines, f"Run records found at the start, and reused where they fit: {records_before}."]
+
+
+def _rows_line(compared: dict[str, Comparison]) -> str:
+    """A sentence on the rows of the committed tables that were computed anew; "" if none were."""
+    total = sum(found.rows.compared for found in compared.values())
+    if not total:
+        return ""
+    groups = {
+        "all are the same": [],
+        "some moved no further than another processor explains": [],
+        "some moved further": [],
+    }
+    same, moved, further = groups.values()
+    for stem, found in compared.items():
+        (further if found.beyond else moved if found.rows.differing else same).append(stem[:2])
+    told = [f"in {', '.join(numbers)} {words}" for words, numbers in groups.items() if numbers]
+    return f"Rows: {total} of the committed tables computed anew: {'; '.join(told)}."
 
 
 def _change_row(change: Change, profile: str, timed: bool) -> dict:
@@ -324,6 +348,8 @@ def _differences(comparison: Comparison | None, profile: str, timed: bool) -> li
     if rows.times:
         times = ", ".join(f"`{name}`" for name in rows.times)
         found.append(f"wall times are another machine's and are not compared: {times}")
+    if rows.differing and not timed:
+        found.append(f"beyond what another processor explains: {comparison.beyond or 'nothing'}")
     if timed and (rows.differing or comparison.changes):
         found.append("it measures this machine: what differs here is no other result of a paper")
     for change in comparison.changes:

@@ -477,6 +477,10 @@ def page(root, tmp_path):
         tables.save(pd.DataFrame(both + more), committed.results / f"{stem}.claims.csv")
         out.figures.mkdir(exist_ok=True)
         (out.figures / f"{stem}_second.png").write_bytes(b"drawn")
+    old, moved, further = (pd.DataFrame({"key": ["a", "b"], "status": "finished", "x": [x, 2]}) for x in (1, 1.05, 1.5))
+    for stem, new in {"02_few": moved[:1], "03_old": further}.items():
+        tables.save(old.assign(left_out=[None, 1.0]), committed.results / f"{stem}.csv")
+        tables.save(new, out.results / f"{stem}.csv")
     timed = [claim("01_good same"), claim(HOSTILE, 0.1, 0, 0.2), claim("01_good new")]
     tables.save(pd.DataFrame(timed), out.results / "01_good.claims.csv")
     few = [claim("02_few same"), claim(HOSTILE, low=0.2) | {"n": 2}]
@@ -503,7 +507,9 @@ def test_the_page_opens_with_what_changed_and_keeps_failed_stale_gated_and_expec
     headline = f"8 claims compared: 3 same, 2 changed, {few}, 1 times of this machine"
     assert found.find(class_="headline").text == headline
     lines = [line.text for line in found.find("ul").find_all("li")]
-    assert lines[1:3] == [
+    moved = "in 02 some moved no further than another processor explains; in 03 some moved further"
+    assert lines[0] == f"Rows: 3 of the committed tables computed anew: {moved}."
+    assert lines[2:4] == [
         "Changed: 1 decided otherwise, 1 not committed.",
         "Notebooks: 1 failed, 1 stale, 1 gated, 2 finished.",
     ]
@@ -965,9 +971,10 @@ def test_all_else_may_move_by_a_tenth_of_the_range_of_its_column_there():
     assert compare.compare_rows(last_bit, old, rtol=0).differing != {}
 
 
-def test_a_column_that_is_gone_is_named():
-    old = pd.DataFrame({"key": ["a"], "x": [1.0]})
+def test_a_column_that_is_gone_is_named_but_not_one_of_runs_that_are_left_out():
+    old = pd.DataFrame({"key": ["a", "b"], "x": [1.0, None]})
     assert compare.compare_rows(old[["key"]], old).differing == {"x": "only in the committed table"}
+    assert compare.compare_rows(old.loc[1:, ["key"]], old).differing == {}
 
 
 @pytest.mark.parametrize(
