@@ -299,8 +299,8 @@ def _rows_line(compared: dict[str, Comparison]) -> str:
 def _change_row(change: Change, profile: str, timed: bool) -> dict:
     """What a changed claim says here and committed, and what may explain it.
 
-    Its ``reason`` is `FEWER` where this profile has fewer observations than are committed, or none, and decides
-    nothing; `TIME` where a time is another machine's; else `CHANGED`.
+    Its ``reason`` is `FEWER` where this profile decides nothing, for it has fewer observations than are committed, or
+    none, or asks of other runs; `TIME` where a time is another machine's; else `CHANGED`.
     """
     here, committed = change.here, change.committed
     row = {"claim": change.claim, "kind": change.kind, "stem": change.stem, "what": "; ".join(change.what)}
@@ -308,16 +308,19 @@ def _change_row(change: Change, profile: str, timed: bool) -> dict:
         row[side] = f"{found['holds']}: {measured(found)}, n = {found['n']:g}" if found else "–"
     fewer = bool(here and committed and here["n"] < committed["n"])
     left_out = profile == "quick" and not here
+    of_others = profile == "quick" and not committed
     row["why"] = ""
     if timed:
         row["why"] = "a time of this machine: another one, or a busy one, gives another"
     elif left_out:
         row["why"] = f"profile {profile} leaves its runs out"
+    elif of_others:
+        row["why"] = f"profile {profile} asks of other densities or numbers of runs than are committed"
     elif fewer:
         row["why"] = f"profile {profile} has fewer observations"
         row["why"] += f", and fewer than {LEAST} decide nothing" if here["n"] < LEAST else ""
     says_otherwise = change.kind in ("committed in error", "stated otherwise")
-    undecided = left_out or (fewer and here["holds"] == "not decided" and not says_otherwise)
+    undecided = left_out or ((fewer or of_others) and here["holds"] == "not decided" and not says_otherwise)
     row["reason"] = TIME if timed else FEWER if undecided else CHANGED
     return row
 

@@ -481,7 +481,7 @@ def page(root, tmp_path):
     for stem, new in {"02_few": moved[:1], "03_old": further}.items():
         tables.save(old.assign(left_out=[None, 1.0]), committed.results / f"{stem}.csv")
         tables.save(new, out.results / f"{stem}.csv")
-    timed = [claim("01_good same"), claim(HOSTILE, 0.1, 0, 0.2), claim("01_good new")]
+    timed = [claim("01_good same"), claim(HOSTILE, 0.1, 0, 0.2), claim("01_good new"), claim("Undecided", low=0.2)]
     tables.save(pd.DataFrame(timed), out.results / "01_good.claims.csv")
     few = [claim("02_few same"), claim(HOSTILE, low=0.2) | {"n": 2}]
     tables.save(pd.DataFrame(few), out.results / "02_few.claims.csv")
@@ -503,8 +503,8 @@ def page(root, tmp_path):
 
 def test_the_page_opens_with_what_changed_and_keeps_failed_stale_gated_and_expected_apart(page):
     found = page()
-    few = "2 not decided by the fewer runs of profile quick"
-    headline = f"8 claims compared: 3 same, 2 changed, {few}, 1 times of this machine"
+    few = "3 not decided by the fewer runs of profile quick"
+    headline = f"9 claims compared: 3 same, 2 changed, {few}, 1 times of this machine"
     assert found.find(class_="headline").text == headline
     lines = [line.text for line in found.find("ul").find_all("li")]
     moved = "in 02 some moved no further than another processor explains; in 03 some moved further"
@@ -528,6 +528,7 @@ def test_the_page_opens_with_what_changed_and_keeps_failed_stale_gated_and_expec
     ]
     assert [row.find_all("td")[4].text for row in expected] == [
         "profile quick leaves its runs out",
+        "profile quick asks of other densities or numbers of runs than are committed",
         "profile quick has fewer observations, and fewer than 3 decide nothing",
         "a time of this machine: another one, or a busy one, gives another",
     ]
@@ -535,10 +536,10 @@ def test_the_page_opens_with_what_changed_and_keeps_failed_stale_gated_and_expec
     assert list(status.values()) == ["finished", "finished", "stale", "failed", "gated"]
     assert [bool(found.find(id=stem).find("img")) for stem in status] == [True, True, True, False, False]
     whole = page("full").find(class_="headline").text
-    assert "3 same, 3 changed, 1 not decided" in whole, "a claim that the full profile does not make is missing"
+    assert "3 same, 4 changed, 1 not decided" in whole, "here claims that are made on one side alone have changed"
     paper = page("paper").find(class_="headline").text
     assert (
-        paper == "No claim compared, 7 judged: the committed results belong to the profiles full and quick as they are"
+        paper == "No claim compared, 8 judged: the committed results belong to the profiles full and quick as they are"
     )
 
 
