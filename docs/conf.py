@@ -76,6 +76,7 @@ docs/decisions
 data/README
 data/results/faults
 data/results/cluster
+data/results/planted
 ```
 
 ```{{toctree}}

@@ -54,6 +54,13 @@ def test_every_relative_link_and_anchor_leads_somewhere(path):
     assert broken(path) == []
 
 
+def test_every_page_is_in_the_contents_of_the_book():
+    """Sphinx warns of one that is not, and then `make book` fails."""
+    contents = re.findall(r"^(?:.*<)?([\w/]+)>?$", (ROOT / "docs" / "conf.py").read_text("utf-8"), re.MULTILINE)
+    pages = {path.relative_to(ROOT).with_suffix("").as_posix() for path in PAGES if path.suffix == ".md"}
+    assert pages - {"README"} - {*contents} == set()
+
+
 def test_a_link_that_leads_nowhere_is_seen(tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
     page, other = tmp_path / "page.md", tmp_path / "other.md"
