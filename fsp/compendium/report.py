@@ -233,7 +233,7 @@ def write(out: Path, outcomes: list[Outcome], *, profile: str, given: dict, reco
 
 
 def _headline(compared: list[Comparison | None], changes: list[dict], profile: str, judged: int) -> str:
-    """The first sentence of the report, on claims and on rows; `changes` are those of `_change_row`."""
+    """The first sentence of the report; `changes` are those of `_change_row`."""
     if not compared:
         return f"No claim compared, {judged} judged: {NOT_COMPARED}"
     total = sum(comparison.claims for comparison in compared if comparison)

@@ -210,14 +210,25 @@ def _at_rank(flat: Tensor, rank: int) -> float:
 
 
 def number_kept(mask: Tensor) -> int:
-    """How many weights a mask keeps; NumPy counts them four times as fast as torch does.
+    """How many weights a mask keeps.
+
+    Parameters
+    ----------
+    mask : Tensor of any shape, bool or 0/1
+        On any device; bool on the CPU is counted by NumPy, in a quarter of torch's time.
+
+    Returns
+    -------
+    int
 
     Examples
     --------
     >>> number_kept(torch.tensor([True, False, True]))
     2
     """
-    return int(np.count_nonzero(mask.detach().numpy()) if mask.device.type == "cpu" else mask.count_nonzero())
+    if mask.device.type == "cpu" and mask.dtype == torch.bool:
+        return int(np.count_nonzero(mask.numpy()))
+    return int(mask.count_nonzero())
 
 
 def density(masks: Mapping[str, Tensor]) -> float:

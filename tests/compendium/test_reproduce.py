@@ -513,6 +513,8 @@ def test_the_page_opens_with_what_changed_and_keeps_failed_stale_gated_and_expec
         "Changed: 1 decided otherwise, 1 not committed.",
         "Notebooks: 1 failed, 1 stale, 1 gated, 2 finished.",
     ]
+    assert "beyond what another processor explains: nothing" in found.text
+    assert "beyond what another processor explains: x: 1 differ, by at most 0.5" in found.text.replace("`", "")
     order = ["ValueError: ", "3 are stale", "What changed", "Not run on this machine", "Answers", "All its claims"]
     places = [found.text.index(words) for words in order]
     assert places == sorted(places)
@@ -845,6 +847,11 @@ def test_what_is_done_anew_is_a_fast_run_of_each_kind_that_no_other_notebook_doe
     assert len({*chosen}) == 2
     assert chosen == renew._some_runs("08_alike", done={"a"}), "always the same"
     assert renew._some_runs("08_alike", done={"u"}) == []
+    rows = "".join(
+        f"{key},finished,0.5,{epochs},\n" for key, epochs in zip("abcdef", (90, 60, 6, 120, 90, 180), strict=True)
+    )
+    write_table(root, "09_epochs", f"key,status,accuracy,epochs,init\n{rows}z,finished,0.5,180,scaled\n")
+    assert {*renew._some_runs("09_epochs", done=set())} <= {"b", "c", "z"}, "short trainings, where no time is told"
 
 
 @pytest.mark.parametrize(("arguments", "anew"), [([], {"a"}), (["--recompute"], {"a", "b"})])

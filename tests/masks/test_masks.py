@@ -862,6 +862,13 @@ def test_a_layer_shuffle_keeps_every_count_and_does_change_the_mask(lopsided):
     assert all(new[name].data_ptr() != lopsided[name].data_ptr() for name in new)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float32, torch.bfloat16])
+def test_kept_weights_are_counted_in_masks_of_any_type(dtype):
+    mask = torch.tensor([[1, 0, 1], [0, 0, 1]]).to(dtype)
+    assert masks.number_kept(mask) == masks.number_kept(mask.T) == 3
+    assert masks.layer_densities({"w": mask}) == {"w": 0.5}
+
+
 def test_a_global_shuffle_keeps_the_total_and_levels_the_densities(lopsided):
     new = masks.shuffle(lopsided, scope="global", generator=generator())
     assert not same(new, lopsided)
