@@ -1,5 +1,6 @@
 """What differs between results and the committed ones: of tables row by row, of claims one by one."""
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ OF_RANGE = 0.1  # of the range of a column
 ACCURACY = 0.03  # of accuracies, at least: in a column of good methods alone the range is less than an image
 # But what else is read off the outputs and layers of a trained network moves as from seed to seed:
 READ_OFF = ("nll", "brier", "ece", "temperature", "corrupted_", "logits_", "kl", "disagreement", "r2")
-READ_OFF += ("spectrum_distance",)
+READ_OFF += ("spectrum_distance", "validation_losses")
 CONFIDENCE = 0.999  # with which two runs that differ in their seed alone are as close as two processors may be in these
 LEAST_SEEDS = 5  # fewer say too little of how far that is
 RTOL = 1e-6  # numbers closer than this, relative to the committed one, count as the same
@@ -53,7 +54,8 @@ def compare_rows(
 ) -> RowComparison:
     """Compare two tidy tables, rows matched by ``key`` (and by position among the rows of one key).
 
-    Columns whose name ends in ``_s`` are wall times and left out, and so is ``code``, which is no result.
+    Columns whose name ends in ``_s`` are wall times and left out, and so is ``code``, which is no result. A column of
+    lists of numbers counts as one column for each place, ``losses[0]``, ``losses[1]`` and so on.
 
     Parameters
     ----------
@@ -81,7 +83,9 @@ def compare_rows(
     >>> print(compare_rows(old.assign(accuracy=[0.5, 0.5], train_s=9.0), old))
     2 of 2 committed rows compared, 0 rows are new: `accuracy`: 1 differ, by at most 0.25
     """
-    ours, committed = (frame.set_index(["key", frame.groupby("key").cumcount()]) for frame in (ours, committed))
+    ours, committed = (
+        _without_lists(frame).set_index(["key", frame.groupby("key").cumcount()]) for frame in (ours, committed)
+    )
     common = committed.index.intersection(ours.index)
     differing = {}
     names = dict.fromkeys([*committed, *ours])
@@ -107,6 +111,22 @@ def compare_rows(
         if unequal.any():
             differing[name] = f"{unequal.sum()} differ{largest}"
     return RowComparison(len(common), len(committed) - len(common), len(ours) - len(common), differing, times)
+
+
+def _without_lists(table: pd.DataFrame) -> pd.DataFrame:
+    """A table with columns for the numbers of each column that holds lists of them as JSON."""
+    parts = [table[[name]] for name in table]
+    for place, name in enumerate(table):
+        cells = table[name].dropna()
+        try:
+            lists = [json.loads(cell) for cell in cells]
+        except (TypeError, ValueError):
+            continue  # neither lists nor any other JSON
+        if lists and all(isinstance(entries, list) for entries in lists):
+            numbers = pd.DataFrame([dict(enumerate(entries)) for entries in lists], index=cells.index)
+            if all(is_numeric_dtype(column) and not is_bool_dtype(column) for _, column in numbers.items()):
+                parts[place] = numbers.add_prefix(f"{name}[").add_suffix("]")
+    return pd.concat(parts, axis=1)
 
 
 def _movable(column: pd.Series, compared: pd.MultiIndex, alike: Mapping[str, str]) -> float | pd.Series:

@@ -964,6 +964,22 @@ def test_on_another_processor_what_is_read_off_a_trained_network_may_move_as_far
     assert compare.compare_rows(old.assign(ece=old.ece + 9), old, alike=few).differing == {}
 
 
+def test_lists_of_numbers_are_compared_number_by_number_and_losses_of_epochs_as_what_is_read_off_a_network():
+    losses = ["[1.5, 0.5]", "[1.7, 0.5]", "[1.3, 0.5]", "[1.6, 0.6]", "[1.4, 0.4]", None]
+    old = pd.DataFrame(
+        {"key": list("abcdef"), "validation_losses": losses, "methods": '["er", "erk"]', "lists": "[1, 2]"}
+    )
+    new = old.assign(validation_losses=["[1.75, 0.5]", *losses[1:]])
+    assert compare.compare_rows(new, old).differing == {"validation_losses[0]": "1 differ, by at most 0.25"}
+    assert compare.compare_rows(new, old, alike=dict.fromkeys("abcdef", "one config")).differing == {}
+    one_less, one_more = (old.assign(validation_losses=[text, *losses[1:]]) for text in ("[1.5]", "[1.5, 0.5, 9]"))
+    assert compare.compare_rows(one_less, old).differing == {"validation_losses[1]": "1 differ, one is missing"}
+    assert compare.compare_rows(one_more, old).differing == {"validation_losses[2]": "only in the new table"}
+    other = old.assign(methods='["er", "er"]', lists='["a"]')
+    assert compare.compare_rows(other, old).differing["methods"] == "6 differ"
+    assert not compare.compare_rows(old, old).differing
+
+
 def test_all_else_may_move_by_a_tenth_of_the_range_of_its_column_there():
     old = pd.DataFrame({"key": ["a", "b", "c"], "x": [0.0, 10.0, 0.0], "code": "1"})
     assert compare.compare_rows(old.assign(x=[0.9, 10.0, 0.0], code="2"), old, alike={}).differing == {}
