@@ -26,7 +26,7 @@ from fsp.spectrum.dense import dense_coordinates
 from fsp.spectrum.fast import Layer, sparse_coordinates
 from fsp.spectrum.lanczos import PRECISIONS
 
-TASK = 20_000  # kept weights that keep a thread busy long enough
+TASK = 200_000  # kept weights: with fewer, the time goes to the calls and not to the work in them
 
 
 class Coordinate(NamedTuple):
