@@ -1021,6 +1021,30 @@ def test_a_claim_is_the_same_if_its_verdict_is_and_its_value_stays_in_the_commit
     assert compare.compare_claims(pd.DataFrame(new, columns=old.columns), old) == said
 
 
+@pytest.mark.parametrize(
+    ("new", "old", "kind"),
+    [
+        ({"measured": 0.7}, {}, "value outside the committed interval"),
+        ({"kind": "primary"}, {}, "stated otherwise"),
+        ({}, {"holds": "no"}, "committed in error"),
+        ({"low": 0.2}, {}, "no longer decided"),
+        ({}, {"low": 0.2}, "decided only here"),
+        ({}, {"measured": 0.15, "low": 0.1, "high": 0.2}, "decided otherwise"),
+    ],
+)
+def test_a_changed_claim_is_of_the_worst_kind_that_fits(new, old, kind):
+    ours, committed = (pd.DataFrame([claim(**more)]) for more in (new, old))
+    assert compare._change("03_x", "Gap decides", ours, committed).kind == kind
+    assert compare._change("03_x", "Gap decides", committed, committed) is None or kind == "committed in error"
+
+
+def test_a_file_of_claims_without_a_column_is_named_and_a_notebook_without_a_file_is_left_out(tmp_path):
+    pd.DataFrame([claim()]).drop(columns=["notebook", "paper"]).to_csv(tmp_path / "03_x.claims.csv", index=False)
+    with pytest.raises(ValueError, match=r"03_x\.claims\.csv has no column 'paper': expected claim,"):
+        report.read_claims(tmp_path, ["03_x"])
+    assert report.read_claims(tmp_path, ["04_y"]).empty
+
+
 def test_a_table_that_got_rows_on_another_processor_names_both_each_once():
     before, now = {"cpu": "A", "torch": "2"}, {"cpu": "B", "torch": "2"}
     both = renew._both(before, now)

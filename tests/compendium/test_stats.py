@@ -230,6 +230,9 @@ def test_a_p_value_is_that_of_the_t_test_and_small_exactly_where_the_interval_ex
         assert p_value(found, bound) == pytest.approx(scipy.stats.ttest_1samp(values, bound).pvalue)
         assert (p_value(found, bound) < 0.05) == (not found.low <= bound <= found.high)
     assert math.isnan(p_value(mean([1.0]), 0.0))
+    for bound in (math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"bound={bound}: expected a finite number"):
+            p_value(mean([1.0, 2.0]), bound)
 
 
 def test_holm_rejects_what_its_step_down_rule_rejects():

@@ -99,6 +99,14 @@ def test_a_damaged_record_is_reported_and_the_others_are_listed(store, capsys):
     assert f"{key(CONFIGS[0])}.json is not a whole run record" in err
 
 
+@pytest.mark.parametrize("text", ['{"key": 1, "key": 1}', '{"wall_s": NaN}'])
+def test_a_record_with_what_json_does_not_have_is_no_whole_one(store, capsys, text):
+    (store / f"{key(CONFIGS[0])}.json").write_text(text)
+    assert main(["list", "--store", str(store)]) == 0
+    said = "a name is there twice" if "key" in text else "NaN is no JSON"
+    assert said in capsys.readouterr().err
+
+
 def test_a_run_at_work_is_listed_with_its_process(store, capsys):
     with lock(store / f"{key({'x': 1})}.json"):
         _, out = listed(capsys, store)

@@ -103,6 +103,13 @@ def update(weight, mask, fraction, growth, **options):
     return drop_and_grow(weight, mask, fraction, [growth], **{"generator": seeded()} | options)[0]
 
 
+@pytest.mark.parametrize("growth", [torch.zeros(4), torch.zeros(3, dtype=torch.int64)])
+def test_a_growth_that_fits_no_weight_is_refused_by_its_shape_and_type(growth):
+    weight, mask = torch.ones(3), torch.tensor([True, False, True])
+    with pytest.raises(ValueError, match=r"one of growths is torch.\w+ \(\d,\): expected floating point \(3,\)"):
+        update(weight, mask, 0.5, growth)
+
+
 def by_sorting(weight, mask, fraction, growth):
     """One update with plain lists; weights and growths must have no ties."""
     kept = [i for i in range(len(weight)) if mask[i]]

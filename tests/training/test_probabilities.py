@@ -124,7 +124,7 @@ def test_what_are_no_probabilities_or_no_labels_is_refused_by_every_measure(prob
 
 def test_numbers_out_of_range_are_refused_by_name():
     probabilities, labels = examples(10)
-    for bins in (0, 1.5, True):
+    for bins in (0, 1.5, True, 10_001):
         with pytest.raises(ValueError, match=f"bins={bins}"):
             quality(probabilities, labels, bins=bins)
     for value in (0, -1, math.inf, "1"):

@@ -428,6 +428,12 @@ def test_rescaling_that_is_not_finite_changes_nothing():
 
 # ---- bad input ---------------------------------------------------------------------------------------------------
 
+
+def test_a_network_with_nothing_to_rescale_is_refused_by_name():
+    with pytest.raises(ValueError, match="Flatten has no weight of a convolution, linear layer or norm to rescale"):
+        rescale_(nn.Flatten(), task(shape=(1, 4, 4)), settings=SHORT, generator=seeded())
+
+
 REFUSED = {
     "e0": [-0.1, 0.6, "0"],
     "e1": [1.0, -0.1, math.nan, True],
