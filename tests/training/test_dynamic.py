@@ -103,11 +103,11 @@ def update(weight, mask, fraction, growth, **options):
     return drop_and_grow(weight, mask, fraction, [growth], **{"generator": seeded()} | options)[0]
 
 
-@pytest.mark.parametrize("growth", [torch.zeros(4), torch.zeros(3, dtype=torch.int64)])
-def test_a_growth_that_fits_no_weight_is_refused_by_its_shape_and_type(growth):
+@pytest.mark.parametrize("fraction", [-0.1, 1.5, math.nan, True])
+def test_a_share_to_drop_outside_0_and_1_is_refused_by_its_value(fraction):
     weight, mask = torch.ones(3), torch.tensor([True, False, True])
-    with pytest.raises(ValueError, match=r"one of growths is torch.\w+ \(\d,\): expected floating point \(3,\)"):
-        update(weight, mask, 0.5, growth)
+    with pytest.raises(ValueError, match=rf"fraction={fraction}: expected a number in \[0, 1\]"):
+        update(weight, mask, fraction, weight)
 
 
 def by_sorting(weight, mask, fraction, growth):
