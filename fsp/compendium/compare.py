@@ -94,10 +94,10 @@ def compare_rows(
     for name in names:
         if name in left_out:
             continue
-        if name not in ours and committed.loc[common, name].isna().all():
-            continue  # it belongs to runs that are not compared
         if name not in ours or name not in committed:
-            differing[name] = "only in the " + ("committed table" if name not in ours else "new table")
+            where, table = ("new", ours) if name in ours else ("committed", committed)
+            if table.loc[common, name].notna().any():  # otherwise it belongs to runs that are not compared
+                differing[name] = f"only in the {where} table"
             continue
         a, b = ours.loc[common, name], committed.loc[common, name]
         largest = ""

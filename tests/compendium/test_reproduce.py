@@ -975,6 +975,8 @@ def test_lists_of_numbers_are_compared_number_by_number_and_losses_of_epochs_as_
     one_less, one_more = (old.assign(validation_losses=[text, *losses[1:]]) for text in ("[1.5]", "[1.5, 0.5, 9]"))
     assert compare.compare_rows(one_less, old).differing == {"validation_losses[1]": "1 differ, one is missing"}
     assert compare.compare_rows(one_more, old).differing == {"validation_losses[2]": "only in the new table"}
+    without = old.loc[5:]  # the run that has no losses
+    assert compare.compare_rows(without, old).differing == compare.compare_rows(old, without).differing == {}
     other = old.assign(methods='["er", "er"]', lists='["a"]')
     assert compare.compare_rows(other, old).differing["methods"] == "6 differ"
     assert not compare.compare_rows(old, old).differing

@@ -300,6 +300,26 @@ def test_local_workers_that_cannot_be_started_any_more_are_told_of(tmp_path):
             sweep(square, XS, store=tmp_path, scheduler=client)
 
 
+def place_of(config):
+    """Which GPUs the process of a run may use, whether torch finds them, and the process."""
+    return {
+        "gpu": f"GPU {os.environ['CUDA_VISIBLE_DEVICES']}",
+        "found": torch.cuda.device_count(),
+        "process": os.getpid(),
+    }
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_each_local_worker_has_one_gpu_that_several_may_share(tmp_path):
+    table = sweep(
+        place_of, [{"x": x} for x in range(4 * torch.cuda.device_count())], store=tmp_path, scheduler="local", per_gpu=2
+    )
+    assert set(table.gpu) == {f"GPU {name}" for name in cluster._gpus()}
+    assert table.found.eq(1).all()
+    assert table.process.nunique() == 2 * torch.cuda.device_count()
+
+
 @pytest.mark.parametrize(
     ("gpus", "variable", "options", "places"),
     [

@@ -33,9 +33,9 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def task():
+def task(**options):
     """71 training examples, so that one is left over by two processes."""
-    return load("synthetic", shape=(1, 4, 4), classes=3, size=101, validation=0.12)
+    return load("synthetic", shape=(1, 4, 4), classes=3, size=101, validation=0.12, **options)
 
 
 def made(kind, seed):
@@ -140,6 +140,23 @@ def test_one_process_alone_trains_as_without_the_hook_to_the_last_bit():
     fit(net, data, config, masks=masks, hooks=[distributed.Averaged(net, masks)])
     fit(twin, task(), CONFIG, masks=same)
     assert digest(net.state_dict()) == digest(twin.state_dict())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_one_process_alone_trains_as_without_the_hook(tmp_path):
+    torch.cuda.set_device(0)
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        (net, masks), (twin, same) = made("norm", 0), made("norm", 0)
+        net, twin, on_gpu = net.cuda(), twin.cuda(), {"device": "cuda"}
+        data, config = distributed.part(task(**on_gpu), CONFIG)
+        fit(net, data, config, masks=masks, hooks=[distributed.Averaged(net, masks)])
+        fit(twin, task(**on_gpu), CONFIG, masks=same)
+    finally:
+        dist.destroy_process_group()
+    torch.testing.assert_close(net.state_dict(), twin.state_dict(), rtol=0, atol=1e-5)
+    assert all((net.get_parameter(name)[~mask.cuda()] == 0).all() for name, mask in masks.items())
 
 
 @pytest.mark.usefixtures("alone")

@@ -143,6 +143,16 @@ def test_all_members_at_once_predict_what_they_do_one_by_one(name, at_once):
     assert (one_by_one[0] - one_by_one[1]).abs().max() > 0.01
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_all_members_predict_at_once_what_they_do_on_the_cpu():
+    nets, data = members_of("cnn")
+    expected = logits_one_by_one(nets, data)
+    found = member_logits([net.cuda() for net in nets], data, data.test.images.cuda(), batch_size=7)
+    assert found.is_cuda
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=1e-3)  # convolutions may be in TF32
+
+
 def test_what_is_averaged_are_probabilities_or_logits_and_the_parent_counts_if_given():
     nets, data = members_of("small")
     logits = logits_one_by_one(nets, data).double().numpy()
