@@ -257,7 +257,7 @@ RULES: dict[str, Rule] = {
     "shares": FRACTIONS,
     **dict.fromkeys(["measure_every", "moment", "pretrained_population", "optimised_population"], COUNT),
     **dict.fromkeys(["children", "most_children", "small_children", "small_epochs", "corrupted"], COUNT),
-    **dict.fromkeys(["growths", "lasting", "confirming", "more_seeds"], WHOLE),
+    **dict.fromkeys(["growths", "lasting", "confirming", "more_seeds", "erk_seeds"], WHOLE),
     **dict.fromkeys(["more_parents", "small_parents", "image_parents"], WHOLE),
     "overlaps": _list_of(lambda value: _is_number(value) and 0 <= value <= 1, "numbers in [0, 1], such as [0, 0.5]"),
     "severities": _list_of(lambda value: is_count(value, 1) and value <= 5, "whole numbers from 1 to 5, such as [3]"),

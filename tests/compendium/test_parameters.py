@@ -92,7 +92,16 @@ CASES = (
         ([0.1, 1], [0, -0.1, "1e-3", None, True], "a number above 0"),
     )
     | dict.fromkeys(
-        ["growths", "lasting", "confirming", "more_seeds", "more_parents", "small_parents", "image_parents"],
+        [
+            "growths",
+            "lasting",
+            "confirming",
+            "more_seeds",
+            "erk_seeds",
+            "more_parents",
+            "small_parents",
+            "image_parents",
+        ],
         ([0, 6], [-1, 0.5, None, True], "a whole number from 0 on"),
     )
     | dict.fromkeys(
